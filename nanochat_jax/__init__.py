@@ -1,0 +1,26 @@
+"""Muon, 8-bit momentum and GaLore for Optax."""
+
+from nanochat_jax.codecs import (
+    Codec as Codec,
+    Int4 as Int4,
+    Int8 as Int8,
+    Quantized as Quantized,
+)
+from nanochat_jax.config import OptimizerConfig as OptimizerConfig
+from nanochat_jax.labels import label_params as label_params
+from nanochat_jax.linalg import QUINTIC as QUINTIC, newton_schulz as newton_schulz
+from nanochat_jax.memory import (
+    MemoryReport as MemoryReport,
+    memory_report as memory_report,
+)
+from nanochat_jax.optimizer import build_optimizer as build_optimizer
+from nanochat_jax.transforms import (
+    GaloreState as GaloreState,
+    MomentumState as MomentumState,
+    QuantizeState as QuantizeState,
+    galore as galore,
+    momentum as momentum,
+    orthogonalize as orthogonalize,
+    quantize_state as quantize_state,
+    scale_by_shape as scale_by_shape,
+)

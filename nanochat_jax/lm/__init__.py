@@ -1,0 +1,1 @@
+"""A GPT in Flax and its trainer, built on the transforms (extra `train`)."""

@@ -1,0 +1,183 @@
+"""Exact bytes of an optimizer state, and of the program that updates it.
+
+Nothing is allocated: shapes and types come from `jax.eval_shape`, the temporaries from
+the compiler's own plan.
+"""
+
+import dataclasses
+from typing import Any
+
+import jax
+import optax
+from jax.tree_util import GetAttrKey, KeyPath, keystr
+
+from nanochat_jax.labels import label_params
+from nanochat_jax.transforms import trees
+from nanochat_jax.transforms.quantize import is_quantized
+
+
+@dataclasses.dataclass(frozen=True)
+class MemoryRow:
+    """Arrays of one type in one field of the state, for parameters of one label.
+
+    Attributes:
+      label: Label of the parameters, or `"other"` for what belongs to none (counts).
+      field: Field of the state, such as `momentum` or `momentum.scales`.
+      dtype: Type of its arrays.
+      entries: Numbers held; where a byte holds two codes, bytes.
+      bytes: Bytes held.
+    """
+
+    label: str
+    field: str
+    dtype: str
+    entries: int
+    bytes: int
+
+
+@dataclasses.dataclass(frozen=True)
+class MemoryReport:
+    """Bytes of an optimizer state beside those of the float32 baselines.
+
+    Attributes:
+      rows: Bytes by label, field and type.
+      params: Number of parameters by label.
+      full_rank: Paths of the matrices that `galore` leaves unprojected.
+    """
+
+    rows: tuple[MemoryRow, ...]
+    params: dict[str, int]
+    full_rank: tuple[str, ...] = ()
+
+    @property
+    def matrix_params(self) -> int:
+        """Number of parameters labelled `"matrix"`."""
+        return self.params.get("matrix", 0)
+
+    @property
+    def total_params(self) -> int:
+        """Number of parameters."""
+        return sum(self.params.values())
+
+    @property
+    def matrix_bytes(self) -> int:
+        """Bytes of state held for the matrices."""
+        return sum(row.bytes for row in self.rows if row.label == "matrix")
+
+    @property
+    def total_bytes(self) -> int:
+        """Bytes of the whole state."""
+        return sum(row.bytes for row in self.rows)
+
+    @property
+    def fp32_muon_bytes(self) -> int:
+        """Bytes float32 Muon holds for the matrices: one momentum."""
+        return 4 * self.matrix_params
+
+    @property
+    def fp32_muon_adamw_bytes(self) -> int:
+        """Bytes float32 Muon holds with float32 AdamW, two moments, for the rest."""
+        return self.fp32_muon_bytes + 8 * (self.total_params - self.matrix_params)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns the two comparisons as plain numbers; reductions are fractions."""
+        matrix, total = self.matrix_bytes, self.total_bytes
+        return {
+            "matrix": {
+                "params": self.matrix_params,
+                "state_bytes": matrix,
+                "fp32_muon_bytes": self.fp32_muon_bytes,
+                "reduction": _reduction(matrix, self.fp32_muon_bytes),
+            },
+            "total": {
+                "params": self.total_params,
+                "state_bytes": total,
+                "fp32_muon_adamw_bytes": self.fp32_muon_adamw_bytes,
+                "reduction": _reduction(total, self.fp32_muon_adamw_bytes),
+            },
+        }
+
+
+def memory_report(
+    tx: optax.GradientTransformation,
+    params: optax.Params,
+    labels: optax.Params | None = None,
+) -> MemoryReport:
+    """Counts the bytes of `tx`'s state for `params`, without allocating it.
+
+    Example:
+      >>> report = memory_report(momentum(), {"kernel": jnp.zeros((8, 16))})
+      >>> report.rows
+      (MemoryRow(label='matrix', field='momentum', dtype='float32', entries=128, bytes=512),)
+
+    Args:
+      tx: Transformation whose state to count.
+      params: Parameters, as arrays or `jax.ShapeDtypeStruct`s.
+      labels: A tree like `params` of labels; by `label_params` if not given.
+
+    Returns:
+      The report.
+    """  # noqa: E501 (the row is printed on one line)
+    labels = label_params(params) if labels is None else labels
+    names = [keystr(path) for path, _ in jax.tree.leaves_with_path(params)]
+    label_of = dict(zip(names, jax.tree.leaves(labels), strict=True))
+    counts: dict[str, int] = {}
+    for x, label in zip(jax.tree.leaves(params), jax.tree.leaves(labels), strict=True):
+        counts[label] = counts.get(label, 0) + x.size
+    state = jax.eval_shape(tx.init, params)
+    sums: dict[tuple[str, str, str], list[int]] = {}
+    for path, node in jax.tree.leaves_with_path(state, is_leaf=is_quantized):
+        label, field = _place(path, node, label_of)
+        parts = zip(("", ".scales"), node if is_quantized(node) else (node,))  # noqa: B905
+        for suffix, x in parts:
+            entry = sums.setdefault((label, field + suffix, x.dtype.name), [0, 0])
+            entry[0] += x.size
+            entry[1] += x.size * x.dtype.itemsize
+    rows = tuple(MemoryRow(*key, *value) for key, value in sums.items())
+    return MemoryReport(rows, counts, _full_rank(state))
+
+
+def compiled_bytes(
+    tx: optax.GradientTransformation, params: optax.Params
+) -> dict[str, int]:
+    """Compiles `tx.update`, its state donated, and returns the bytes planned for it.
+
+    Args:
+      tx: Transformation to compile, for gradients typed as the parameters.
+      params: Parameters, as arrays or `jax.ShapeDtypeStruct`s.
+
+    Returns:
+      `temp_bytes` beyond arguments and results, `argument_bytes`, `output_bytes`.
+    """
+    state = jax.eval_shape(tx.init, params)
+    update = jax.jit(tx.update, donate_argnums=1)
+    plan: Any = update.lower(params, state, params).compile().memory_analysis()
+    return {
+        "temp_bytes": int(plan.temp_size_in_bytes),
+        "argument_bytes": int(plan.argument_size_in_bytes),
+        "output_bytes": int(plan.output_size_in_bytes),
+    }
+
+
+def _full_rank(state: optax.OptState) -> tuple[str, ...]:
+    leaves = jax.tree.leaves_with_path(state, is_leaf=lambda node: node is None)
+    places = [trees.split_path(path, ("projector",)) for path, x in leaves if x is None]
+    return tuple(place[1] for place in places if place is not None)
+
+
+def _place(path: KeyPath, node: Any, label_of: dict[str, str]) -> tuple[str, str]:
+    """Returns label and field of a state leaf, by the parameter its path ends in."""
+    for i in range(len(path) + 1):
+        fields = [key.name for key in path[:i] if isinstance(key, GetAttrKey)]
+        floating = is_quantized(node) or jax.numpy.issubdtype(
+            node.dtype, jax.numpy.floating
+        )
+        if floating and fields and keystr(path[i:]) in label_of:
+            return label_of[keystr(path[i:])], fields[-1]
+    return "other", next(
+        (key.name for key in reversed(path) if isinstance(key, GetAttrKey)), ""
+    )
+
+
+def _reduction(held: int, baseline: int) -> float:
+    return 1 - held / baseline if baseline else 0.0

@@ -1,0 +1,140 @@
+"""Muon for matrices, AdamW or Lion for the rest, as a configuration asks.
+
+`build_optimizer` only assembles transforms. For `use_8bit_optim` and `use_galore` both:
+
+    partition(
+        matrix: quantize_state(chain(galore(momentum, residual), orthogonalize))
+                -> scale_by_shape -> weight decay -> learning rate,
+        embedding, head, vector: AdamW)
+"""
+
+import optax
+
+from nanochat_jax import linalg
+from nanochat_jax.codecs import Codec, Int4, Int8
+from nanochat_jax.config import OptimizerConfig
+from nanochat_jax.labels import label_params
+from nanochat_jax.transforms import (
+    galore,
+    momentum,
+    orthogonalize,
+    quantize_state,
+    scale_by_shape,
+)
+
+_CODECS = {8: Int8, 4: Int4}
+
+
+def build_optimizer(
+    config: OptimizerConfig,
+    params: optax.Params,
+    labels: optax.Params | None = None,
+) -> optax.GradientTransformationExtraArgs:
+    """Builds the optimizer that `config` asks for.
+
+    Example:
+      >>> params = {"block": {"kernel": jnp.zeros((256, 512)), "bias": jnp.zeros(512)}}
+      >>> config = OptimizerConfig(use_8bit_optim=True, use_galore=True, galore_rank=64)
+      >>> tx = build_optimizer(config, params)
+      >>> state = tx.init(params)
+
+    Args:
+      config: What to build.
+      params: Parameters, as arrays or `jax.ShapeDtypeStruct`s.
+      labels: A tree like `params` of `"matrix"`, `"embedding"`, `"head"` and
+        `"vector"`; by `label_params` if not given.
+
+    Returns:
+      An Optax transformation, from gradients to updates.
+    """
+    labels = label_params(params) if labels is None else labels
+    by_label = optax.partition(
+        {
+            "matrix": matrix_optimizer(config),
+            "embedding": _fallback(config, config.weight_decay),
+            "head": _fallback(config, config.weight_decay),
+            "vector": _fallback(config, 0.0),
+        },
+        labels,
+    )
+    if not config.grad_clip:
+        return by_label
+    clip = optax.clip_by_global_norm(config.grad_clip)
+    return optax.named_chain(("clip", clip), ("by_label", by_label))
+
+
+def matrix_optimizer(config: OptimizerConfig) -> optax.GradientTransformationExtraArgs:
+    """Builds the Muon variant that `config` asks for, for trees of matrices only."""
+    return optax.named_chain(
+        ("direction", _direction(config)),
+        ("shape", scale_by_shape(config.muon_scale)),
+        ("decay", optax.add_decayed_weights(config.weight_decay)),
+        ("rate", optax.scale_by_learning_rate(schedule(config, config.lr))),
+    )
+
+
+def state_codecs(config: OptimizerConfig) -> dict[str, Codec]:
+    """Returns the codecs of the state of the matrices, by field."""
+    block, scales = config.quant_block_size, config.quant_scale_dtype
+    codecs: dict[str, Codec] = {}
+    if config.use_8bit_optim:
+        codec = _CODECS[config.quant_bits]
+        codecs["momentum"] = codec(block, config.stochastic_rounding, scales)
+    if config.use_galore and config.stored_projector_bits in _CODECS:
+        codec = _CODECS[config.stored_projector_bits]
+        codecs["projector"] = codec(block, scale_dtype=scales)
+    return codecs
+
+
+def schedule(config: OptimizerConfig, peak: float) -> optax.Schedule:
+    """Builds the learning rate by step: linear warm-up, plateau, linear decay to 0."""
+    warmup, start, total = config.warmup_steps, config.decay_start, config.total_steps
+    rise = optax.linear_schedule(peak / max(warmup, 1), peak, max(warmup - 1, 1))
+    fall = optax.linear_schedule(peak, 0.0, max(total - start, 1))
+    stages = [rise, optax.constant_schedule(peak), fall]
+    return optax.join_schedules(stages, [warmup, start])
+
+
+def _direction(config: OptimizerConfig) -> optax.GradientTransformation:
+    """Nests momentum, orthogonalisation, low-rank space and storage."""
+    average = momentum(config.muon_momentum)
+    step = orthogonalize(linalg.QUINTIC[:1] * config.ns_steps, dtype=config.ns_dtype)
+    if not config.use_galore:
+        tx = optax.chain(average, step)
+    elif config.galore_residual:
+        tx = optax.chain(_galore(average, config), step)
+    else:
+        tx = _galore(optax.chain(average, step), config)
+    codecs = state_codecs(config)
+    if not codecs:
+        return tx
+    return quantize_state(tx, codecs, min_size=config.quant_min_size, seed=config.seed)
+
+
+def _galore(
+    inner: optax.GradientTransformation, config: OptimizerConfig
+) -> optax.GradientTransformation:
+    scale_bits = 32 if config.quant_scale_dtype == "float32" else 16
+    stored_bits = lambda bits: (
+        bits + scale_bits / config.quant_block_size if bits in _CODECS else bits
+    )
+    momentum_bits = config.quant_bits if config.use_8bit_optim else 32
+    return galore(
+        inner,
+        config.rank,
+        refresh_every=config.galore_update_freq,
+        residual=config.galore_residual,
+        projector_dtype="bfloat16" if config.stored_projector_bits == 16 else "float32",
+        projector_cost=stored_bits(config.stored_projector_bits)
+        / stored_bits(momentum_bits),
+        seed=config.seed,
+    )
+
+
+def _fallback(
+    config: OptimizerConfig, weight_decay: float
+) -> optax.GradientTransformation:
+    rate = schedule(config, config.fallback_peak_lr)
+    if config.fallback == "lion":
+        return optax.lion(rate, *config.lion_betas, weight_decay=weight_decay)
+    return optax.adamw(rate, *config.adam_betas, weight_decay=weight_decay)

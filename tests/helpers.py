@@ -1,0 +1,108 @@
+"""The transforms under test, and a small tree of parameters for every branch."""
+
+import functools
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+import nanochat_jax as nj
+
+INT8 = {"momentum": nj.Int8(16)}
+BOTH = {"momentum": nj.Int8(16), "projector": nj.Int4(16)}
+
+
+def muon():
+    return optax.chain(nj.momentum(), nj.orthogonalize())
+
+
+def low_rank(inner, **kwargs):
+    """GaLore as the tests use it: a rank below every short side, two refreshes soon."""
+    return nj.galore(inner, 5, refresh_every=2, oversample=2, power_steps=1, **kwargs)
+
+
+def joint():
+    return optax.chain(low_rank(nj.momentum(), residual=1.0), nj.orthogonalize())
+
+
+def quantized(inner, codecs):
+    return nj.quantize_state(inner, codecs, min_size=1)
+
+
+def built(**kwargs):
+    config = nj.OptimizerConfig(**kwargs, galore_rank=5, galore_update_freq=2)
+    return nj.build_optimizer(config, params())
+
+
+STOCHASTIC = {"momentum": nj.Int8(16, stochastic_rounding=True)}
+
+TRANSFORMS = {
+    "momentum": nj.momentum,
+    "orthogonalize": nj.orthogonalize,
+    "scale_by_shape": nj.scale_by_shape,
+    "int8(momentum)": lambda: quantized(nj.momentum(), INT8),
+    "stochastic int8(muon)": lambda: quantized(muon(), STOCHASTIC),
+    "int8(adam.mu)": lambda: quantized(optax.scale_by_adam(), {"mu": nj.Int8()}),
+    "galore(muon)": lambda: low_rank(muon()),
+    "galore(adam), bf16 projector": lambda: low_rank(
+        optax.scale_by_adam(), projector_dtype="bfloat16"
+    ),
+    "galore(int8(momentum))": lambda: low_rank(
+        quantized(nj.momentum(), INT8), reproject=()
+    ),
+    "int8(galore(muon))": lambda: quantized(low_rank(muon()), BOTH),
+    "int8(joint)": lambda: quantized(joint(), BOTH),
+    "built, both flags": lambda: built(use_8bit_optim=True, use_galore=True),
+}
+
+
+def params(dtype=jnp.float32):
+    """A tall matrix, wide ones stacked, a small one, and the `None` Equinox leaves."""
+    shapes = {"tall": (40, 8), "stack": (2, 8, 24), "small": (2, 3)}
+    leaves = {
+        name: jax.random.normal(jax.random.key(i), shape, dtype)
+        for i, (name, shape) in enumerate(shapes.items())
+    }
+    return leaves | {"absent": None}
+
+
+def gradients(step, dtype=jnp.float32):
+    return jax.tree.map(
+        lambda x: jax.random.normal(jax.random.key(100 + step), x.shape, dtype),
+        params(dtype),
+    )
+
+
+def types(tree):
+    return jax.tree.map(lambda x: (x.shape, x.dtype.name), tree)
+
+
+@functools.cache
+def compiled(name):
+    """The transform of that name and its jitted update, compiled once a process."""
+    tx = optax.with_extra_args_support(TRANSFORMS[name]())
+    return tx, jax.jit(tx.update)
+
+
+def run(name, steps):
+    """Runs a transform for some steps; returns the last updates and the state."""
+    tx, update = compiled(name)
+    state, updates = tx.init(params()), None
+    for step in range(steps):
+        updates, state = update(gradients(step), state, params())
+    return updates, state
+
+
+def matrix_with_spectrum(shape, spectrum, seed=0):
+    """A matrix with the given singular values and random singular vectors."""
+    rng = np.random.default_rng(seed)
+    k = len(spectrum)
+    u = np.linalg.qr(rng.normal(size=(shape[0], k)))[0]
+    v = np.linalg.qr(rng.normal(size=(shape[1], k)))[0]
+    return jnp.asarray((u * spectrum) @ v.T, jnp.float32)
+
+
+def assert_close(a, b, atol=1e-5, rtol=1e-5):
+    chex.assert_trees_all_close(a, b, atol=atol, rtol=rtol)

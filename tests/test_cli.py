@@ -1,0 +1,190 @@
+"""The command line: what it prints, what it refuses and with which exit code."""
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from nanochat_jax import cli
+from nanochat_jax.lm.metrics import read_metrics
+from nanochat_jax.lm.tokenfile import write_tokens
+
+TINY = """
+dim = 64
+n_layers = 1
+n_heads = 2
+ffn_mult = 2.0
+vocab_size = 256
+max_seq_len = 32
+dataset = "synthetic"
+batch_size = 4
+total_steps = 6
+eval_batches = 1
+log_interval = 3
+use_8bit_optim = true
+use_galore = true
+galore_rank = 16
+galore_update_freq = 4
+quant_min_size = 0
+"""
+
+
+@pytest.fixture
+def config(tmp_path):
+    path = tmp_path / "tiny.toml"
+    path.write_text(TINY)
+    return path
+
+
+def refused(args, capsys):
+    """Runs a command that must end with exit code 2; returns its one message."""
+    with pytest.raises(SystemExit) as error:
+        cli.main([str(arg) for arg in args])
+    assert error.value.code == 2
+    return capsys.readouterr().err
+
+
+def test_train_prints_the_optimizer_and_writes_checkpoints_and_metrics(
+    config, tmp_path, capsys
+):
+    folder = tmp_path / "run"
+    args = ["train", "--config-file", config, "--checkpoint-dir", folder]
+    assert cli.main([str(arg) for arg in args]) == 0
+    out = capsys.readouterr().out
+    assert "Muon variant:      GaLore 2 + 8-bit Muon" in out
+    assert "Memory reduction:  " in out
+    assert "momentum int8, projector int4" in out
+    assert "step 6/6" in out
+    assert "Optimizer state: 0.2 MB; FP32 Muon + AdamW: 0.3 MB." in out
+    assert [line["step"] for line in read_metrics(folder / "metrics.jsonl")] == [
+        0,
+        3,
+        6,
+    ]
+    assert (folder / "6").is_dir()
+
+
+def test_a_run_resumes_where_it_stopped_and_flags_override_the_file(
+    config, tmp_path, capsys
+):
+    folder = tmp_path / "run"
+    args = [
+        "train", "--config-file", str(config), "--checkpoint-interval", "3",
+        "--checkpoint-dir",
+    ]  # fmt: skip
+    assert cli.main([*args, str(folder)]) == 0
+    resume = ["--resume", str(folder / "3")]
+    assert cli.main([*args, str(tmp_path / "again"), *resume]) == 0
+    assert "Resumed from step 3" in capsys.readouterr().out
+    assert sorted(p.name for p in (tmp_path / "again").iterdir()) == [
+        "6", "metrics.jsonl",
+    ]  # fmt: skip
+    message = refused([*args, folder, *resume], capsys)
+    assert "later checkpoints are there: [6]" in message
+
+
+def test_plan_prints_one_json_object(config, capsys):
+    assert cli.main(["plan", "--config-file", str(config), "--json"]) == 0
+    plan = json.loads(capsys.readouterr().out)
+    assert plan["variant"] == "galore_8bit"
+    assert plan["matrix"].keys() == {
+        "params", "state_bytes", "fp32_muon_bytes", "reduction"
+    }  # fmt: skip
+    assert plan["total"].keys() == {
+        "params", "state_bytes", "fp32_muon_adamw_bytes", "reduction"
+    }  # fmt: skip
+    assert plan["update"].keys() == {"temp_bytes", "argument_bytes", "output_bytes"}
+    assert plan["matrix"]["fp32_muon_bytes"] == 4 * plan["matrix"]["params"]
+    assert [group["label"] for group in plan["groups"]] == [
+        "matrix", "embedding", "vector"
+    ]  # fmt: skip
+    assert sum(g["params"] for g in plan["groups"]) == plan["total"]["params"]
+
+
+def test_plan_in_words_compares_the_ranks(config, capsys):
+    assert cli.main(["plan", "--config-file", str(config)]) == 0
+    out = capsys.readouterr().out
+    for text in ("Parameter groups", "Matrix state by GaLore rank", "384", "blocks.*."):
+        assert text in out
+
+
+def test_a_raw_uint32_file_trains(config, tmp_path, capsys):
+    path = tmp_path / "tokens.bin"
+    rng = np.random.default_rng(0)
+    rng.integers(0, 256, 5000, dtype=np.uint32).astype("<u4").tofile(path)
+    args = ["--dataset", "tokens", "--data-path", str(path)]
+    assert cli.main(["train", "--config-file", str(config), *args]) == 0
+    assert "step 6/6" in capsys.readouterr().out
+
+
+def test_what_cannot_be_used_is_refused_and_nothing_is_written(
+    config, tmp_path, capsys
+):
+    folder = tmp_path / "run"
+    train = ["train", "--config-file", config, "--checkpoint-dir", folder]
+
+    def told(*args):
+        message = refused([*train, *args], capsys)
+        assert not folder.exists()
+        return message
+
+    assert "`galore_rank` must be at least 1, got 0" in told("--galore-rank", 0)
+    assert "`galore_update_freq` must be at least 1, got 0" in told(
+        "--galore-update-freq", 0
+    )
+    missing = ["--dataset", "text", "--data-path", tmp_path / "none.txt"]
+    assert "none.txt" in told(*missing)
+    tokens = tmp_path / "tokens.bin"
+    write_tokens(tokens, np.full(4000, 999), vocab_size=1000)
+    (tmp_path / "tokens.bin.json").unlink()
+    message = told("--dataset", "tokens", "--data-path", tokens)
+    assert "999" in message
+    assert "from 0 to 255" in message
+    assert "no checkpoint is there" in told("--resume", tmp_path / "nowhere")
+    assert "nothing is left" not in told("--threads", 10_000)
+
+
+def test_a_typo_and_a_missing_file_name_what_is_known(config, tmp_path, capsys):
+    config.write_text(TINY.replace("galore_rank", "galor_rank"))
+    message = refused(["train", "--config-file", config], capsys)
+    assert "unknown key `galor_rank`. Did you mean `galore_rank`?" in message
+    message = refused(["plan", "--config-file", tmp_path / "none.toml"], capsys)
+    assert "none.toml: no such file" in message
+    message = refused(["train", "--config-file", config, "--galor-rank", 4], capsys)
+    assert "galor" in message
+
+
+def test_a_damaged_checkpoint_is_refused(config, tmp_path, capsys):
+    folder = tmp_path / "run"
+    train = ["train", "--config-file", str(config), "--total-steps", "3"]
+    assert cli.main([*train, "--checkpoint-dir", str(folder)]) == 0
+    for path in (folder / "3" / "state").rglob("*"):
+        if path.is_file():
+            path.write_bytes(b"")
+    before = sorted(folder.rglob("*"))
+    message = refused([*train, "--total-steps", 6, "--resume", folder], capsys)
+    assert "damaged checkpoint" in message
+    assert sorted(folder.rglob("*")) == before
+
+
+def test_a_gpu_that_is_not_there_is_an_error(config):
+    code = "import sys; from nanochat_jax.cli import main; sys.exit(main())"
+    args = ["train", "--config-file", str(config), "--device", "gpu"]
+    done = subprocess.run(
+        [sys.executable, "-c", code, *args], capture_output=True, text=True
+    )
+    assert done.returncode == 2
+    assert "finds no such device" in done.stderr
+    assert "cuda13" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_help_describes_every_setting(capsys):
+    with pytest.raises(SystemExit) as error:
+        cli.main(["train", "--help"])
+    assert error.value.code == 0
+    out = capsys.readouterr().out
+    for flag in ("--config-file", "--galore-rank", "--resume", "--muon-momentum"):
+        assert flag in out

@@ -1,0 +1,251 @@
+"""The laws of `galore`, on params that truly enter the low-rank branch."""
+
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import helpers
+import nanochat_jax as nj
+
+PARAMS = {"wide": jnp.zeros((8, 40)), "tall": jnp.zeros((2, 40, 8))}
+ALWAYS = {"min_saving": -float("inf")}
+
+
+def grads(step=0, rank=8):
+    def leaf(i, x):
+        k1, k2 = jax.random.split(jax.random.key(10 * step + i))
+        m, n = x.shape[-2:]
+        left = jax.random.normal(k1, (*x.shape[:-2], m, rank))
+        return left @ jax.random.normal(k2, (*x.shape[:-2], rank, n))
+
+    return {name: leaf(i, x) for i, (name, x) in enumerate(PARAMS.items())}
+
+
+def trajectory(tx, gradients, params=PARAMS):
+    state, update, out = tx.init(params), jax.jit(tx.update), []
+    for g in gradients:
+        updates, state = update(g, state, params)
+        out.append(updates)
+    return out, state
+
+
+def projections(state):
+    """`PPᵀ` of each leaf, which does not depend on signs and rotations."""
+    return jax.tree.map(lambda p: p @ p.mT, state.projector)
+
+
+def assert_orthonormal(state):
+    for p in jax.tree.leaves(state.projector):
+        eye = jnp.broadcast_to(jnp.eye(p.shape[-1]), (*p.shape[:-2], *p.shape[-1:] * 2))
+        helpers.assert_close(p.mT @ p, eye)
+
+
+@pytest.mark.parametrize("inner", [nj.momentum, helpers.muon], ids=["momentum", "muon"])
+def test_at_full_rank_it_is_the_inner_transform_across_refreshes(inner):
+    gradients = [grads(step) for step in range(5)]
+    tx = nj.galore(inner(), rank=8, refresh_every=2, **ALWAYS)
+    updates, state = trajectory(tx, gradients)
+    expected, _ = trajectory(inner(), gradients)
+    assert all(p is not None for p in state.projector.values())
+    helpers.assert_close(updates, expected, atol=2e-4)
+
+
+def test_without_reprojection_the_law_fails():
+    """So the test above can: moments kept in the old basis give other updates."""
+    gradients = [grads(step) for step in range(5)]
+    kwargs = {"rank": 8, "refresh_every": 2, **ALWAYS}
+    kept, _ = trajectory(nj.galore(nj.momentum(), reproject=(), **kwargs), gradients)
+    moved, _ = trajectory(nj.galore(nj.momentum(), **kwargs), gradients)
+    assert jnp.abs(kept[-1]["wide"] - moved[-1]["wide"]).max() > 0.1
+
+
+def test_orthogonalize_may_stand_inside_or_outside():
+    gradients = [grads(step) for step in range(3)]
+    inside = nj.galore(helpers.muon(), rank=3, refresh_every=2)
+    outside = optax.chain(
+        nj.galore(nj.momentum(), rank=3, refresh_every=2), nj.orthogonalize()
+    )
+    a, _ = trajectory(inside, gradients)
+    b, _ = trajectory(outside, gradients)
+    helpers.assert_close(a, b, atol=1e-4)
+
+
+def test_residual_gives_back_what_the_projector_cuts_off():
+    whole = nj.galore(optax.identity(), rank=3, residual=1.0)
+    updates, _ = trajectory(whole, [grads()])
+    helpers.assert_close(updates[0], grads(), atol=1e-4)
+    half = nj.galore(optax.identity(), rank=3, residual=0.5)
+    cut = nj.galore(optax.identity(), rank=3)
+    u, v = (trajectory(tx, [grads()])[0][0] for tx in (half, cut))
+    expected = jax.tree.map(lambda v, g: v + 0.5 * (g - v), v, grads())
+    helpers.assert_close(u, expected, atol=1e-4)
+
+
+def test_with_residual_the_orthogonalised_update_has_full_rank():
+    gradients = [grads(step) for step in range(2)]
+    plain = optax.chain(nj.galore(nj.momentum(), 3), nj.orthogonalize())
+    joint = optax.chain(nj.galore(nj.momentum(), 3, residual=1.0), nj.orthogonalize())
+    a, b = (trajectory(tx, gradients)[0][-1]["wide"] for tx in (plain, joint))
+    assert jnp.linalg.matrix_rank(a, rtol=1e-3) == 3
+    assert jnp.linalg.matrix_rank(b, rtol=1e-3) == 8
+
+
+def test_exactly_low_rank_gradients_pass_whole_and_stacks_are_their_matrices():
+    g = grads(rank=2)
+    tx = nj.galore(optax.identity(), rank=3)
+    (updates,), _ = trajectory(tx, [g])
+    helpers.assert_close(updates, g, atol=1e-4)
+    single = {"tall": PARAMS["tall"][1]}
+    (update,), _ = trajectory(tx, [{"tall": g["tall"][1]}], single)
+    helpers.assert_close(update["tall"], updates["tall"][1], atol=1e-4)
+
+
+def test_the_basis_changes_on_refresh_steps_only():
+    tx = nj.galore(nj.momentum(), rank=3, refresh_every=3)
+    state, update, seen = tx.init(PARAMS), jax.jit(tx.update), []
+    for step in range(7):
+        _, state = update(grads(step), state, PARAMS)
+        seen.append(projections(state)["wide"])
+    changed = [bool(jnp.abs(b - a).max() > 1e-3) for a, b in itertools.pairwise(seen)]
+    assert changed == [False, False, True, False, False, True]
+    assert_orthonormal(state)
+
+
+@pytest.mark.parametrize("poison", [0.0, jnp.nan, jnp.inf])
+def test_a_useless_gradient_at_a_refresh_keeps_the_old_basis(poison):
+    tx = nj.galore(nj.momentum(), rank=3, refresh_every=1)
+    update = jax.jit(tx.update)
+    _, state = update(grads(0), tx.init(PARAMS), PARAMS)
+    bad = grads(1)
+    bad["wide"] = bad["wide"].at[0, 0].set(poison) if poison else 0 * bad["wide"]
+    bad["tall"] = bad["tall"].at[1].set(poison)  # the other matrix of the stack is fine
+    _, after = update(bad, state, PARAMS)
+    before, now = projections(state), projections(after)
+    helpers.assert_close(now["wide"], before["wide"])
+    helpers.assert_close(now["tall"][1], before["tall"][1])
+    assert jnp.abs(now["tall"][0] - before["tall"][0]).max() > 1e-3
+    assert_orthonormal(after)
+
+
+@pytest.mark.parametrize("poison", [0.0, jnp.nan])
+def test_a_useless_first_gradient_leaves_an_orthonormal_basis(poison):
+    tx = nj.galore(nj.momentum(), rank=3)
+    bad = jax.tree.map(lambda x: jnp.full_like(x, poison), PARAMS)
+    _, state = tx.update(bad, tx.init(PARAMS), PARAMS)
+    assert_orthonormal(state)
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1e30])
+def test_the_scale_of_the_gradient_does_not_matter(scale):
+    tx = nj.galore(helpers.muon(), rank=3)
+    (expected,), _ = trajectory(tx, [grads()])
+    (updates,), _ = trajectory(tx, [jax.tree.map(lambda g: g * scale, grads())])
+    helpers.assert_close(updates, expected, atol=1e-3)
+
+
+def test_projected_gradients_capture_the_leading_directions():
+    g = helpers.matrix_with_spectrum((32, 96), np.arange(1, 33) ** -0.5)
+    tx = nj.galore(optax.identity(), rank=8)
+    (u,), _ = trajectory(tx, [{"w": g}], {"w": g})
+    best = np.sum(1 / np.arange(1, 9))
+    assert 0.97 * best < jnp.sum(u["w"] ** 2) <= 1.0001 * best
+
+
+def test_galore_adam_is_the_published_method():
+    """Zhao et al. (2024), algorithm 2, with an exact decomposition, in NumPy.
+
+    The spectrum is well separated, so that singular vectors agree up to sign, under
+    which Adam's elementwise step does not change.
+    """
+    rng = np.random.default_rng(0)
+    directions = helpers.matrix_with_spectrum((16, 48), 2.0 ** -np.arange(16))
+    gradients = [
+        np.asarray(directions) + 1e-3 * rng.normal(size=(16, 48)) for _ in range(4)
+    ]
+    tx = nj.galore(
+        optax.scale_by_adam(0.9, 0.999, 1e-8),
+        rank=4,
+        refresh_every=200,
+        scale=0.25,
+        power_steps=4,
+        reproject=(),
+    )
+    jaxed = [{"w": jnp.asarray(g, jnp.float32)} for g in gradients]
+    updates, _ = trajectory(tx, jaxed, jaxed[0])
+    basis = np.linalg.svd(gradients[0])[0][:, :4]
+    m = v = np.zeros((4, 48))
+    for t, g in enumerate(gradients, start=1):
+        low = basis.T @ g
+        m, v = 0.9 * m + 0.1 * low, 0.999 * v + 0.001 * low**2
+        step = (m / (1 - 0.9**t)) / (np.sqrt(v / (1 - 0.999**t)) + 1e-8)
+        expected = 0.25 * basis @ step
+        got = updates[t - 1]["w"]
+        assert np.linalg.norm(got - expected) < 0.02 * np.linalg.norm(expected)
+
+
+def test_leaves_that_would_not_save_memory_stay_full_rank():
+    shapes = {"square": (8, 8), "wide": (8, 64), "bias": (64,)}
+    params = {name: jnp.zeros(shape) for name, shape in shapes.items()}
+    project = lambda **kwargs: {
+        name
+        for name, p in nj.galore(nj.momentum(), **kwargs).init(params).projector.items()
+        if p is not None
+    }
+    assert project(rank=4) == {"wide"}  # 4 (8 + 8) = 8 x 8 saves nothing
+    assert project(rank=3) == {"square", "wide"}
+    assert project(rank=4, projector_cost=0.5) == {"square", "wide"}
+    assert project(rank=4, projector_dtype="bfloat16") == {"square", "wide"}
+    assert project(rank=4, min_saving=0.5) == set()
+    assert project(rank=100, **ALWAYS) == {"square", "wide"}
+
+
+def test_state_is_low_rank():
+    state = nj.galore(optax.scale_by_adam(), rank=3).init(PARAMS)
+    assert state.projector["tall"].shape == (2, 8, 3)
+    assert state.inner.mu["tall"].shape == (2, 3, 40)
+    assert state.inner.nu["wide"].shape == (3, 40)
+
+
+def test_the_seed_decides_the_sketch():
+    g = grads()
+    trajectories = [
+        trajectory(
+            nj.galore(optax.identity(), 3, seed=seed, power_steps=0, oversample=0), [g]
+        )[0]
+        for seed in (0, 0, 1)
+    ]
+    helpers.assert_close(trajectories[0], trajectories[1], atol=0, rtol=0)
+    assert jnp.abs(trajectories[0][0]["wide"] - trajectories[2][0]["wide"]).max() > 1e-3
+
+
+@pytest.mark.parametrize(
+    ("make", "error", "message"),
+    [
+        (lambda: nj.galore(nj.momentum(), jnp.int32(4)), TypeError, "static_args"),
+        (lambda: nj.galore(nj.momentum(), 0), ValueError, "rank=0"),
+        (
+            lambda: nj.galore(nj.momentum(), 4, refresh_every=0),
+            ValueError,
+            "refresh_every=0",
+        ),
+        (
+            lambda: nj.galore(nj.momentum(), 4, oversample=-1),
+            ValueError,
+            "oversample=-1",
+        ),
+        (
+            lambda: nj.galore(
+                helpers.quantized(nj.momentum(), helpers.INT8), rank=3
+            ).init(PARAMS),
+            ValueError,
+            r"momentum\['tall'\](.|\n)*momentum\['wide'\](.|\n)*around `galore`",
+        ),
+    ],
+)
+def test_messages_name_the_argument_the_value_and_the_remedy(make, error, message):
+    with pytest.raises(error, match=message):
+        make()

@@ -1,0 +1,152 @@
+"""The laws of `quantize_state`, for any transform inside."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import helpers
+import nanochat_jax as nj
+from nanochat_jax.codecs import Quantized
+
+PARAMS = {"w": jnp.zeros((8, 32)), "b": jnp.zeros(5)}
+
+
+def grads(step):
+    keys = jax.random.split(jax.random.key(step))
+    return {k: jax.random.normal(key, PARAMS[k].shape) for k, key in zip("wb", keys)}  # noqa: B905
+
+
+def run(tx, steps=3):
+    state, update = tx.init(PARAMS), jax.jit(tx.update)
+    for step in range(steps):
+        updates, state = update(grads(step), state, PARAMS)
+    return updates, state
+
+
+def decoded(tx_inner, state, codec):
+    like = jax.eval_shape(tx_inner.init, PARAMS)
+    is_leaf = lambda x: isinstance(x, Quantized)
+    return jax.tree.map(
+        lambda x, y: codec.decode(x, y.shape[-1]) if is_leaf(x) else x,
+        state.inner,
+        like,
+        is_leaf=is_leaf,
+    )
+
+
+@pytest.mark.parametrize("codec", [nj.Int8(16), nj.Int4(16)], ids=lambda c: c.name)
+def test_after_one_step_state_is_within_half_a_step_and_updates_are_exact(codec):
+    inner = nj.momentum(0.9)
+    tx = helpers.quantized(inner, {"momentum": codec})
+    updates, state = run(tx, 1)
+    expected, exact = run(inner, 1)
+    helpers.assert_close(updates, expected)  # only the stored copy is rounded
+    stored = decoded(inner, state, codec).momentum
+    largest = jax.tree.map(lambda m: jnp.abs(m).max(), exact.momentum)
+    for name in PARAMS:
+        error = jnp.abs(stored[name] - exact.momentum[name]).max()
+        assert 0 < error <= 0.5 * largest[name] / codec.levels * 1.001
+
+
+def test_int8_follows_the_exact_momentum_over_many_steps():
+    inner = nj.momentum(0.95)
+    updates, _ = run(helpers.quantized(inner, helpers.INT8), 50)
+    expected, _ = run(inner, 50)
+    error = jnp.linalg.norm(updates["w"] - expected["w"])
+    # 0.5 % of one rounding in blocks of 16, over √(1 - β²).
+    assert error / jnp.linalg.norm(expected["w"]) < 0.02
+
+
+def test_it_serves_transforms_of_optax_and_leaves_other_fields_alone():
+    inner = optax.scale_by_adam()
+    tx = nj.quantize_state(inner, {"mu": nj.Int8(16)}, min_size=6)
+    state = tx.init(PARAMS)
+    assert state.inner.mu["w"].codes.dtype == jnp.int8
+    assert state.inner.mu["b"].dtype == jnp.float32  # below `min_size`
+    assert state.inner.nu["w"].dtype == jnp.float32
+    assert state.inner.count.dtype == jnp.int32
+    updates, _ = run(tx, 1)
+    helpers.assert_close(updates, run(inner, 1)[0])
+
+
+def test_leaves_that_are_not_floating_point_are_kept():
+    inner = optax.GradientTransformation(
+        lambda p: nj.MomentumState(jax.tree.map(lambda x: x.astype(jnp.int32), p)),
+        lambda u, s, p=None: (u, s),
+    )
+    state = helpers.quantized(inner, helpers.INT8).init(PARAMS)
+    assert state.inner.momentum["w"].dtype == jnp.int32
+
+
+def test_stochastic_rounding_depends_on_seed_and_step_and_leaf():
+    codec = nj.Int8(16, stochastic_rounding=True)
+    make = lambda seed: nj.quantize_state(
+        nj.momentum(0.0, nesterov=False), {"momentum": codec}, min_size=1, seed=seed
+    )
+    same = jax.tree.map(lambda x: jnp.ones_like(x).at[0].set(0.3), PARAMS)
+
+    def codes(seed, steps):
+        tx = make(seed)
+        state = tx.init(PARAMS)
+        for _ in range(steps):
+            _, state = tx.update(same, state)
+        return np.asarray(state.inner.momentum["w"].codes)[0]
+
+    first = codes(0, 1)
+    assert set(first) == {127}  # 0.3 is the largest of its row
+    uneven = {"w": PARAMS["w"].at[:, 0].set(1.0).at[:, 1:].set(0.3), "b": PARAMS["b"]}
+
+    def rows(seed, steps):
+        tx = make(seed)
+        state = tx.init(PARAMS)
+        for _ in range(steps):
+            _, state = tx.update(uneven, state)
+        return np.asarray(state.inner.momentum["w"].codes)
+
+    assert np.array_equal(rows(0, 1), rows(0, 1))
+    assert not np.array_equal(rows(0, 1), rows(0, 2))
+    assert not np.array_equal(rows(0, 1), rows(1, 1))
+    assert {38, 39} <= set(rows(0, 1)[:, 2:].ravel())  # 0.3 x 127 = 38.1
+
+
+def test_stochastic_rounding_is_unbiased_in_the_state():
+    codec = nj.Int4(32, stochastic_rounding=True)
+    inner = nj.momentum(0.0, nesterov=False)
+    tx = nj.quantize_state(inner, {"momentum": codec}, min_size=1)
+    update = jax.jit(lambda s: tx.update(grads(0), s)[1])
+    state, total, count = tx.init(PARAMS), 0.0, 400
+    for _ in range(count):
+        state = update(state)
+        total += decoded(inner, state, codec).momentum["w"]
+    error = np.abs(total / count - grads(0)["w"])
+    step = np.abs(grads(0)["w"]).max() / 7
+    assert error.max() < 5 * 0.5 * step / count**0.5
+
+
+def test_a_field_that_is_not_there_is_refused_with_those_that_are():
+    tx = nj.quantize_state(optax.scale_by_rms(), {"mu": nj.Int8(), "m": nj.Int8()})
+    with pytest.raises(ValueError, match=r"\['m', 'mu'\](.|\n)*\['nu'\]"):
+        tx.init(PARAMS)
+
+
+def test_both_flags_nest_truly():
+    """Momentum is low-rank and int8, the projector int4; nothing is full-size."""
+    tx = helpers.quantized(nj.galore(helpers.muon(), 2), helpers.BOTH)
+    state = tx.init({"w": jnp.zeros((16, 64))})
+    galore_state = state.inner
+    assert galore_state.projector["w"].codes.shape == (16, 1)  # two codes a byte
+    momentum = galore_state.inner[0].momentum["w"]
+    assert momentum.codes.shape == (2, 64)
+    assert momentum.codes.dtype == jnp.int8
+    held = sum(x.nbytes for x in jax.tree.leaves(state))
+    assert held < 16 * 64
+
+
+def test_a_decoded_int4_basis_stays_nearly_orthonormal():
+    tx = helpers.quantized(nj.galore(nj.momentum(), 16), {"projector": nj.Int4(16)})
+    g = {"w": jax.random.normal(jax.random.key(0), (64, 128))}
+    _, state = tx.update(g, tx.init(g))
+    p = nj.Int4(16).decode(state.inner.projector["w"], 16)
+    assert jnp.abs(p.mT @ p - jnp.eye(16)).max() < 0.1

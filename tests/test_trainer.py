@@ -1,0 +1,155 @@
+"""The training step and the loop around it."""
+
+import dataclasses
+import io
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from rich.console import Console
+
+from nanochat_jax.config import Config
+from nanochat_jax.lm import trainer
+from nanochat_jax.lm.checkpoint import Checkpoints
+from nanochat_jax.lm.display import make_display
+from nanochat_jax.lm.metrics import MetricsWriter, read_metrics
+
+TINY = Config(
+    dim=32, n_layers=1, n_heads=2, ffn_mult=2.0, vocab_size=64, max_seq_len=32,
+    dataset="synthetic", batch_size=4, total_steps=20, warmup_steps=2,
+    eval_interval=10, eval_batches=2, log_interval=5, checkpoint_interval=10,
+    galore_rank=8, galore_update_freq=4, muon_momentum=0.9, fallback_lr=0.01,
+    quant_min_size=0,
+)  # fmt: skip
+VARIANTS = {
+    "muon": {},
+    "muon_8bit": {"use_8bit_optim": True},
+    "galore": {"use_galore": True},
+    "galore_8bit": {"use_galore": True, "use_8bit_optim": True},
+}
+
+
+def quiet(config, start=0):
+    console = Console(file=io.StringIO())
+    return make_display(config.total_steps, start_step=start, console=console)
+
+
+def train(run, *, state=None, folder=None):
+    state = trainer.init_state(run) if state is None else state
+    step = trainer.compile_train_step(run)
+    with quiet(run.config, int(state.step)) as display:
+        if folder is None:
+            return trainer.fit(run, state, step, display=display)
+        with (
+            Checkpoints(folder) as checkpoints,
+            MetricsWriter(folder / "metrics.jsonl") as metrics,
+        ):
+            return trainer.fit(
+                run, state, step, display=display, metrics=metrics,
+                checkpoints=checkpoints,
+            )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def run():
+    return trainer.prepare(TINY)
+
+
+def test_one_step_gives_the_numbers_it_gave_before(run):
+    """If this moved and you meant no change of model, data or optimizer, it is a bug.
+
+    If you did, put the new numbers here and say in CHANGELOG.md what changed.
+    """
+    shape = (1, TINY.batch_size, TINY.sequence + 1)
+    batch = (jnp.arange(np.prod(shape)).reshape(shape) * 7) % TINY.vocab_size
+    step = jax.jit(trainer.make_train_step(run.graphdef, run.tx))
+    state, metrics = step(trainer.init_state(run), batch)
+    moved = jax.tree.map(
+        lambda a, b: jnp.abs(a - b).mean(), state.params, trainer.init_state(run).params
+    )
+    golden = {"loss": 4.1748, "grad_norm": 3.7178, "gate": 0.001220, "embedding": 0.005}
+    found = {
+        "loss": metrics["loss"],
+        "grad_norm": metrics["grad_norm"],
+        "gate": moved["blocks"][0]["ffn"]["gate"]["kernel"],
+        "embedding": moved["embed"]["embedding"],
+    }
+    assert {k: float(v) for k, v in found.items()} == pytest.approx(golden, rel=2e-3)
+    assert int(state.step) == 1
+
+
+def test_microbatches_give_the_step_of_the_whole_batch(run):
+    step = jax.jit(trainer.make_train_step(run.graphdef, run.tx))
+    batch = jax.random.randint(jax.random.key(0), (1, 4, TINY.sequence + 1), 0, 64)
+    whole, metrics = step(trainer.init_state(run), batch)
+    parts, same = step(trainer.init_state(run), batch.reshape(2, 2, -1))
+    chex.assert_trees_all_close(same, metrics, rtol=1e-5)
+    chex.assert_trees_all_close(parts.params, whole.params, atol=1e-4)
+
+
+def test_the_state_keeps_its_types_and_its_memory(run):
+    state = trainer.abstract_state(run)
+    chex.assert_trees_all_equal_shapes_and_dtypes(trainer.init_state(run), state)
+    compiled = trainer.compile_train_step(run).memory_analysis()
+    held = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state))
+    assert compiled.alias_size_in_bytes >= held  # donated, so updated in place
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_a_resumed_run_ends_with_the_same_bits(name, tmp_path):
+    config = dataclasses.replace(TINY, **VARIANTS[name])
+    run = trainer.prepare(config)
+    straight = train(run, folder=tmp_path / "a")
+    stored = Checkpoints(tmp_path / "a" / "10")
+    resumed = train(run, state=trainer.restore(run, stored), folder=tmp_path / "b")
+    chex.assert_trees_all_equal(resumed, straight)
+    assert run.config.variant == name
+    dtypes = {x.dtype.name for x in jax.tree.leaves(straight.opt_state)}
+    assert ("int8" in dtypes) == (name != "muon")
+
+
+def test_metrics_have_a_line_an_interval_and_the_validation_loss_falls(run, tmp_path):
+    train(run, folder=tmp_path)
+    lines = read_metrics(tmp_path / "metrics.jsonl")
+    assert [line["step"] for line in lines] == [0, 5, 10, 15, 20]
+    for line in lines[1:]:
+        assert {"loss", "lr", "grad_norm", "tokens_per_s", "elapsed_s"} <= line.keys()
+    evaluated = [line["val_loss"] for line in lines if "val_loss" in line]
+    assert len(evaluated) == 3
+    assert evaluated[-1] < evaluated[0] - 0.1
+    # A chain of known entropy has no bytes, so no bits per byte are made up.
+    assert not any("val_bpb" in line for line in lines)
+
+
+def test_no_model_beats_the_entropy_of_the_chain(run):
+    evaluate = trainer.Evaluator(run)
+    state = train(run)
+    loss = evaluate(state.params)["val_loss"]
+    assert run.corpus.entropy_rate < loss < np.log(64) + 0.5
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_says_so(run):
+    state = trainer.init_state(run)
+    state = state._replace(params=jax.tree.map(lambda x: x * jnp.nan, state.params))
+    with pytest.raises(FloatingPointError, match=r"step 5: the loss is nan\. Resume"):
+        train(run, state=state)
+
+
+def test_a_checkpoint_of_another_run_is_refused_with_the_difference(run, tmp_path):
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(1, trainer.init_state(run), run.meta)
+    other = trainer.prepare(dataclasses.replace(TINY, lr=0.01, use_galore=True))
+    with pytest.raises(
+        ValueError, match=r"config.lr: stored 0.02, now 0.01(.|\n)*galo"
+    ):
+        trainer.restore(other, Checkpoints(tmp_path))
+    longer = trainer.prepare(dataclasses.replace(TINY, log_interval=7))
+    assert int(trainer.restore(longer, Checkpoints(tmp_path)).step) == 0
+
+
+def test_epochs_set_the_number_of_steps():
+    run = trainer.prepare(dataclasses.replace(TINY, batch_size=1024), epochs=2)
+    windows = (len(run.corpus.train) - 1) // TINY.sequence
+    assert run.config.total_steps == 2 * -(-windows // 1024)
