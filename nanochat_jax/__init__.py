@@ -23,4 +23,5 @@ from nanochat_jax.transforms import (
     orthogonalize as orthogonalize,
     quantize_state as quantize_state,
     scale_by_shape as scale_by_shape,
+    sequence as sequence,
 )

@@ -118,8 +118,8 @@ class Plan(Config):
             console,
             f"Compiled update on {device.describe()}: "
             f"{report.megabytes(update['temp_bytes'])} of temporaries beside "
-            f"{report.megabytes(update['argument_bytes'])} of gradients, parameters "
-            "and state.",
+            f"{report.megabytes(update['argument_bytes'])} of gradients, state and "
+            "what it reads of the parameters.",
         )
 
 

@@ -94,26 +94,31 @@ class OptimizerConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        settings.check_types(self)
+        settings.require(*self._checks())
+
+    def _checks(self) -> list[settings.Check]:
         at_least = {
             "warmup_steps": 0, "total_steps": 1, "grad_clip": 0, "ns_steps": 1,
-            "quant_block_size": 1, "quant_min_size": 0, "galore_rank": 1, "galore_update_freq": 1,
-            "galore_residual": 0, "weight_decay": 0, "lr": 0, "fallback_lr": 0,
-            "seed": 0,
+            "quant_block_size": 1, "quant_min_size": 0, "galore_rank": 1,
+            "galore_update_freq": 1, "galore_residual": 0, "weight_decay": 0, "lr": 0,
+            "fallback_lr": 0, "seed": 0,
         }  # fmt: skip
         fractions = {
-            "muon_momentum": (self.muon_momentum,),
+            "muon_momentum": [self.muon_momentum],
             "adam_betas": self.adam_betas,
             "lion_betas": self.lion_betas,
         }
-        settings.require(
+        return [
             *settings.lower_bounds(self, at_least),
             *(
                 (
                     all(0 <= b < 1 for b in betas),
-                    f"`{name}` must lie in [0, 1), got {betas}.",
+                    f"`{name}` must lie in [0, 1), got {getattr(self, name)}.",
                 )
                 for name, betas in fractions.items()
             ),
+            (self.seed < 2**32, f"`seed` must be below 2**32, got {self.seed}."),
             (
                 0 <= self.decay_start_frac <= 1,
                 f"`decay_start_frac` must lie in [0, 1], got {self.decay_start_frac}.",
@@ -124,7 +129,7 @@ class OptimizerConfig:
                 f"{self.decay_start} = decay_start_frac x total_steps, got "
                 f"{self.warmup_steps}.",
             ),
-        )
+        ]
 
     @classmethod
     def from_toml(cls, path: str | Path) -> Self:
@@ -144,7 +149,7 @@ class OptimizerConfig:
           ValueError: If the file cannot be read, or a key or value is not allowed.
         """
         values = settings.read_toml(path)
-        unbuilt = sorted(values.keys() & set(PARENT_ONLY))
+        unbuilt = [key for key in PARENT_ONLY if key in values]
         if unbuilt:
             warnings.warn(
                 f"{path}: these keys are for parts that are not built here and have no "
@@ -152,8 +157,7 @@ class OptimizerConfig:
                 stacklevel=2,
             )
         known = [field.name for field in dataclasses.fields(Config)]
-        settings.check_keys(values.keys() - set(unbuilt), known, str(path))
-        return settings.build(cls, values, str(path))
+        return settings.build(cls, values, str(path), [*known, *unbuilt])
 
     @property
     def decay_start(self) -> int:
@@ -217,11 +221,16 @@ class ModelConfig:
     remat: bool = False
 
     def __post_init__(self) -> None:
+        settings.check_types(self)
+        settings.require(*self._checks())
+
+    def _checks(self) -> list[settings.Check]:
         sizes = ("dim", "n_layers", "n_heads", "vocab_size", "max_seq_len")
-        settings.require(*settings.lower_bounds(self, dict.fromkeys(sizes, 1)))
-        settings.require(
+        heads = max(self.n_heads, 1)
+        return [
+            *settings.lower_bounds(self, dict.fromkeys(sizes, 1)),
             (
-                self.dim % self.n_heads == 0 and self.dim // self.n_heads % 2 == 0,
+                self.dim % heads == 0 and self.dim // heads % 2 == 0,
                 "`dim` must be an even multiple of `n_heads`, got "
                 f"{self.dim} and {self.n_heads}.",
             ),
@@ -230,12 +239,16 @@ class ModelConfig:
                 "`n_heads` must be a multiple of `n_kv_heads`, got "
                 f"{self.n_heads} and {self.kv_heads}.",
             ),
-            (self.ffn_mult > 0, f"`ffn_mult` must be positive, got {self.ffn_mult}."),
+            (
+                self.ffn_dim >= 1 or self.dim < 1,
+                f"`ffn_mult` must give a hidden width, `dim` x `ffn_mult`, of at "
+                f"least 1, got {self.ffn_mult}.",
+            ),
             (
                 self.rope_theta > 0,
                 f"`rope_theta` must be positive, got {self.rope_theta}.",
             ),
-        )
+        ]
 
     @property
     def head_dim(self) -> int:
@@ -290,22 +303,22 @@ class Config(OptimizerConfig, ModelConfig):
     sample_tokens: int = 200
     sample_prompt: str = "def "
 
-    def __post_init__(self) -> None:
-        ModelConfig.__post_init__(self)
-        OptimizerConfig.__post_init__(self)
+    def _checks(self) -> list[settings.Check]:
         at_least = {
             "batch_size": 1, "grad_accum_steps": 1, "log_interval": 1,
             "eval_interval": 0, "eval_batches": 1, "checkpoint_interval": 1,
             "keep_last_checkpoints": 1, "sample_tokens": 0,
         }  # fmt: skip
-        settings.require(
+        return [
+            *ModelConfig._checks(self),
+            *OptimizerConfig._checks(self),
             *settings.lower_bounds(self, at_least),
             (
                 1 <= self.sequence <= self.max_seq_len,
                 "`seq_len` must lie between 1 and `max_seq_len`, got "
                 f"{self.sequence} and {self.max_seq_len}.",
             ),
-        )
+        ]
 
     @property
     def sequence(self) -> int:

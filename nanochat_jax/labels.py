@@ -12,7 +12,9 @@ from jax.tree_util import KeyPath, keystr
 
 Label = Literal["matrix", "embedding", "head", "vector"]
 
-_EMBEDDINGS = ("embed", "embedding", "embeddings", "embed_tokens", "wte", "wpe")
+# Any word of a name makes an embedding, as in `tok_embeddings`; but `multi_head` is no
+# head, so those names are whole.
+_EMBEDDINGS = {"embed", "embedding", "embeddings", "wte", "wpe"}
 _HEADS = ("head", "lm_head", "unembed", "unembedding", "output_head")
 _VECTORS = ("b", "bias", "scale", "gain", "gamma", "beta")
 
@@ -46,6 +48,6 @@ def _label(path: KeyPath, x: jax.Array) -> Label:
         return "vector"
     if any(name in _HEADS for name in names):
         return "head"
-    if any(name in _EMBEDDINGS for name in names):
+    if not _EMBEDDINGS.isdisjoint("_".join(names).split("_")):
         return "embedding"
     return "matrix"

@@ -134,7 +134,7 @@ def memory_report(
             entry[0] += x.size
             entry[1] += x.size * x.dtype.itemsize
     rows = tuple(MemoryRow(*key, *value) for key, value in sums.items())
-    return MemoryReport(rows, counts, _full_rank(state))
+    return MemoryReport(rows, counts, _full_rank(state, label_of))
 
 
 def compiled_bytes(
@@ -150,8 +150,15 @@ def compiled_bytes(
       `temp_bytes` beyond arguments and results, `argument_bytes`, `output_bytes`.
     """
     state = jax.eval_shape(tx.init, params)
-    update = jax.jit(tx.update, donate_argnums=1)
-    plan: Any = update.lower(params, state, params).compile().memory_analysis()
+
+    # The state first: JAX pairs donated buffers with results of their shape in order,
+    # and the updates have the shape of the momentum.
+    def update(state: Any, grads: Any, params: Any) -> tuple[Any, Any]:
+        updates, state = tx.update(grads, state, params)
+        return state, updates
+
+    step = jax.jit(update, donate_argnums=0).lower(state, params, params)
+    plan: Any = step.compile().memory_analysis()
     return {
         "temp_bytes": int(plan.temp_size_in_bytes),
         "argument_bytes": int(plan.argument_size_in_bytes),
@@ -159,10 +166,12 @@ def compiled_bytes(
     }
 
 
-def _full_rank(state: optax.OptState) -> tuple[str, ...]:
+def _full_rank(state: optax.OptState, label_of: dict[str, str]) -> tuple[str, ...]:
     leaves = jax.tree.leaves_with_path(state, is_leaf=lambda node: node is None)
     places = [trees.split_path(path, ("projector",)) for path, x in leaves if x is None]
-    return tuple(place[1] for place in places if place is not None)
+    return tuple(
+        place[1] for place in places if place and label_of.get(place[1]) == "matrix"
+    )
 
 
 def _place(path: KeyPath, node: Any, label_of: dict[str, str]) -> tuple[str, str]:

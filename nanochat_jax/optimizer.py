@@ -20,6 +20,7 @@ from nanochat_jax.transforms import (
     orthogonalize,
     quantize_state,
     scale_by_shape,
+    sequence,
 )
 
 _CODECS = {8: Int8, 4: Int4}
@@ -65,11 +66,13 @@ def build_optimizer(
 
 def matrix_optimizer(config: OptimizerConfig) -> optax.GradientTransformationExtraArgs:
     """Builds the Muon variant that `config` asks for, for trees of matrices only."""
-    return optax.named_chain(
-        ("direction", _direction(config)),
-        ("shape", scale_by_shape(config.muon_scale)),
-        ("decay", optax.add_decayed_weights(config.weight_decay)),
-        ("rate", optax.scale_by_learning_rate(schedule(config, config.lr))),
+    return sequence(
+        optax.named_chain(
+            ("direction", _direction(config)),
+            ("shape", scale_by_shape(config.muon_scale)),
+            ("decay", optax.add_decayed_weights(config.weight_decay)),
+            ("rate", optax.scale_by_learning_rate(schedule(config, config.lr))),
+        )
     )
 
 

@@ -6,6 +6,7 @@ one message that names file, key, what was got and what is allowed.
 
 import dataclasses
 import difflib
+import math
 import tomllib
 import types
 import typing
@@ -14,6 +15,9 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 T = TypeVar("T")
+
+Check = tuple[bool, str]
+"""A condition, and the message for when it does not hold."""
 
 
 def read_toml(path: str | Path) -> dict[str, Any]:
@@ -48,62 +52,61 @@ def read_toml(path: str | Path) -> dict[str, Any]:
     return values
 
 
-def check_keys(values: Iterable[str], known: Iterable[str], source: str) -> None:
-    """Refuses unknown keys and names the nearest known one for each.
-
-    Args:
-      values: Keys to check.
-      known: Keys that are allowed.
-      source: Where the keys come from, for the message.
-
-    Raises:
-      ValueError: If a key is not known.
-    """
-    known = sorted(known)
-    unknown = [key for key in values if key not in known]
-    if not unknown:
-        return
-    lines = []
-    for key in unknown:
-        near = difflib.get_close_matches(key, known, n=1)
-        hint = f" Did you mean `{near[0]}`?" if near else ""
-        lines.append(f"{source}: unknown key `{key}`.{hint}")
-    raise ValueError("\n".join([*lines, f"Known keys: {', '.join(known)}."]))
-
-
-def build(cls: type[T], values: Mapping[str, Any], source: str) -> T:
+def build(
+    cls: type[T], values: Mapping[str, Any], source: str, others: Iterable[str] = ()
+) -> T:
     """Builds the dataclass `cls` from those of `values` that are its fields.
 
     Args:
-      cls: Dataclass whose `__post_init__` checks the ranges.
-      values: Values by field name; other keys are left alone.
+      cls: Dataclass whose `__post_init__` checks types and ranges.
+      values: Values by field name.
       source: Where the values come from, for the message.
+      others: Keys that are allowed too, and left alone.
 
     Returns:
       An instance of `cls`.
 
     Raises:
-      ValueError: If a value has the wrong type or is not allowed.
+      ValueError: If a key is not known, or a value has the wrong type or is not
+        allowed. Ranges are checked with defaults in place of values of a wrong type.
     """
-    hints = typing.get_type_hints(cls)
-    fields = {f.name: hints[f.name] for f in dataclasses.fields(cls)}  # pyright: ignore[reportArgumentType]
-    chosen, errors = {}, []
-    for key in fields.keys() & values.keys():
-        try:
-            chosen[key] = _coerce(values[key], fields[key])
-        except TypeError as error:
-            errors.append(f"{source}: `{key}` {error}")
-    if errors:
-        raise ValueError("\n".join(sorted(errors)))
+    fields, chosen = _types(cls), {}
+    errors = _unknown_keys(values, {*fields, *others})
+    for key, value in values.items():
+        if key in fields:
+            try:
+                chosen[key] = _coerce(value, fields[key])
+            except TypeError as error:
+                errors.append(f"`{key}` {error}")
     try:
-        return cls(**chosen)
+        config = cls(**chosen)
+        if not errors:
+            return config
     except ValueError as error:
-        raise ValueError(
-            "\n".join(f"{source}: {line}" for line in str(error).splitlines())
-        ) from None
+        errors += str(error).splitlines()
+    raise ValueError("\n".join(f"{source}: {line}" for line in errors)) from None
 
 
-def require(*checks: tuple[bool, str]) -> None:
+def check_types(config: Any) -> None:
+    """Refuses values that are not of the type of their field.
+
+    Args:
+      config: Dataclass instance.
+
+    Raises:
+      ValueError: If a value has the wrong type, or is a float that is not finite.
+    """
+    errors = []
+    for key, hint in _types(type(config)).items():
+        value = getattr(config, key)
+        try:
+            _coerce(value, hint)
+        except TypeError as error:
+            errors.append((False, f"`{key}` {error}"))
+    require(*errors)
+
+
+def require(*checks: Check) -> None:
     """Raises one `ValueError` with the messages of all checks that failed.
 
     Args:
@@ -117,7 +120,7 @@ def require(*checks: tuple[bool, str]) -> None:
         raise ValueError("\n".join(failed))
 
 
-def lower_bounds(config: Any, bounds: Mapping[str, float]) -> list[tuple[bool, str]]:
+def lower_bounds(config: Any, bounds: Mapping[str, float]) -> list[Check]:
     """Returns checks, for `require`, that fields are `None` or at least a bound.
 
     Args:
@@ -134,15 +137,33 @@ def lower_bounds(config: Any, bounds: Mapping[str, float]) -> list[tuple[bool, s
     ]
 
 
+def _types(cls: Any) -> dict[str, Any]:
+    hints = typing.get_type_hints(cls)
+    return {field.name: hints[field.name] for field in dataclasses.fields(cls)}
+
+
+def _unknown_keys(values: Iterable[str], known: Iterable[str]) -> list[str]:
+    """Returns a line for each unknown key, with the nearest known one."""
+    lines, known = [], sorted(known)
+    for key in values:
+        if key not in known:
+            near = difflib.get_close_matches(key, known, n=1)
+            hint = f"Did you mean `{near[0]}`?" if near else f"Known: {known}."
+            lines.append(f"unknown key `{key}`. {hint}")
+    return lines
+
+
 def _coerce(value: Any, hint: Any) -> Any:
     """Returns `value` as `hint` wants it, or raises `TypeError` with what is wrong."""
     options = typing.get_args(hint)
     origin = typing.get_origin(hint)
     if origin is typing.Literal:
-        if value not in options or isinstance(value, bool):
+        if (type(value), value) not in [(type(o), o) for o in options]:
             raise TypeError(f"must be one of {list(options)}, got {value!r}.")
         return value
     if origin in (types.UnionType, typing.Union):
+        if value is None and type(None) in options:
+            return None
         return _coerce(value, next(o for o in options if o is not type(None)))
     if origin is tuple and options[-1] is Ellipsis:
         items = [value] if isinstance(value, str) else value
@@ -155,6 +176,8 @@ def _coerce(value: Any, hint: Any) -> Any:
         return tuple(_coerce(v, o) for v, o in zip(value, options, strict=True))
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
+    if hint is float and isinstance(value, float) and not math.isfinite(value):
+        raise TypeError(f"must be finite, got {value}.")
     if not isinstance(value, hint) or (hint is int and isinstance(value, bool)):
         raise TypeError(
             f"must be of type {hint.__name__}, got {value!r} ({type(value).__name__})."

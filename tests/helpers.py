@@ -54,6 +54,7 @@ TRANSFORMS = {
     ),
     "int8(galore(muon))": lambda: quantized(low_rank(muon()), BOTH),
     "int8(joint)": lambda: quantized(joint(), BOTH),
+    "sequence(int8(joint))": lambda: nj.sequence(quantized(joint(), BOTH), max_bytes=1),
     "built, both flags": lambda: built(use_8bit_optim=True, use_galore=True),
 }
 

@@ -26,3 +26,4 @@ from nanochat_jax.transforms.quantize import (
     QuantizeState as QuantizeState,
     quantize_state as quantize_state,
 )
+from nanochat_jax.transforms.sequence import sequence as sequence

@@ -80,7 +80,8 @@ def quantize_state(
         return codecs[_field(path, codecs)].decode(x, like.shape[-1])
 
     def init_fn(params: optax.Params) -> QuantizeState:
-        state = inner.init(params)
+        # Initial states are constants, which XLA would spend minutes folding encoded.
+        state = jax.lax.optimization_barrier(inner.init(params))
         if jax.tree.leaves(params):
             _require_fields(state, codecs)
         count = jnp.zeros([], jnp.int32)

@@ -7,11 +7,14 @@ leaf is treated alike in a whole tree and in a part of it.
 """
 
 import zlib
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 
 import jax
 from jax.tree_util import GetAttrKey, KeyPath, keystr
 from jaxtyping import Array, PRNGKeyArray
+
+GROUP_BYTES = 1 << 23
+"""Most float32 bytes of leaves that are worked on together: 8 MiB."""
 
 
 def split_path(path: KeyPath, fields: Collection[str]) -> tuple[str, str] | None:
@@ -28,6 +31,37 @@ def split_path(path: KeyPath, fields: Collection[str]) -> tuple[str, str] | None
         if isinstance(key, GetAttrKey) and key.name in fields:
             return key.name, keystr(path[i + 1 :])
     return None
+
+
+def owner(path: KeyPath, names: Collection[str]) -> str | None:
+    """Returns which of the parameters `names` a state leaf belongs to, if to any.
+
+    It is the one whose path the leaf's own path ends in.
+    """
+    ends = (keystr(path[i:]) for i in range(len(path) + 1))
+    return next((end for end in ends if end in names), None)
+
+
+def group_by_shape(leaves: Sequence[Array], max_bytes: int) -> list[list[int]]:
+    """Groups leaves of one shape and type, in order, each group within `max_bytes`.
+
+    Args:
+      leaves: Arrays.
+      max_bytes: Most bytes of a group, counted in float32; a larger leaf is alone.
+
+    Returns:
+      The indices of each group.
+    """
+    groups: list[list[int]] = []
+    last: dict[tuple, list[int]] = {}  # the group in which a shape has room
+    for i, x in enumerate(leaves):
+        kind = (x.shape, x.dtype)
+        group = last.get(kind)
+        if group is None or (len(group) + 1) * 4 * x.size > max_bytes:
+            group = last[kind] = []
+            groups.append(group)
+        group.append(i)
+    return groups
 
 
 def field_names(path: KeyPath) -> set[str]:

@@ -1,0 +1,135 @@
+"""Times one optimizer step of every variant beside those of Optax.
+
+    python benchmarks/optimizer_step.py --size 28m --output step.json
+
+Peers and variants are compiled for the same parameters and called in turn, each on its
+own donated state, in one process. Columns: median seconds of a step without a change of
+basis, its ratio to `optax.contrib.muon`, bytes of state, bytes of temporaries that the
+compiler plans, and seconds to compile.
+"""
+
+import argparse
+import time
+
+import common
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+import nanochat_jax as nj
+from nanochat_jax.optimizer import matrix_optimizer
+
+
+def layer(dim, ffn):
+    return [(dim, dim)] * 4 + [(dim, ffn), (ffn, dim)]
+
+
+SIZES = {
+    "tiny": layer(256, 1024),
+    "28m": layer(768, 3072) * 4,
+    "nano_125m": [*layer(768, 2064), (768, 2064)] * 12,
+    "2048": layer(2048, 8192),
+}
+
+
+def variants(dim):
+    """Returns the transforms to compare; learning rates do not matter for time."""
+    config = lambda **kwargs: matrix_optimizer(
+        nj.OptimizerConfig(galore_rank=dim // 4, **kwargs)
+    )
+    both = {"use_galore": True, "use_8bit_optim": True}
+    plain = {"galore_residual": 0.0}
+    return {
+        "optax.contrib.muon": optax.contrib.muon(0.02),
+        "optax.contrib.galore": optax.contrib.galore(0.02, rank=dim // 4),
+        "optax.adamw": optax.adamw(0.02),
+        "muon": config(),
+        "muon_bf16": config(ns_dtype="bfloat16"),
+        "muon_8bit": config(use_8bit_optim=True),
+        "muon_8bit_bf16": config(use_8bit_optim=True, ns_dtype="bfloat16"),
+        "galore": config(use_galore=True),
+        "galore_8bit": config(**both),
+        "galore_plain": config(use_galore=True, **plain),
+        "galore_plain_8bit": config(**both, **plain),
+        "galore_plain_8bit_bf16": config(**both, **plain, ns_dtype="bfloat16"),
+    }
+
+
+class Step:
+    """A compiled update with its own state, called again and again."""
+
+    def __init__(self, tx, params):
+        abstract = jax.eval_shape(tx.init, params)
+        start = time.perf_counter()
+        # The state first, so that its donated buffers are paired with itself.
+        update = lambda state, grads, params: tx.update(grads, state, params)[::-1]
+        jitted = jax.jit(update, donate_argnums=0)
+        self.update = jitted.lower(abstract, params, params).compile()
+        self.compile_seconds = time.perf_counter() - start
+        self.state = jax.jit(tx.init)(params)
+        self.state_bytes = sum(x.nbytes for x in jax.tree.leaves(self.state))
+        self.temp_bytes = self.update.memory_analysis().temp_size_in_bytes
+        self.params = params
+
+    def __call__(self):
+        self.state, updates = self.update(self.state, self.params, self.params)
+        return updates
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--size", choices=SIZES, default="28m")
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--only", nargs="*", help="variants, beside optax.contrib.muon")
+    parser.add_argument("--output", help="JSON file to write")
+    args = parser.parse_args()
+
+    shapes = SIZES[args.size]
+    rng = np.random.default_rng(0)
+    params = {
+        f"w{i}": jnp.asarray(rng.normal(size=shape) * 0.02, jnp.float32)
+        for i, shape in enumerate(shapes)
+    }
+    chosen = variants(min(shapes[0]))
+    if args.only:
+        names = {"optax.contrib.muon", *args.only}
+        chosen = {name: tx for name, tx in chosen.items() if name in names}
+    steps = {name: Step(tx, params) for name, tx in chosen.items()}
+    seconds = common.interleave(steps, args.repeats)
+    base = seconds["optax.contrib.muon"]
+    rows = [
+        {
+            "variant": name,
+            "seconds": common.median(seconds[name]),
+            "ratio": common.median(
+                [b / s for b, s in zip(base, seconds[name], strict=True)]
+            ),
+            "state_bytes": step.state_bytes,
+            "temp_bytes": step.temp_bytes,
+            "compile_seconds": step.compile_seconds,
+        }
+        for name, step in steps.items()
+    ]
+    result = {"size": args.size, "machine": common.machine(), "rows": rows}
+    common.write(args.output, result)
+    print(result["machine"])
+    count = sum(m * n for m, n in shapes)
+    common.show(
+        f"One optimizer step, {args.size}: {count / 1e6:.1f}M parameters",
+        [
+            {
+                "variant": row["variant"],
+                "s": f"{row['seconds']:.3f}",
+                "times faster": f"{row['ratio']:.2f}",
+                "state MB": f"{row['state_bytes'] / 1e6:.1f}",
+                "temp MB": f"{row['temp_bytes'] / 1e6:.1f}",
+                "compile s": f"{row['compile_seconds']:.1f}",
+            }
+            for row in rows
+        ],
+    )
+
+
+if __name__ == "__main__":
+    main()

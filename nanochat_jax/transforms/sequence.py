@@ -1,0 +1,122 @@
+"""Run a transform on one group of leaves after another, to bound its temporaries."""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.tree_util import keystr
+
+from nanochat_jax.transforms import trees
+from nanochat_jax.transforms.quantize import is_quantized
+
+_BARRIER_HOLDS = jax.__version_info__ >= (0, 11)
+
+
+def sequence(
+    inner: optax.GradientTransformation, *, max_bytes: int = trees.GROUP_BYTES
+) -> optax.GradientTransformationExtraArgs:
+    """Runs `inner` on groups of leaves of one shape, each after the one before.
+
+    A compiler is free to decode all momenta first and to orthogonalise them together,
+    and then holds a float32 copy of everything at once. Here a barrier keeps each
+    group from starting before the last has ended, so only one group's copies live at a
+    time. Updates and state are those of `inner`.
+
+    `inner` must treat each leaf by itself, as all but norms over whole trees do; what
+    does not, such as `optax.clip_by_global_norm`, belongs outside.
+
+    Example:
+      >>> tx = sequence(optax.chain(momentum(), orthogonalize()))
+      >>> params = {"a": jnp.ones((8, 16)), "b": jnp.ones((8, 16))}
+      >>> updates, state = tx.update(params, tx.init(params))
+
+    Args:
+      inner: Transform to run.
+      max_bytes: Most bytes of a group, counted in float32; a larger leaf is a group of
+        its own.
+
+    Returns:
+      A transformation with the updates and the state of `inner`.
+
+    Raises:
+      ValueError: If `max_bytes` is less than 1.
+    """
+    if max_bytes < 1:
+        raise ValueError(f"`max_bytes` must be at least 1, got {max_bytes}.")
+    inner = optax.with_extra_args_support(inner)
+
+    def update_fn(
+        updates: optax.Updates,
+        state: optax.OptState,
+        params: optax.Params | None = None,
+        **extra_args: Any,
+    ) -> tuple[optax.Updates, optax.OptState]:
+        flat, treedef = jax.tree.flatten_with_path(updates)
+        names, leaves = [keystr(path) for path, _ in flat], [x for _, x in flat]
+        groups = trees.group_by_shape(leaves, max_bytes)
+        if len(groups) < 2:
+            return inner.update(updates, state, params, **extra_args)
+        weights = None if params is None else treedef.flatten_up_to(params)
+        nodes, state_def = jax.tree.flatten(state, is_leaf=is_quantized)
+        owners = _owners(state, set(names))
+        new_leaves, new_nodes = list(leaves), list(nodes)
+
+        def collect(result: tuple[optax.Updates, optax.OptState]) -> None:
+            _fill(new_leaves, treedef.flatten_up_to(result[0]))
+            _fill(new_nodes, state_def.flatten_up_to(result[1]))
+
+        step = functools.partial(inner.update, **extra_args)
+        result: Any = None
+        for group in groups:
+            mine = [i in group for i in range(len(leaves))]
+            chosen = {None, *(names[i] for i in group)}
+            inputs = (
+                treedef.unflatten(_only(leaves, mine)),
+                state_def.unflatten(_only(nodes, [o in chosen for o in owners])),
+                weights and treedef.unflatten(_only(weights, mine)),
+            )
+            new_result, result = _in_turn(step, inputs, result)
+            if result is not None:
+                collect(result)
+            result = new_result
+        collect(result)
+        return treedef.unflatten(new_leaves), state_def.unflatten(new_nodes)
+
+    return optax.GradientTransformationExtraArgs(inner.init, update_fn)
+
+
+def _in_turn(step: Callable[..., Any], inputs: Any, result: Any) -> tuple[Any, Any]:
+    """Returns `step(*inputs)`, worked on after `result` is there, and `result`."""
+    if _BARRIER_HOLDS:
+        inputs, result = jax.lax.optimization_barrier((inputs, result))
+        return step(*inputs), result
+    # Compilers before JAX 0.12 drop the barrier before they schedule. A loop they keep;
+    # how often it runs, once, hangs on the result, so that it is not unrolled.
+    updates, state, params = inputs
+    first = jax.tree.leaves((updates, ()) if result is None else result)
+    seen = sum(x.ravel()[0].astype(jnp.float32) for x in first)
+    times = jnp.where(seen > jnp.inf, 0, 1)
+    _, *new = jax.lax.while_loop(
+        lambda carry: carry[0] < times,
+        lambda carry: (carry[0] + 1, *step(carry[1], carry[2], params)),
+        (0, updates, state),
+    )
+    return tuple(new), result
+
+
+def _owners(state: optax.OptState, names: set[str]) -> list[str | None]:
+    """Returns which parameter each node of `state` belongs to; `None` for counts."""
+    nodes = jax.tree.leaves_with_path(state, is_leaf=is_quantized)
+    return [trees.owner(path, names) for path, _ in nodes]
+
+
+def _only(items: list[Any], keep: list[bool]) -> list[Any]:
+    """Returns `items` with `None`, an absent leaf, for those that are not kept."""
+    return [x if kept else None for x, kept in zip(items, keep, strict=True)]
+
+
+def _fill(items: list[Any], new: list[Any]) -> None:
+    items[:] = [old if x is None else x for old, x in zip(items, new, strict=True)]

@@ -1,0 +1,153 @@
+"""The library is built in floors: imports point down, and the top needs no more."""
+
+import ast
+import graphlib
+import inspect
+import itertools
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import nanochat_jax as nj
+
+PACKAGE = Path(nj.__file__).parent
+FLOORS = {
+    0: ("settings", "linalg", "codecs"),
+    1: ("transforms",),
+    2: ("labels", "memory", "config", "sharding"),
+    3: ("optimizer",),
+    4: ("lm",),
+    5: ("cli",),
+}
+FLOOR = {name: floor for floor, names in FLOORS.items() for name in names}
+TRAINER_ONLY = (
+    "flax", "grain", "matplotlib", "orbax", "rich", "safetensors", "tokenizers", "tyro",
+)  # fmt: skip
+PUBLIC = {
+    name: value
+    for name, value in vars(nj).items()
+    if name[0] != "_" and not inspect.ismodule(value)
+}
+
+
+def module_name(path):
+    parts = path.relative_to(PACKAGE.parent).with_suffix("").parts
+    return ".".join(part for part in parts if part != "__init__")
+
+
+MODULES = {module_name(path): path for path in sorted(PACKAGE.rglob("*.py"))}
+
+
+def imports(path):
+    """Returns the modules that a file imports, inside functions too."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: a relative import"
+            for alias in node.names:
+                name = f"{node.module}.{alias.name}"
+                yield name if name in MODULES else node.module or ""
+
+
+def ours(path):
+    return {name for name in imports(path) if name.split(".")[0] == PACKAGE.name}
+
+
+def floor(module):
+    return FLOOR[module.split(".")[1]]
+
+
+@pytest.mark.parametrize("module", [name for name in MODULES if "." in name])
+def test_imports_point_down_or_sideways(module):
+    for name in ours(MODULES[module]):
+        assert name != PACKAGE.name, f"{module} imports the package it is part of"
+        assert floor(name) <= floor(module), f"{module} imports {name}"
+
+
+def test_no_imports_go_in_a_circle():
+    graph = {module: ours(path) - {module} for module, path in MODULES.items()}
+    graphlib.TopologicalSorter(graph).prepare()
+
+
+def test_every_floor_is_there():
+    top = {name.split(".")[1] for name in MODULES if "." in name}
+    assert top - set(FLOOR) == set(), "name the floor of each new module"
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_only_the_trainer_imports_the_trainers_dependencies(name):
+    found = {module.split(".")[0] for module in imports(MODULES[name])}
+    allowed = name.split(".")[1:2] in (["lm"], ["cli"])
+    assert allowed or not found & set(TRAINER_ONLY)
+
+
+def test_importing_the_library_imports_neither_flax_nor_the_rest_of_the_trainer():
+    code = (
+        "import sys, nanochat_jax\n"
+        f"print(sorted(set({TRAINER_ONLY!r}) & set(sys.modules)))\n"
+        "print([name for name in sys.modules if name.startswith('nanochat_jax.lm')])"
+    )
+    result = subprocess.run(
+        [sys.executable, "-W", "error", "-c", code],
+        cwd=PACKAGE.parent,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert result.stdout == "[]\n[]\n"
+
+
+def callables(value):
+    """Returns a public function, or the public methods of a class, by name."""
+    if not inspect.isclass(value):
+        return {value.__name__: value}
+    members = {name: m for name, m in vars(value).items() if name[0] != "_"}
+    methods = {}
+    for name, member in members.items():
+        if isinstance(member, property):
+            member = member.fget
+        elif isinstance(member, classmethod | staticmethod):
+            member = member.__func__
+        if inspect.isfunction(member):
+            methods[name] = member
+    return methods
+
+
+@pytest.mark.parametrize("name", PUBLIC)
+def test_public_names_are_documented_and_typed(name):
+    value = PUBLIC[name]
+    if not callable(value):  # a constant: its docstring is the string after it
+        return
+    # Dataclasses and NamedTuples without a docstring get their signature for one.
+    doc = inspect.getdoc(value) or ""
+    assert doc.split("\n")[0].endswith("."), f"{name} has no docstring"
+    assert not doc.startswith(f"{name}(")
+    for part, function in callables(value).items():
+        assert inspect.getdoc(function), f"{name}: {part} has no docstring"
+        hints = inspect.unwrap(function).__annotations__
+        parameters = set(inspect.signature(function).parameters) - {"self", "cls"}
+        missing = (parameters | {"return"}) - set(hints)
+        assert not missing, f"{name}: {part} has no annotation of {sorted(missing)}"
+
+
+def constants_with_docstrings():
+    """Returns the names assigned at the top of a module before a string."""
+    found = set()
+    for path in MODULES.values():
+        body = ast.parse(path.read_text(encoding="utf-8")).body
+        for node, after in itertools.pairwise(body):
+            text = isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant)
+            if isinstance(node, ast.Assign | ast.AnnAssign) and text:
+                targets = (
+                    node.targets if isinstance(node, ast.Assign) else [node.target]
+                )
+                found |= {ast.unparse(target) for target in targets}
+    return found
+
+
+def test_public_constants_are_documented():
+    constants = {name for name, value in PUBLIC.items() if not callable(value)}
+    assert constants <= constants_with_docstrings()

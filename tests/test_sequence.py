@@ -1,0 +1,70 @@
+"""`sequence` changes the order of work, and nothing else."""
+
+import jax
+import jax.numpy as jnp
+import optax
+import pytest
+
+import helpers
+import nanochat_jax as nj
+from nanochat_jax.memory import compiled_bytes
+from nanochat_jax.transforms import trees
+
+
+@pytest.mark.parametrize("max_bytes", [1, 2000, 1 << 30])
+def test_grouped_and_whole_give_the_same(max_bytes):
+    inner = helpers.quantized(helpers.low_rank(helpers.muon()), helpers.BOTH)
+    tx = nj.sequence(
+        optax.chain(inner, optax.add_decayed_weights(0.1)), max_bytes=max_bytes
+    )
+    plain = optax.chain(inner, optax.add_decayed_weights(0.1))
+    params = helpers.params() | {"other": jnp.ones((40, 8))}
+    a, b = tx.init(params), plain.init(params)
+    for step in range(3):
+        grads = helpers.gradients(step) | {"other": jnp.full((40, 8), step + 1.0)}
+        u, a = jax.jit(tx.update)(grads, a, params)
+        v, b = jax.jit(plain.update)(grads, b, params)
+        helpers.assert_close(u, v, atol=1e-4)
+    assert helpers.types(a) == helpers.types(b)
+
+
+def test_groups_have_one_shape_and_fit_unless_alone():
+    leaves = [jnp.zeros(s) for s in [(2, 3), (4, 4), (2, 3), (2, 3), (4, 4)]]
+    assert trees.group_by_shape(leaves, 48) == [[0, 2], [1], [3], [4]]
+    assert trees.group_by_shape(leaves, 10**6) == [[0, 2, 3], [1, 4]]
+    assert trees.group_by_shape(leaves, 1) == [[0], [1], [2], [3], [4]]
+    assert trees.group_by_shape([], 1) == []
+
+
+VARIANTS = {
+    "muon": {},
+    "8-bit": {"use_8bit_optim": True},
+    "galore": {"use_galore": True},
+    "both": {"use_galore": True, "use_8bit_optim": True},
+    "both, plain": {
+        "use_galore": True, "use_8bit_optim": True, "galore_residual": 0.0
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("stacked", [False, True])
+@pytest.mark.parametrize("name", VARIANTS)
+def test_temporaries_are_those_of_one_group(name, stacked):
+    """The bound holds for any number of layers; Optax's grow with it."""
+    count, shape = 16, (128, 512)
+    leaf = jax.ShapeDtypeStruct(shape, jnp.float32)
+    params = {f"w{i}": leaf for i in range(count)}
+    if stacked:
+        params = {"w": jax.ShapeDtypeStruct((count, *shape), jnp.float32)}
+    config = nj.OptimizerConfig(**VARIANTS[name], galore_rank=32, grad_clip=0.0)
+    tx = nj.sequence(nj.build_optimizer(config, params), max_bytes=1)
+    group = 4 * 128 * 512 * (count if stacked else 1)
+    assert compiled_bytes(tx, params)["temp_bytes"] <= 3 * group
+    if not stacked:  # Optax sends stacks to Adam
+        theirs = compiled_bytes(optax.contrib.muon(0.1), params)["temp_bytes"]
+        assert theirs > 3 * group
+
+
+def test_a_bound_below_one_byte_is_refused():
+    with pytest.raises(ValueError, match="`max_bytes` must be at least 1, got 0"):
+        nj.sequence(nj.momentum(), max_bytes=0)
