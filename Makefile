@@ -28,7 +28,7 @@ test-all: $(READY)  ## Runs the slow tests too
 check: $(READY)  ## Checks formatting, lints and types
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
-	$(BIN)/pyright
+	$(BIN)/pyright -p pyproject.toml
 
 fix: $(READY)  ## Formats, and mends what the linter can
 	$(BIN)/ruff format .
