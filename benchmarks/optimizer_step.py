@@ -35,8 +35,8 @@ SIZES = {
 
 def variants(dim):
     """Returns the transforms to compare; learning rates do not matter for time."""
-    config = lambda **kwargs: matrix_optimizer(
-        nj.OptimizerConfig(galore_rank=dim // 4, **kwargs)
+    config = lambda ns_dtype="float32", **kwargs: matrix_optimizer(
+        nj.OptimizerConfig(galore_rank=dim // 4, ns_dtype=ns_dtype, **kwargs)
     )
     both = {"use_galore": True, "use_8bit_optim": True}
     plain = {"galore_residual": 0.0}

@@ -6,9 +6,14 @@ from nanochat_jax.codecs import (
     Int8 as Int8,
     Quantized as Quantized,
 )
+from nanochat_jax.coefficients import (
+    POLYNOMIALS as POLYNOMIALS,
+    QUINTIC as QUINTIC,
+    Polynomials as Polynomials,
+)
 from nanochat_jax.config import OptimizerConfig as OptimizerConfig
 from nanochat_jax.labels import label_params as label_params
-from nanochat_jax.linalg import QUINTIC as QUINTIC, newton_schulz as newton_schulz
+from nanochat_jax.linalg import newton_schulz as newton_schulz
 from nanochat_jax.memory import (
     MemoryReport as MemoryReport,
     memory_report as memory_report,

@@ -105,9 +105,10 @@ class Plan(Config):
         held = memory_report(tx, params)
         groups = report.parameter_groups(config, params, held)
         update = compiled_bytes(tx, params)
+        flops = report.step_flops(config, params)
         if self.json:
-            plan = {"variant": config.variant, **held.to_dict()}
-            print(json.dumps({**plan, "update": update, "groups": groups}, indent=2))
+            plan = {"variant": config.variant, **held.to_dict(), "update": update}
+            print(json.dumps({**plan, "flops": flops, "groups": groups}, indent=2))
             return
         console = Console()
         _say(console, report.optimizer_summary(config, held) + "\n")
@@ -119,7 +120,7 @@ class Plan(Config):
             f"Compiled update on {device.describe()}: "
             f"{report.megabytes(update['temp_bytes'])} of temporaries beside "
             f"{report.megabytes(update['argument_bytes'])} of gradients, state and "
-            "what it reads of the parameters.",
+            "what it reads of the parameters.\n" + report.flops_summary(config, flops),
         )
 
 

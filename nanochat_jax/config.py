@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Literal, Self
 
 from nanochat_jax import settings
+from nanochat_jax.coefficients import POLYNOMIALS
+from nanochat_jax.linalg import NewtonSchulzDtype
 
 DatasetName = Literal["stdlib", "text", "tokens", "synthetic"]
 TokenDtype = Literal["uint16", "uint32"]
@@ -45,8 +47,9 @@ class OptimizerConfig:
       grad_clip: Largest global norm of the gradient; 0 does not clip.
       muon_momentum: Decay of the momentum of matrices.
       muon_scale: Shape rule of their updates, as in `scale_by_shape`.
+      ns_method: Newton-Schulz polynomials, by their name in `POLYNOMIALS`.
       ns_steps: Newton-Schulz steps.
-      ns_dtype: Type of the Newton-Schulz iteration.
+      ns_dtype: Type of the iteration; "auto" is bfloat16 where it is native.
       use_8bit_optim: Whether the momentum of matrices is stored quantised.
       quant_bits: Bits of its codes.
       quant_block_size: Entries that share a scale.
@@ -57,6 +60,7 @@ class OptimizerConfig:
       galore_rank: Its rank; by `hardware`, else 256, if not given.
       hardware: Preset that gives the rank: 512 for "a", 256 for "b", 384 for "c".
       galore_update_freq: Steps between two changes of its basis.
+      galore_stagger: Whether matrices change their basis at different steps.
       galore_residual: Weight of the rest of the gradient; 0 is the published method.
       projector_bits: Bits of the stored basis; 4 with `use_8bit_optim`, else 8, if not
         given.
@@ -75,8 +79,9 @@ class OptimizerConfig:
     grad_clip: float = 1.0
     muon_momentum: float = 0.95
     muon_scale: Literal["width", "rms", "none"] = "width"
+    ns_method: str = "quintic"
     ns_steps: int = 5
-    ns_dtype: Literal["float32", "bfloat16"] = "float32"
+    ns_dtype: NewtonSchulzDtype = "auto"
     use_8bit_optim: bool = False
     quant_bits: Literal[8, 4] = 8
     quant_block_size: int = 128
@@ -87,6 +92,7 @@ class OptimizerConfig:
     galore_rank: int | None = None
     hardware: Literal["a", "b", "c"] | None = None
     galore_update_freq: int = 200
+    galore_stagger: bool = False
     galore_residual: float = 1.0
     projector_bits: Literal[32, 16, 8, 4] | None = None
     adam_betas: tuple[float, float] = (0.9, 0.95)
@@ -118,6 +124,7 @@ class OptimizerConfig:
                 )
                 for name, betas in fractions.items()
             ),
+            *_method_checks(self.ns_method, self.ns_steps),
             (self.seed < 2**32, f"`seed` must be below 2**32, got {self.seed}."),
             (
                 0 <= self.decay_start_frac <= 1,
@@ -329,3 +336,15 @@ class Config(OptimizerConfig, ModelConfig):
     def tokens_per_step(self) -> int:
         """Tokens a step predicts."""
         return self.grad_accum_steps * self.batch_size * self.sequence
+
+
+def _method_checks(method: str, steps: int) -> list[settings.Check]:
+    known = POLYNOMIALS.get(method)
+    if known is None:
+        return [
+            (False, f"`ns_method` must be one of {[*POLYNOMIALS]}, got {method!r}.")
+        ]
+    most = len(known.coefficients)
+    allowed = steps <= most or known.repeats
+    message = f"`ns_steps` must be at most {most} for {method!r}, got {steps}."
+    return [(allowed, message)]

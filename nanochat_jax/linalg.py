@@ -6,25 +6,37 @@ a stack of layers `[layers, m, n]` needs no `vmap`.
 Axis letters: `m` rows, `n` columns, `r` rank.
 """
 
+import math
 from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Float32, PRNGKeyArray
 
-Coefficients = tuple[float, float, float]
+from nanochat_jax.coefficients import QUINTIC, Coefficients, Polynomials
 
-QUINTIC: tuple[Coefficients, ...] = ((3.4445, -4.7750, 2.0315),) * 5
-"""Keller Jordan's quintic (Muon, 2024): fast at small singular values, and loose at the
-top. Five steps take singular values in [0.01, 1] into [0.68, 1.14]."""
+Form = Literal["auto", "standard", "gram"]
+
+GRAM_GROWTH = 490.0
+"""Most growth of rounding errors in float32 before the Gram form restarts."""
+
+NewtonSchulzDtype = Literal["auto", "float32", "bfloat16", "float16"]
+
+_NATIVE_BF16 = ("amx_bf16", "avx512_bf16", "bf16")
+
+GRAM_RATIO = 1.5
+"""Long side over short side above which the Gram form takes fewer operations."""
 
 
 def newton_schulz(
     x: Float[Array, "*batch m n"],
-    coefficients: Sequence[Coefficients] = QUINTIC,
+    polynomials: Polynomials = QUINTIC,
     *,
     dtype: DTypeLike = jnp.float32,
+    form: Form = "auto",
 ) -> Float[Array, "*batch m n"]:
     """Returns an approximate polar factor of `x` by Newton-Schulz iteration.
 
@@ -34,6 +46,13 @@ def newton_schulz(
     The scale of `x` is divided out in float32 before the cast to `dtype`: gradients of
     1e-30 and of 1e30 give the same result, and a zero matrix gives zero.
 
+    The standard form works on `X` in every step, in `k(4s²l + 2s³)` operations for `k`
+    steps, short side `s` and long side `l`. The Gram form (Dao et al. 2026) works on
+    `XXᵀ` and multiplies the result into `X`, in `4rs²l + (8k - 6r)s³` if it begins `r`
+    times. It squares the condition number, so it needs a long mantissa: in float32 it
+    is the standard form to 5e-4, in float16 it begins anew after two steps, and in
+    bfloat16 it is refused.
+
     Example:
       >>> o = newton_schulz(jax.random.normal(jax.random.key(0), (4, 64, 256)))
       >>> o.shape  # singular values of each of the four matrices are near one
@@ -41,25 +60,158 @@ def newton_schulz(
 
     Args:
       x: Matrices to orthogonalise.
-      coefficients: One `(a, b, c)` for each step.
+      polynomials: The polynomials, one for each step, and the scaling they need.
       dtype: Type of the iterate. Products accumulate in float32 whatever it is.
+      form: `"standard"`, `"gram"`, or `"auto"` for that with fewer operations of those
+        that are safe in `dtype`; see `resolve_form`.
 
     Returns:
       An array of the shape and type of `x`, with singular values near one.
+
+    Raises:
+      ValueError: If `form` is `"gram"` and `dtype` is bfloat16.
     """
     wide = x.shape[-2] <= x.shape[-1]
-    # The Gram matrix is always taken on the short side. Naming the contracted axes
-    # keeps explicit transposes out of the compiled program.
-    gram_axes = "...ik,...jk->...ij" if wide else "...ki,...kj->...ij"
-    apply_axes = "...ij,...jk->...ik" if wide else "...jk,...ki->...ji"
-    y = normalize(x).astype(dtype)
-    for a, b, c in coefficients:
-        gram = _product(gram_axes, y, y)
-        square = _product("...ij,...jk->...ik", gram.astype(dtype), gram.astype(dtype))
-        polynomial = (b * gram + c * square).astype(dtype)
-        factors = (polynomial, y) if wide else (y, polynomial)
-        y = (a * y.astype(jnp.float32) + _product(apply_axes, *factors)).astype(dtype)
+    y = normalize(x, polynomials.margin).astype(dtype)
+    gram = _gram(y, wide)
+    if polynomials.rescaling == "aol":
+        y, gram = _rescale_rows(y, gram, wide)
+    if resolve_form(x.shape, dtype, form) == "standard":
+        y = _iterate(y, gram, polynomials, wide)
+    else:
+        y = _iterate_gram(y, gram, polynomials, wide)
     return y.astype(x.dtype)
+
+
+def resolve_form(
+    shape: tuple[int, ...], dtype: DTypeLike, form: Form = "auto"
+) -> Literal["standard", "gram"]:
+    """Returns which form `newton_schulz` takes for a shape and a type.
+
+    `"auto"` is the Gram form where the long side is over 1.5 times the short one, from
+    where on it takes fewer operations, in float32 and float16, and else the standard.
+
+    Raises:
+      ValueError: If `form` is `"gram"` and `dtype` is bfloat16.
+    """
+    precise = jnp.dtype(dtype) in (jnp.float32, jnp.float16, jnp.float64)
+    if form == "gram" and not precise:
+        raise ValueError(
+            f"the Gram form needs float32 or float16, got {jnp.dtype(dtype).name}, in "
+            "which its error is larger than its result. Use the standard form."
+        )
+    if form != "auto":
+        return form
+    short, long = sorted(shape[-2:])
+    return "gram" if precise and long > GRAM_RATIO * short else "standard"
+
+
+def resolve_dtype(dtype: NewtonSchulzDtype = "auto") -> str:
+    """Returns the type in which Newton-Schulz runs on this machine.
+
+    `"auto"` is bfloat16 on accelerators and on processors that multiply it natively
+    (AMX or AVX-512 BF16 on x86, BF16 on Arm, as Linux lists them), and float32 on
+    others, which emulate it more slowly than they multiply float32.
+    """
+    if dtype != "auto":
+        return dtype
+    if jax.default_backend() != "cpu":
+        return "bfloat16"
+    try:
+        words = set(Path("/proc/cpuinfo").read_text(encoding="utf-8").split())
+    except OSError:
+        return "float32"
+    return "float32" if words.isdisjoint(_NATIVE_BF16) else "bfloat16"
+
+
+def newton_schulz_flops(
+    shape: tuple[int, ...],
+    polynomials: Polynomials = QUINTIC,
+    *,
+    dtype: DTypeLike = jnp.float32,
+    form: Form = "auto",
+) -> int:
+    """Returns the floating-point operations of the products in `newton_schulz`."""
+    short, long = sorted(shape[-2:])
+    count, steps = math.prod(shape[:-2]), len(polynomials.coefficients)
+    if resolve_form(shape, dtype, form) == "standard":
+        return count * steps * (4 * short**2 * long + 2 * short**3)
+    starts = len(_segments(polynomials, jnp.dtype(dtype)))
+    small = (8 * steps - 6 * starts) * short**3
+    return count * (starts * 4 * short**2 * long + small)
+
+
+def _iterate(y: Array, gram: Array, polynomials: Polynomials, wide: bool) -> Array:
+    """Applies the polynomials to `y`, whose Gram matrix is `gram`."""
+    for i, (a, b, c) in enumerate(polynomials.coefficients):
+        gram = _gram(y, wide) if i else gram
+        small = gram.astype(y.dtype)
+        square = _product("...ij,...jk->...ik", small, small)
+        applied = _apply((b * gram + c * square).astype(y.dtype), y, wide)
+        y = (a * y.astype(jnp.float32) + applied).astype(y.dtype)
+    return y
+
+
+def _iterate_gram(y: Array, gram: Array, polynomials: Polynomials, wide: bool) -> Array:
+    """Applies the polynomials to `y` through its Gram matrix."""
+    for i, steps in enumerate(_segments(polynomials, y.dtype)):
+        gram = _gram(y, wide) if i else gram
+        factor = _gram_polynomial(gram, steps, y.dtype)
+        y = _apply(factor, y, wide).astype(y.dtype)
+    return y
+
+
+def _segments(
+    polynomials: Polynomials, dtype: DTypeLike
+) -> list[tuple[Coefficients, ...]]:
+    """Returns the steps between two restarts of the Gram form.
+
+    The product of `a` is what rounding errors of the Gram matrix grow by. In float32
+    the quintic's five steps are within the limit, in float16 two steps of any sequence.
+    """
+    steps = polynomials.coefficients
+    size = len(steps)
+    if dtype == jnp.float16:
+        size = 2
+    elif math.prod(a for a, _, _ in steps) > GRAM_GROWTH:
+        size = 3
+    return [steps[i : i + size] for i in range(0, len(steps), size)]
+
+
+def _gram_polynomial(
+    gram: Array, steps: Sequence[Coefficients], dtype: DTypeLike
+) -> Array:
+    """Returns the matrix by which `steps` multiply a `y` with that Gram matrix."""
+    multiply = lambda p, q: _product("...ij,...jk->...ik", p, q).astype(dtype)
+    gram, total = gram.astype(dtype), None
+    eye = jnp.broadcast_to(jnp.eye(gram.shape[-1], dtype=dtype), gram.shape)
+    for i, (a, b, c) in enumerate(steps):
+        step = (a * eye + b * gram + c * multiply(gram, gram)).astype(dtype)
+        total = step if total is None else multiply(step, total)
+        if i + 1 < len(steps):
+            gram = multiply(step, multiply(gram, step))
+    assert total is not None
+    return total
+
+
+def _gram(y: Array, wide: bool) -> Array:
+    # Naming the contracted axes keeps explicit transposes out of the compiled program.
+    return _product("...ik,...jk->...ij" if wide else "...ki,...kj->...ij", y, y)
+
+
+def _apply(p: Array, y: Array, wide: bool) -> Array:
+    """Multiplies `y` by the symmetric `p` on its short side."""
+    if wide:
+        return _product("...ij,...jk->...ik", p, y)
+    return _product("...jk,...ki->...ji", y, p)
+
+
+def _rescale_rows(y: Array, gram: Array, wide: bool) -> tuple[Array, Array]:
+    """Divides rows of `y` by the root of their Gram row's absolute sum."""
+    sums = jnp.sum(jnp.abs(gram), axis=-1, keepdims=True)
+    scale = jnp.where(sums > 0, jax.lax.rsqrt(sums), 0.0)
+    rows = (scale if wide else scale.mT).astype(y.dtype)
+    return y * rows, scale * gram * scale.mT
 
 
 def range_basis(
@@ -107,8 +259,10 @@ def range_basis(
     return _product("...mk,...kr->...mr", q, vectors[..., ::-1][..., :rank])
 
 
-def normalize(x: Float[Array, "*batch m n"]) -> Float32[Array, "*batch m n"]:
-    """Returns `x` in float32 with Frobenius norm one; a zero matrix stays zero.
+def normalize(
+    x: Float[Array, "*batch m n"], margin: float = 1.0
+) -> Float32[Array, "*batch m n"]:
+    """Returns `x` in float32 with Frobenius norm `1 / margin`; zero stays zero.
 
     The largest entry is divided out first, so that no square over- or underflows.
     """
@@ -116,7 +270,7 @@ def normalize(x: Float[Array, "*batch m n"]) -> Float32[Array, "*batch m n"]:
     largest = jnp.max(jnp.abs(x), axis=(-2, -1), keepdims=True)
     x = x / jnp.where(largest > 0, largest, 1.0)
     norm = jnp.sqrt(jnp.sum(x * x, axis=(-2, -1), keepdims=True))
-    return x / jnp.where(norm > 0, norm, 1.0)
+    return x / jnp.where(norm > 0, margin * norm, 1.0)
 
 
 def _product(axes: str, x: Array, y: Array) -> Array:

@@ -10,10 +10,11 @@
 
 import optax
 
-from nanochat_jax import linalg
 from nanochat_jax.codecs import Codec, Int4, Int8
+from nanochat_jax.coefficients import POLYNOMIALS
 from nanochat_jax.config import OptimizerConfig
 from nanochat_jax.labels import label_params
+from nanochat_jax.linalg import resolve_dtype
 from nanochat_jax.transforms import (
     galore,
     momentum,
@@ -101,7 +102,8 @@ def schedule(config: OptimizerConfig, peak: float) -> optax.Schedule:
 def _direction(config: OptimizerConfig) -> optax.GradientTransformation:
     """Nests momentum, orthogonalisation, low-rank space and storage."""
     average = momentum(config.muon_momentum)
-    step = orthogonalize(linalg.QUINTIC[:1] * config.ns_steps, dtype=config.ns_dtype)
+    polynomials = POLYNOMIALS[config.ns_method].take(config.ns_steps)
+    step = orthogonalize(polynomials, dtype=resolve_dtype(config.ns_dtype))
     if not config.use_galore:
         tx = optax.chain(average, step)
     elif config.galore_residual:
@@ -114,22 +116,27 @@ def _direction(config: OptimizerConfig) -> optax.GradientTransformation:
     return quantize_state(tx, codecs, min_size=config.quant_min_size, seed=config.seed)
 
 
-def _galore(
-    inner: optax.GradientTransformation, config: OptimizerConfig
-) -> optax.GradientTransformation:
+def projector_cost(config: OptimizerConfig) -> float:
+    """Returns the bytes of a stored entry of the basis over those of the momentum."""
     scale_bits = 32 if config.quant_scale_dtype == "float32" else 16
     stored_bits = lambda bits: (
         bits + scale_bits / config.quant_block_size if bits in _CODECS else bits
     )
     momentum_bits = config.quant_bits if config.use_8bit_optim else 32
+    return stored_bits(config.stored_projector_bits) / stored_bits(momentum_bits)
+
+
+def _galore(
+    inner: optax.GradientTransformation, config: OptimizerConfig
+) -> optax.GradientTransformation:
     return galore(
         inner,
         config.rank,
         refresh_every=config.galore_update_freq,
+        refresh_stagger=config.galore_stagger,
         residual=config.galore_residual,
         projector_dtype="bfloat16" if config.stored_projector_bits == 16 else "float32",
-        projector_cost=stored_bits(config.stored_projector_bits)
-        / stored_bits(momentum_bits),
+        projector_cost=projector_cost(config),
         seed=config.seed,
     )
 

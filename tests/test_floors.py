@@ -14,10 +14,10 @@ import nanochat_jax as nj
 
 PACKAGE = Path(nj.__file__).parent
 FLOORS = {
-    0: ("settings", "linalg", "codecs"),
+    0: ("settings", "coefficients", "linalg", "codecs"),
     1: ("transforms",),
     2: ("labels", "memory", "config", "sharding"),
-    3: ("optimizer",),
+    3: ("optimizer", "flops"),
     4: ("lm",),
     5: ("cli",),
 }

@@ -115,6 +115,24 @@ def test_the_basis_changes_on_refresh_steps_only():
     assert_orthonormal(state)
 
 
+def test_staggered_leaves_refresh_in_turn_and_each_once_a_period():
+    params = {f"w{i}": jnp.zeros((8, 40)) for i in range(4)}
+    tx = nj.galore(nj.momentum(), rank=3, refresh_every=4, refresh_stagger=True)
+    state, update, changes = tx.init(params), jax.jit(tx.update), []
+    for step in range(9):
+        keys = jax.random.split(jax.random.key(step), 4)
+        g = {f"w{i}": jax.random.normal(key, (8, 40)) for i, key in enumerate(keys)}
+        before = projections(state)
+        _, state = update(g, state, params)
+        now = projections(state)
+        changes.append([bool(jnp.abs(now[k] - before[k]).max() > 1e-3) for k in now])
+    changes = np.array(changes)
+    assert changes[0].all()  # no basis is left as it was made
+    assert (changes[1:5].sum(0) == 1).all()
+    assert (changes[5:9] == changes[1:5]).all()
+    assert not changes[1:5].all(1).any()
+
+
 @pytest.mark.parametrize("poison", [0.0, jnp.nan, jnp.inf])
 def test_a_useless_gradient_at_a_refresh_keeps_the_old_basis(poison):
     tx = nj.galore(nj.momentum(), rank=3, refresh_every=1)

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 import helpers
+import nanochat_jax as nj
 from nanochat_jax import linalg
 
 SHAPES = [(16, 48), (48, 16), (32, 32), (2, 16, 48)]
@@ -40,7 +41,7 @@ def test_singular_values_end_in_the_band_of_the_quintic(shape, dtype):
 @pytest.mark.parametrize("name", SPECTRA)
 def test_the_update_descends_and_stays_bounded(name, steps, dtype):
     g = SPECTRA[name]
-    o = linalg.newton_schulz(g, linalg.QUINTIC[:steps], dtype=dtype)
+    o = linalg.newton_schulz(g, linalg.QUINTIC.take(steps), dtype=dtype)
     assert jnp.sum(g * o) > 0
     assert jnp.linalg.svdvals(o).max() < 1.5
 
@@ -118,3 +119,100 @@ def test_leading_directions_come_first():
     p = linalg.range_basis(x, 6, jax.random.key(0))
     energies = jnp.linalg.norm(p.mT @ x, axis=-1)
     np.testing.assert_allclose(energies, 2.0 ** -np.arange(6), rtol=1e-3)
+
+
+METHODS = nj.POLYNOMIALS
+# Least and largest output for singular values in [0.1, 1], in exact arithmetic.
+BANDS = {
+    "quintic": (0.68, 1.14),
+    "you": (0.97, 1.04),
+    "polar_express_5": (0.85, 1.15),
+    "polar_express_8": (0.99, 1.01),
+    "aol": (0.94, 1.06),
+    "cans": (0.88, 1.13),
+}
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_polynomials_keep_the_band_they_are_published_with(name):
+    s = np.geomspace(0.1, 1, 1001) / METHODS[name].margin
+    for a, b, c in METHODS[name].coefficients:
+        s = a * s + b * s**3 + c * s**5
+    low, high = BANDS[name]
+    assert low < s.min()
+    assert s.max() < high
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", METHODS)
+def test_every_method_and_number_of_steps_descends(name, dtype):
+    for steps in range(1, len(METHODS[name].coefficients) + 1):
+        polynomials = METHODS[name].take(steps)
+        for g in SPECTRA.values():
+            o = linalg.newton_schulz(g, polynomials, dtype=dtype, form="standard")
+            assert jnp.sum(g * o) > 0
+    for g in SPECTRA.values():
+        o = linalg.newton_schulz(g, METHODS[name], dtype=dtype)
+        assert jnp.linalg.svdvals(o).max() < 1.5
+
+
+@pytest.mark.parametrize("spectrum", SPECTRA)
+@pytest.mark.parametrize("name", METHODS)
+def test_the_gram_form_is_the_standard_form(name, spectrum):
+    for g in (SPECTRA[spectrum], SPECTRA[spectrum].mT):
+        standard = linalg.newton_schulz(g, METHODS[name], form="standard")
+        gram = linalg.newton_schulz(g, METHODS[name], form="gram")
+        error = jnp.linalg.norm(gram - standard) / jnp.linalg.norm(standard)
+        assert error < 5e-4
+
+
+def test_the_gram_form_restarts_in_float16():
+    g = SPECTRA["gaussian"]
+    standard = linalg.newton_schulz(g, form="standard")
+    gram = linalg.newton_schulz(g, dtype="float16", form="gram")
+    assert jnp.linalg.norm(gram - standard) / jnp.linalg.norm(standard) < 0.02
+
+
+def test_the_gram_form_refuses_bfloat16():
+    with pytest.raises(ValueError, match=r"float32 or float16, got bfloat16"):
+        linalg.newton_schulz(SPECTRA["gaussian"], dtype="bfloat16", form="gram")
+    with pytest.raises(ValueError, match=r"float32 or float16, got bfloat16"):
+        nj.orthogonalize(dtype="bfloat16", form="gram")
+
+
+def test_auto_takes_the_form_with_fewer_operations():
+    for shape in [(64, 64), (64, 95), (64, 97), (256, 64), (3, 64, 256)]:
+        flops = {
+            form: linalg.newton_schulz_flops(shape, form=form)
+            for form in ("standard", "gram")
+        }
+        chosen = linalg.resolve_form(shape, "float32")
+        short, long = sorted(shape[-2:])
+        assert chosen == ("gram" if long > 1.5 * short else "standard")
+        if long > 1.5 * short:
+            assert flops[chosen] == min(flops.values())
+        assert linalg.resolve_form(shape, "bfloat16") == "standard"
+
+
+def test_operations_are_those_the_compiler_counts():
+    x = jax.ShapeDtypeStruct((64, 256), jnp.float32)
+    for form in ("standard", "gram"):
+        step = lambda x, form=form: linalg.newton_schulz(x, form=form)
+        counted = jax.jit(step).lower(x).compile().cost_analysis()["flops"]
+        expected = linalg.newton_schulz_flops((64, 256), form=form)
+        assert counted == pytest.approx(expected, rel=0.1)
+
+
+def test_a_sequence_says_how_many_steps_it_has():
+    assert len(METHODS["quintic"].take(7).coefficients) == 7
+    assert METHODS["polar_express_8"].take(10).coefficients[-1] == (1.875, -1.25, 0.375)
+    with pytest.raises(ValueError, match="at most 5 steps, got 6"):
+        METHODS["you"].take(6)
+
+
+def test_the_precision_is_that_of_the_machine(monkeypatch):
+    assert linalg.resolve_dtype("float32") == "float32"
+    for flags, expected in [("fma avx512_bf16", "bfloat16"), ("fma avx2", "float32")]:
+        read = lambda *_, flags=flags, **__: f"flags : {flags}\n"
+        monkeypatch.setattr(linalg.Path, "read_text", read)
+        assert linalg.resolve_dtype() == expected

@@ -44,7 +44,7 @@ def numpy_muon(w, gradients, lr, beta, weight_decay):
         m = beta * m + (1 - beta) * g
         x = beta * m + (1 - beta) * g
         x = x / np.linalg.norm(x)
-        for a, b, c in nj.QUINTIC:
+        for a, b, c in nj.QUINTIC.coefficients:
             s = x @ x.T
             x = a * x + (b * s + c * s @ s) @ x
         scale = max(1, w.shape[1] / w.shape[0]) ** 0.5

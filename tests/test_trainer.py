@@ -21,7 +21,7 @@ TINY = Config(
     dataset="synthetic", batch_size=4, total_steps=20, warmup_steps=2,
     eval_interval=10, eval_batches=2, log_interval=5, checkpoint_interval=10,
     galore_rank=8, galore_update_freq=4, muon_momentum=0.9, fallback_lr=0.01,
-    quant_min_size=0,
+    quant_min_size=0, ns_dtype="float32",
 )  # fmt: skip
 VARIANTS = {
     "muon": {},

@@ -10,7 +10,10 @@ from jax.tree_util import keystr
 from rich.table import Table
 
 from nanochat_jax.config import HARDWARE_RANKS, Config
+from nanochat_jax.flops import update_flops
 from nanochat_jax.labels import label_params
+from nanochat_jax.linalg import GRAM_RATIO, resolve_dtype
+from nanochat_jax.lm.model import count_flops_per_token
 from nanochat_jax.memory import MemoryReport, memory_report
 from nanochat_jax.optimizer import build_optimizer, state_codecs
 
@@ -44,6 +47,11 @@ def optimizer_summary(config: Config, report: MemoryReport) -> str:
         f"  Details:           FP32 {megabytes(held['fp32_muon_bytes'])} -> "
         f"{megabytes(held['state_bytes'])} ({details})",
     ]
+    lines.append(
+        f"  Newton-Schulz:     {config.ns_method}, {config.ns_steps} steps in "
+        f"{resolve_dtype(config.ns_dtype)}"
+        f"{' (auto)' if config.ns_dtype == 'auto' else ''}"
+    )
     if config.use_galore:
         rest = (
             f", the rest of the gradient at weight {config.galore_residual:g}"
@@ -134,6 +142,34 @@ def rank_table(config: Config, params: optax.Params) -> Table:
             f"{len(report.full_rank)} of {total}",
         )
     return table
+
+
+def step_flops(config: Config, params: optax.Params) -> dict[str, float]:
+    """Returns the operations of a training step, and the update's share of them."""
+    parts = update_flops(config, params)
+    model = count_flops_per_token(config, config.sequence) * config.tokens_per_step
+    update = sum(parts.values())
+    return {
+        "model": model,
+        "update": update,
+        **{f"update_{name}": count for name, count in parts.items()},
+        "update_share": update / (update + model),
+    }
+
+
+def flops_summary(config: Config, flops: dict[str, float]) -> str:
+    """Returns the operations of a training step in words."""
+    forms = (
+        ""
+        if resolve_dtype(config.ns_dtype) == "bfloat16"
+        else (f", in the Gram form where a side is over {GRAM_RATIO} times the other")
+    )
+    return (
+        f"Operations of a step: {flops['model'] / 1e9:,.0f} GFLOP forward and backward "
+        f"over {config.tokens_per_step:,} tokens, {flops['update'] / 1e9:,.0f} GFLOP "
+        f"to update, {100 * flops['update_share']:.1f} % of all "
+        f"({config.ns_method} Newton-Schulz{forms})."
+    )
 
 
 def _pattern_counts(names: Any) -> list[str]:

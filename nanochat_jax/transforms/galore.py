@@ -6,6 +6,7 @@ A leaf `[*batch, m, n]` is seen as `short x long`, its shorter axis first. Its p
 a quantisation scale, do not mix strong directions with weak ones.
 """
 
+import zlib
 from collections.abc import Collection
 from typing import Any, NamedTuple
 
@@ -40,6 +41,7 @@ def galore(
     rank: int,
     *,
     refresh_every: int = 200,
+    refresh_stagger: bool = False,
     residual: ArrayLike = 0.0,
     scale: ArrayLike = 1.0,
     oversample: int = 8,
@@ -73,6 +75,8 @@ def galore(
       inner: Transform to run in the low-rank space.
       rank: Dimensions kept.
       refresh_every: Steps between two computations of the basis.
+      refresh_stagger: Whether leaves take turns, by a hash of their path, so that not
+        all are computed on one step. On the first step all are.
       residual: Weight of what the projector cuts off. 0 is the published method; 1
         passes the rest of the gradient on as it is, without state.
       scale: Factor on the projected updates, `α` in the paper.
@@ -103,12 +107,10 @@ def galore(
         projector_cost = jnp.dtype(projector_dtype).itemsize / 4
 
     def first_basis(x: Array) -> Array | None:
-        if x.ndim < 2:
+        r = projected_rank(x.shape, rank, projector_cost, min_saving)
+        if r is None:
             return None
-        short, long = sorted(x.shape[-2:])
-        r = min(rank, short)
-        if 1 - r * (long + projector_cost * short) / (long * short) <= min_saving:
-            return None
+        short = min(x.shape[-2:])
         # Orthonormal from the start: the first gradient may be zero.
         basis = jnp.eye(short, r, dtype=projector_dtype)
         return jnp.broadcast_to(basis, (*x.shape[:-2], short, r))
@@ -123,6 +125,11 @@ def galore(
         inner_state = inner.init(low_rank)
         _require_plain(inner_state, reproject)
         return GaloreState(jnp.zeros([], jnp.int32), projector, inner_state)
+
+    def stale(count: Array, name: str) -> Array:
+        # A scalar: under a batched predicate every step would pay for both branches.
+        turn = zlib.crc32(name.encode()) % refresh_every if refresh_stagger else 0
+        return (count == 0) | ((count + turn) % refresh_every == 0)
 
     def refresh(
         g: Array, basis: Array, moments: list[Array], count: Array, name: str
@@ -147,7 +154,6 @@ def galore(
         **extra_args: Any,
     ) -> tuple[optax.Updates, GaloreState]:
         del params
-        stale = state.count % refresh_every == 0
         leaves, treedef = jax.tree.flatten(state.inner)
         owned = _moments_by_parameter(state.inner, reproject)
 
@@ -157,7 +163,7 @@ def galore(
             ids = owned.get(keystr(path), [])
             moments = [leaves[i] for i in ids]
             new, moments = jax.lax.cond(
-                stale,
+                stale(state.count, keystr(path)),
                 lambda: refresh(g, basis, moments, state.count, keystr(path)),
                 lambda: (basis, moments),
             )
@@ -179,6 +185,28 @@ def galore(
         return new_updates, GaloreState(count, projector, inner_state)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def projected_rank(
+    shape: tuple[int, ...],
+    rank: int,
+    projector_cost: float = 1.0,
+    min_saving: float = 0.0,
+) -> int | None:
+    """Returns the rank to which `galore` projects a leaf, `None` for not at all.
+
+    Args:
+      shape: Shape of the leaf.
+      rank: As for `galore`.
+      projector_cost: As for `galore`.
+      min_saving: As for `galore`.
+    """
+    if len(shape) < 2:
+        return None
+    short, long = sorted(shape[-2:])
+    r = min(rank, short)
+    saving = 1 - r * (long + projector_cost * short) / (long * short)
+    return r if saving > min_saving else None
 
 
 def _short_first(x: Array) -> Array:

@@ -1,46 +1,64 @@
 """Orthogonalised updates: the step that makes momentum into Muon."""
 
 import math
-from collections.abc import Sequence
 from typing import Literal
 
 import jax
+import jax.numpy as jnp
 import optax
 
 from nanochat_jax import linalg
+from nanochat_jax.coefficients import QUINTIC, Polynomials
+from nanochat_jax.transforms import trees
 
 ShapeScale = Literal["width", "rms", "none"]
 
 
 def orthogonalize(
-    coefficients: Sequence[linalg.Coefficients] = linalg.QUINTIC,
+    polynomials: Polynomials = QUINTIC,
     *,
     dtype: str = "float32",
+    form: linalg.Form = "auto",
+    max_bytes: int = trees.GROUP_BYTES,
 ) -> optax.GradientTransformation:
     """Replaces each matrix of the updates by the nearest semi-orthogonal one.
 
-    The last two axes are the matrix; the axes before them are a batch. Stateless, so
-    Muon is `optax.chain(momentum(), orthogonalize(), scale_by_shape("width"), ...)`.
+    The last two axes are the matrix; the axes before them are a batch. Leaves of one
+    shape are stacked and iterated on together. Stateless, so Muon is
+    `optax.chain(momentum(), orthogonalize(), scale_by_shape("width"), ...)`.
+
+    Example:
+      >>> tx = orthogonalize(POLYNOMIALS["polar_express_5"], dtype="bfloat16")
+      >>> params = {"a": jnp.ones((8, 16)), "b": jnp.ones((8, 16))}
+      >>> updates, _ = tx.update(params, tx.init(params))
 
     Args:
-      coefficients: Newton-Schulz coefficients, one `(a, b, c)` for each step.
+      polynomials: Newton-Schulz polynomials, one for each step.
       dtype: Type of the iteration; the updates keep theirs.
+      form: Form of the iteration; see `linalg.newton_schulz`.
+      max_bytes: Most float32 bytes of a stack; a larger leaf is alone.
 
     Returns:
       A stateless transformation.
 
     Raises:
-      ValueError: At `update`, if a leaf has fewer than two axes.
+      ValueError: If `form` is not safe in `dtype`; at `update`, if a leaf has fewer
+        than two axes.
     """
+    linalg.resolve_form((1, 1), dtype, form)
 
     def update_fn(
         updates: optax.Updates, params: optax.Params | None = None
     ) -> optax.Updates:
         del params
         _require_matrices(updates, "orthogonalize")
-        return jax.tree.map(
-            lambda x: linalg.newton_schulz(x, coefficients, dtype=dtype), updates
-        )
+        leaves, treedef = jax.tree.flatten(updates)
+        for group in trees.group_by_shape(leaves, max_bytes):
+            stack = jnp.stack([leaves[i] for i in group])
+            done = linalg.newton_schulz(stack, polynomials, dtype=dtype, form=form)
+            for i, x in zip(group, done, strict=True):
+                leaves[i] = x
+        return treedef.unflatten(leaves)
 
     return optax.stateless(update_fn)
 

@@ -1,0 +1,87 @@
+"""Times Newton-Schulz by method, shape, type and form, with its error.
+
+    python benchmarks/newton_schulz.py --output newton_schulz.json
+
+The error is that of the update against the polar factor of a float64 decomposition,
+relative in Frobenius norm, for a Gaussian matrix. Ratios are to the quintic in float32
+in its standard form, in the same run.
+"""
+
+import argparse
+import functools
+
+import common
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from nanochat_jax import POLYNOMIALS, newton_schulz
+from nanochat_jax.linalg import newton_schulz_flops
+
+SHAPES = [(256, 256), (768, 768), (768, 2064), (192, 2064)]
+RUNS = [("float32", "standard"), ("float32", "gram"), ("bfloat16", "standard")]
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--methods", nargs="*", default=list(POLYNOMIALS))
+    parser.add_argument("--output", help="JSON file to write")
+    args = parser.parse_args()
+
+    rows = []
+    for shape in SHAPES:
+        x = np.random.default_rng(0).normal(size=shape)
+        u, _, vt = np.linalg.svd(x, full_matrices=False)
+        polar, x = u @ vt, jnp.asarray(x, jnp.float32)
+        calls = {}
+        for name in dict.fromkeys(["quintic", *args.methods]):
+            for dtype, form in RUNS:
+                step = functools.partial(
+                    newton_schulz,
+                    polynomials=POLYNOMIALS[name],
+                    dtype=dtype,
+                    form=form,
+                )
+                calls[name, dtype, form] = functools.partial(jax.jit(step), x)
+        seconds = common.interleave(calls, args.repeats)
+        base = seconds["quintic", "float32", "standard"]
+        for (name, dtype, form), call in calls.items():
+            times = seconds[name, dtype, form]
+            error = np.linalg.norm(np.asarray(call(), np.float64) - polar)
+            flops = newton_schulz_flops(
+                shape, POLYNOMIALS[name], dtype=dtype, form=form
+            )
+            rows.append(
+                {
+                    "variant": f"{name} {dtype} {form}",
+                    "shape": list(shape),
+                    "seconds": common.median(times),
+                    "ratio": common.median(
+                        [b / t for b, t in zip(base, times, strict=True)]
+                    ),
+                    "gflop_per_s": flops / common.median(times) / 1e9,
+                    "error": error / np.linalg.norm(polar),
+                }
+            )
+    result = {"machine": common.machine(), "rows": rows}
+    common.write(args.output, result)
+    print(result["machine"])
+    common.show(
+        "Newton-Schulz",
+        [
+            {
+                "variant": row["variant"],
+                "shape": "x".join(map(str, row["shape"])),
+                "ms": f"{1e3 * row['seconds']:.2f}",
+                "times faster": f"{row['ratio']:.2f}",
+                "GFLOP/s": f"{row['gflop_per_s']:.0f}",
+                "error": f"{row['error']:.3f}",
+            }
+            for row in rows
+        ],
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,115 @@
+"""Tokens per second of a whole training step, by optimizer variant.
+
+    python benchmarks/train_step.py --config-file configs/nano_125m.toml
+
+One model and batch; the variants' compiled steps are called in turn in one process.
+Steps on which GaLore changes its basis are left out: `benchmarks/refresh.py` times it.
+"""
+
+import argparse
+import dataclasses
+import gc
+
+import common
+import jax
+import jax.numpy as jnp
+
+from nanochat_jax.config import Config
+from nanochat_jax.lm import trainer
+from nanochat_jax.optimizer import build_optimizer
+
+BOTH = {"use_8bit_optim": True, "use_galore": True}
+VARIANTS = {
+    "muon": {},
+    "muon_8bit": {"use_8bit_optim": True},
+    "galore": {"use_galore": True},
+    "galore_8bit": BOTH,
+    "galore_plain": {"use_galore": True, "galore_residual": 0.0},
+    "galore_plain_8bit": {**BOTH, "galore_residual": 0.0},
+}
+
+
+class Step:
+    """A compiled training step with its own state, called again and again."""
+
+    def __init__(self, config):
+        graphdef, params = trainer.abstract_model(config)
+        tx = build_optimizer(config, params)
+        run = trainer.Run(config, graphdef, params, tx, None, None)
+        self.step = trainer.compile_train_step(run)
+        self.state = trainer.init_state(run)
+        shape = (config.grad_accum_steps, config.batch_size, config.sequence + 1)
+        self.batch = jax.random.randint(
+            jax.random.key(0), shape, 0, config.vocab_size, jnp.int32
+        )
+        self.peak_bytes = self.step.memory_analysis().temp_size_in_bytes
+
+    def __call__(self):
+        self.state, metrics = self.step(self.state, self.batch)
+        return metrics
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--config-file", default="configs/tiny_cpu.toml")
+    parser.add_argument("--batch-size", type=int, default=4)
+    parser.add_argument("--seq-len", type=int, default=256)
+    parser.add_argument(
+        "--rank", type=int, help="GaLore rank; a quarter of dim if unset"
+    )
+    parser.add_argument("--ns-dtype", default="auto")
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--only", nargs="*", default=list(VARIANTS))
+    parser.add_argument("--output", help="JSON file to write")
+    args = parser.parse_args()
+
+    config = dataclasses.replace(
+        Config.from_toml(args.config_file),
+        batch_size=args.batch_size,
+        seq_len=args.seq_len,
+        grad_accum_steps=1,
+        ns_dtype=args.ns_dtype,
+    )
+    config = dataclasses.replace(config, galore_rank=args.rank or config.dim // 4)
+    names = [name for name in VARIANTS if name in {"muon", *args.only}]
+    steps = {
+        name: Step(dataclasses.replace(config, **VARIANTS[name])) for name in names
+    }
+    gc.collect()
+    seconds = common.interleave(steps, args.repeats)
+    rows = [
+        {
+            "variant": name,
+            "tokens_per_s": config.tokens_per_step / common.median(seconds[name]),
+            "ratio": common.median(
+                [b / s for b, s in zip(seconds["muon"], seconds[name], strict=True)]
+            ),
+            "temp_bytes": step.peak_bytes,
+        }
+        for name, step in steps.items()
+    ]
+    result = {
+        "config": args.config_file,
+        "tokens": config.tokens_per_step,
+        "ns_dtype": args.ns_dtype,
+        "machine": common.machine(),
+        "rows": rows,
+    }
+    common.write(args.output, result)
+    print(result["machine"])
+    common.show(
+        f"A training step of {config.tokens_per_step} tokens, {args.config_file}",
+        [
+            {
+                "variant": row["variant"],
+                "tokens/s": f"{row['tokens_per_s']:.0f}",
+                "of muon": f"{row['ratio']:.3f}",
+                "temp MB": f"{row['temp_bytes'] / 1e6:.0f}",
+            }
+            for row in rows
+        ],
+    )
+
+
+if __name__ == "__main__":
+    main()
