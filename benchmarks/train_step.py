@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from nanochat_jax.config import Config
-from nanochat_jax.lm import trainer
+from nanochat_jax.lm import setup, trainer
 from nanochat_jax.optimizer import build_optimizer
 
 BOTH = {"use_8bit_optim": True, "use_galore": True}
@@ -33,9 +33,9 @@ class Step:
     """A compiled training step with its own state, called again and again."""
 
     def __init__(self, config):
-        graphdef, params = trainer.abstract_model(config)
+        graphdef, params = setup.abstract_model(config)
         tx = build_optimizer(config, params)
-        run = trainer.Run(config, graphdef, params, tx, None, None)
+        run = setup.Run(config, graphdef, params, tx, None, None)
         self.step = trainer.compile_train_step(run)
         self.state = trainer.init_state(run)
         shape = (config.grad_accum_steps, config.batch_size, config.sequence + 1)

@@ -19,7 +19,7 @@ import tyro
 from rich.console import Console
 
 from nanochat_jax.config import Config
-from nanochat_jax.lm import device, report, trainer
+from nanochat_jax.lm import device, report, setup, trainer
 from nanochat_jax.lm.checkpoint import Checkpoints
 from nanochat_jax.lm.display import make_display
 from nanochat_jax.lm.generate import generate
@@ -54,7 +54,7 @@ class Train(Config):
         console = Console()
         with _usage_errors():
             device.use(self.device, self.threads)
-            run = trainer.prepare(_settings(self), self.epochs)
+            run = setup.prepare(_settings(self), self.epochs)
             source = Checkpoints(self.resume) if self.resume else None
             restored = trainer.restore(run, source) if source else None
             folder = self.checkpoint_dir or (source and source.directory)
@@ -100,7 +100,7 @@ class Plan(Config):
         with _usage_errors():
             device.use(self.device, None)
         config = _settings(self)
-        _, params = trainer.abstract_model(config)
+        _, params = setup.abstract_model(config)
         tx = build_optimizer(config, params)
         held = memory_report(tx, params)
         groups = report.parameter_groups(config, params, held)
@@ -181,7 +181,7 @@ def _check_folder(folder: str | Path | None, first: int, total: int) -> None:
 
 
 def _fit(
-    run: trainer.Run,
+    run: setup.Run,
     state: trainer.TrainState,
     step: jax.stages.Compiled,
     folder: str | Path | None,
@@ -209,9 +209,7 @@ def _fit(
         )
 
 
-def _print_sample(
-    run: trainer.Run, state: trainer.TrainState, console: Console
-) -> None:
+def _print_sample(run: setup.Run, state: trainer.TrainState, console: Console) -> None:
     """Prints text the model continues, if it was trained on text."""
     config = run.config
     if config.dataset not in ("stdlib", "text") or not config.sample_tokens:

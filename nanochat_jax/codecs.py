@@ -12,7 +12,7 @@ the array they stand for. The last block of a row may be shorter than the others
 """
 
 import dataclasses
-from typing import Literal, NamedTuple, Protocol
+from typing import ClassVar, Literal, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -58,7 +58,64 @@ class Codec(Protocol):
 
 
 @dataclasses.dataclass(frozen=True)
-class Int8:
+class _Linear:
+    """Symmetric linear codes with an absolute-maximum scale for each block.
+
+    Subclasses say how many levels there are on each side of zero, and how codes lie in
+    memory.
+    """
+
+    block_size: int = 128
+    stochastic_rounding: bool = False
+    scale_dtype: ScaleDtype = "float32"
+    levels: ClassVar[int]
+
+    def __post_init__(self) -> None:
+        if self.block_size < 1:
+            raise ValueError(f"`block_size` must be at least 1, got {self.block_size}.")
+
+    @property
+    def name(self) -> str:
+        """Short name for reports."""
+        return type(self).__name__.lower()
+
+    @property
+    def needs_key(self) -> bool:
+        """Whether `encode` needs a key."""
+        return self.stochastic_rounding
+
+    def encode(
+        self, x: Float[Array, "*rows n"], key: PRNGKeyArray | None = None
+    ) -> Quantized:
+        """Rounds each block of `x` to evenly spaced levels.
+
+        Args:
+          x: Array to store.
+          key: Key of the rounding, required if it is stochastic.
+
+        Returns:
+          Codes and their scales.
+
+        Raises:
+          ValueError: If the rounding is stochastic and there is no key.
+        """
+        codes, scales = _encode_linear(x, self, key)
+        return Quantized(self._pack(codes), scales)
+
+    def decode(self, stored: Quantized, size: int) -> Float32[Array, "*rows n"]:
+        """Returns the array, of last axis `size`, that `stored` stands for."""
+        codes = self._unpack(stored.codes, size)
+        return _decode_linear(Quantized(codes, stored.scales), self.block_size)
+
+    def _pack(self, codes: Array) -> Array:
+        return codes
+
+    def _unpack(self, codes: Array, size: int) -> Array:
+        del size
+        return codes
+
+
+class Int8(_Linear):
     """Symmetric linear 8-bit codes with an absolute-maximum scale for each block.
 
     Example:
@@ -74,42 +131,10 @@ class Int8:
       scale_dtype: Type of the scales.
     """
 
-    block_size: int = 128
-    stochastic_rounding: bool = False
-    scale_dtype: ScaleDtype = "float32"
-    name = "int8"
     levels = 127
 
-    def __post_init__(self) -> None:
-        _check_block_size(self.block_size)
 
-    @property
-    def needs_key(self) -> bool:
-        """Whether `encode` needs a key."""
-        return self.stochastic_rounding
-
-    def encode(
-        self, x: Float[Array, "*rows n"], key: PRNGKeyArray | None = None
-    ) -> Quantized:
-        """Rounds each block of `x` to 255 evenly spaced levels.
-
-        Args:
-          x: Array to store.
-          key: Key of the rounding, required if it is stochastic.
-
-        Returns:
-          Codes shaped as `x`, and their scales.
-        """
-        return _encode_linear(x, self, key)
-
-    def decode(self, stored: Quantized, size: int) -> Float32[Array, "*rows n"]:
-        """Returns the array, of last axis `size`, that `stored` stands for."""
-        del size
-        return _decode_linear(stored, self.block_size)
-
-
-@dataclasses.dataclass(frozen=True)
-class Int4:
+class Int4(_Linear):
     """Symmetric linear 4-bit codes, two to a byte, with a scale for each block.
 
     Neighbours on the last axis share a byte, the even one in its low half. An odd last
@@ -127,47 +152,16 @@ class Int4:
       scale_dtype: Type of the scales.
     """
 
-    block_size: int = 128
-    stochastic_rounding: bool = False
-    scale_dtype: ScaleDtype = "float32"
-    name = "int4"
     levels = 7
 
-    def __post_init__(self) -> None:
-        _check_block_size(self.block_size)
+    def _pack(self, codes: Array) -> Array:
+        return _pack(codes)
 
-    @property
-    def needs_key(self) -> bool:
-        """Whether `encode` needs a key."""
-        return self.stochastic_rounding
-
-    def encode(
-        self, x: Float[Array, "*rows n"], key: PRNGKeyArray | None = None
-    ) -> Quantized:
-        """Rounds each block of `x` to 15 evenly spaced levels.
-
-        Args:
-          x: Array to store.
-          key: Key of the rounding, required if it is stochastic.
-
-        Returns:
-          Codes, two to a byte, and their scales.
-        """
-        codes, scales = _encode_linear(x, self, key)
-        return Quantized(_pack(codes), scales)
-
-    def decode(self, stored: Quantized, size: int) -> Float32[Array, "*rows n"]:
-        """Returns the array, of last axis `size`, that `stored` stands for."""
-        unpacked = Quantized(_unpack(stored.codes, size), stored.scales)
-        return _decode_linear(unpacked, self.block_size)
+    def _unpack(self, codes: Array, size: int) -> Array:
+        return _unpack(codes, size)
 
 
-def _check_block_size(block_size: int) -> None:
-    if block_size < 1:
-        raise ValueError(f"`block_size` must be at least 1, got {block_size}.")
-
-
-def _encode_linear(x: Array, codec: Int8 | Int4, key: PRNGKeyArray | None) -> Quantized:
+def _encode_linear(x: Array, codec: _Linear, key: PRNGKeyArray | None) -> Quantized:
     """Divides blocks by their scale and rounds to integers in ±`codec.levels`."""
     if codec.needs_key and key is None:
         raise ValueError("Stochastic rounding needs a `key`, got None.")

@@ -11,7 +11,7 @@ import pytest
 from rich.console import Console
 
 from nanochat_jax.config import Config
-from nanochat_jax.lm import trainer
+from nanochat_jax.lm import setup, trainer
 from nanochat_jax.lm.checkpoint import Checkpoints
 from nanochat_jax.lm.display import make_display
 from nanochat_jax.lm.metrics import MetricsWriter, read_metrics
@@ -54,7 +54,7 @@ def train(run, *, state=None, folder=None):
 
 @pytest.fixture(scope="module")
 def run():
-    return trainer.prepare(TINY)
+    return setup.prepare(TINY)
 
 
 def test_one_step_gives_the_numbers_it_gave_before(run):
@@ -100,7 +100,7 @@ def test_the_state_keeps_its_types_and_its_memory(run):
 @pytest.mark.parametrize("name", VARIANTS)
 def test_a_resumed_run_ends_with_the_same_bits(name, tmp_path):
     config = dataclasses.replace(TINY, **VARIANTS[name])
-    run = trainer.prepare(config)
+    run = setup.prepare(config)
     straight = train(run, folder=tmp_path / "a")
     stored = Checkpoints(tmp_path / "a" / "10")
     resumed = train(run, state=trainer.restore(run, stored), folder=tmp_path / "b")
@@ -140,16 +140,16 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_says_so(run):
 def test_a_checkpoint_of_another_run_is_refused_with_the_difference(run, tmp_path):
     with Checkpoints(tmp_path) as checkpoints:
         checkpoints.save(1, trainer.init_state(run), run.meta)
-    other = trainer.prepare(dataclasses.replace(TINY, lr=0.01, use_galore=True))
+    other = setup.prepare(dataclasses.replace(TINY, lr=0.01, use_galore=True))
     with pytest.raises(
         ValueError, match=r"config.lr: stored 0.02, now 0.01(.|\n)*galo"
     ):
         trainer.restore(other, Checkpoints(tmp_path))
-    longer = trainer.prepare(dataclasses.replace(TINY, log_interval=7))
+    longer = setup.prepare(dataclasses.replace(TINY, log_interval=7))
     assert int(trainer.restore(longer, Checkpoints(tmp_path)).step) == 0
 
 
 def test_epochs_set_the_number_of_steps():
-    run = trainer.prepare(dataclasses.replace(TINY, batch_size=1024), epochs=2)
+    run = setup.prepare(dataclasses.replace(TINY, batch_size=1024), epochs=2)
     windows = (len(run.corpus.train) - 1) // TINY.sequence
     assert run.config.total_steps == 2 * -(-windows // 1024)

@@ -8,7 +8,6 @@ it to the parameters.
 Axes: A microbatches, B sequences, S tokens of a sequence.
 """
 
-import dataclasses
 import math
 import time
 from collections.abc import Callable
@@ -21,15 +20,13 @@ import optax
 from flax import nnx
 from jaxtyping import Array, Float32, Int32
 
-from nanochat_jax.config import Config
 from nanochat_jax.lm import model
 from nanochat_jax.lm.checkpoint import Checkpoints, check_meta
-from nanochat_jax.lm.corpus import Corpus, load_corpus
-from nanochat_jax.lm.data import Batches, eval_batches
+from nanochat_jax.lm.data import eval_batches
 from nanochat_jax.lm.display import Display
 from nanochat_jax.lm.metrics import MetricsWriter
-from nanochat_jax.lm.tokenizer import Tokenizer, load_tokenizer
-from nanochat_jax.optimizer import build_optimizer, schedule
+from nanochat_jax.lm.setup import Run, train_batches
+from nanochat_jax.optimizer import schedule
 
 # Settings under which a resumed run may differ and still be the same run.
 RESUMABLE = (
@@ -59,78 +56,6 @@ class TrainState(NamedTuple):
     step: Int32[Array, ""]
     params: model.Params
     opt_state: optax.OptState
-
-
-@dataclasses.dataclass(frozen=True)
-class Run:
-    """What a run is made of, before anything is trained.
-
-    Attributes:
-      config: Its settings.
-      graphdef: Structure of the model.
-      params: Shapes and types of the parameters.
-      tx: The optimizer.
-      tokenizer: Text to ids and back.
-      corpus: Tokens to train and validate on.
-    """
-
-    config: Config
-    graphdef: nnx.GraphDef[model.GPT]
-    params: model.Params
-    tx: optax.GradientTransformationExtraArgs
-    tokenizer: Tokenizer
-    corpus: Corpus
-
-    @property
-    def meta(self) -> dict[str, Any]:
-        """What a checkpoint records, and a resumed run must agree with."""
-        settings = dataclasses.asdict(self.config)
-        return {"config": settings, "data": self.corpus.fingerprint}
-
-
-def prepare(config: Config, epochs: int | None = None) -> Run:
-    """Loads the data and builds model and optimizer; allocates no parameters.
-
-    Args:
-      config: Settings of the run.
-      epochs: Times to go through the data, in place of `config.total_steps`.
-
-    Returns:
-      The run.
-
-    Raises:
-      ValueError: If data or settings are not usable.
-    """
-    tokenizer = load_tokenizer(config.tokenizer)
-    corpus = load_corpus(
-        config.dataset,
-        config.data_path,
-        tokenizer=tokenizer,
-        vocab_size=config.vocab_size,
-        seed=config.seed,
-        seq_len=config.sequence,
-        token_dtype=config.token_dtype,
-    )
-    if epochs is not None:
-        total = epochs * _batches(config, corpus).steps_per_epoch
-        config = dataclasses.replace(config, total_steps=total)
-    graphdef, params = abstract_model(config)
-    tx = build_optimizer(config, params)
-    return Run(config, graphdef, params, tx, tokenizer, corpus)
-
-
-def abstract_model(config: Config) -> tuple[nnx.GraphDef[model.GPT], model.Params]:
-    """Returns the structure of the model and its parameters as shapes and types."""
-    graphdef = None
-
-    def init() -> model.Params:
-        nonlocal graphdef
-        graphdef, params = model.init(config, config.seed)
-        return params
-
-    params = jax.eval_shape(init)
-    assert graphdef is not None
-    return graphdef, params
 
 
 def init_state(run: Run) -> TrainState:
@@ -261,7 +186,7 @@ def fit(
     started = logged = time.perf_counter()
     since = first  # step of the last report, from which the speed is counted
     previous = None
-    for step, batch in _batches(config, run.corpus).prefetch(first, total):
+    for step, batch in train_batches(config, run.corpus).prefetch(first, total):
         state, values = train_step(state, batch.reshape(shape))
         # One step stays in flight while the host prepares the next.
         jax.block_until_ready(previous)
@@ -304,15 +229,6 @@ def _mean_gradient(
     zero = (jnp.zeros([], jnp.float32), optax.tree.zeros_like(params))
     total, _ = jax.lax.scan(add, zero, batch)
     return jax.tree.map(lambda x: x / batch.shape[0], total)
-
-
-def _batches(config: Config, corpus: Corpus) -> Batches:
-    return Batches(
-        corpus.train,
-        batch_size=config.grad_accum_steps * config.batch_size,
-        seq_len=config.sequence,
-        seed=config.seed,
-    )
 
 
 def _due(step: int, interval: int, total: int) -> bool:

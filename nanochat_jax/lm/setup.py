@@ -1,0 +1,97 @@
+"""What a run is made of before it trains: settings, data, model and optimizer."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import optax
+from flax import nnx
+
+from nanochat_jax.config import Config
+from nanochat_jax.lm import model
+from nanochat_jax.lm.corpus import Corpus, load_corpus
+from nanochat_jax.lm.data import Batches
+from nanochat_jax.lm.tokenizer import Tokenizer, load_tokenizer
+from nanochat_jax.optimizer import build_optimizer
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """What a run is made of, before anything is trained.
+
+    Attributes:
+      config: Its settings.
+      graphdef: Structure of the model.
+      params: Shapes and types of the parameters.
+      tx: The optimizer.
+      tokenizer: Text to ids and back.
+      corpus: Tokens to train and validate on.
+    """
+
+    config: Config
+    graphdef: nnx.GraphDef[model.GPT]
+    params: model.Params
+    tx: optax.GradientTransformationExtraArgs
+    tokenizer: Tokenizer
+    corpus: Corpus
+
+    @property
+    def meta(self) -> dict[str, Any]:
+        """What a checkpoint records, and a resumed run must agree with."""
+        settings = dataclasses.asdict(self.config)
+        return {"config": settings, "data": self.corpus.fingerprint}
+
+
+def prepare(config: Config, epochs: int | None = None) -> Run:
+    """Loads the data and builds model and optimizer; allocates no parameters.
+
+    Args:
+      config: Settings of the run.
+      epochs: Times to go through the data, in place of `config.total_steps`.
+
+    Returns:
+      The run.
+
+    Raises:
+      ValueError: If data or settings are not usable.
+    """
+    tokenizer = load_tokenizer(config.tokenizer)
+    corpus = load_corpus(
+        config.dataset,
+        config.data_path,
+        tokenizer=tokenizer,
+        vocab_size=config.vocab_size,
+        seed=config.seed,
+        seq_len=config.sequence,
+        token_dtype=config.token_dtype,
+    )
+    if epochs is not None:
+        total = epochs * train_batches(config, corpus).steps_per_epoch
+        config = dataclasses.replace(config, total_steps=total)
+    graphdef, params = abstract_model(config)
+    tx = build_optimizer(config, params)
+    return Run(config, graphdef, params, tx, tokenizer, corpus)
+
+
+def abstract_model(config: Config) -> tuple[nnx.GraphDef[model.GPT], model.Params]:
+    """Returns the structure of the model and its parameters as shapes and types."""
+    graphdef = None
+
+    def init() -> model.Params:
+        nonlocal graphdef
+        graphdef, params = model.init(config, config.seed)
+        return params
+
+    params = jax.eval_shape(init)
+    assert graphdef is not None
+    return graphdef, params
+
+
+def train_batches(config: Config, corpus: Corpus) -> Batches:
+    """Returns the batches of a run, all microbatches of a step together."""
+    return Batches(
+        corpus.train,
+        batch_size=config.grad_accum_steps * config.batch_size,
+        seq_len=config.sequence,
+        seed=config.seed,
+    )
