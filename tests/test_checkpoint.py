@@ -245,7 +245,7 @@ def test_an_error_of_a_save_in_the_background_is_raised(tmp_path, monkeypatch, r
     def fail(directory):
         raise OSError("disk full")
 
-    monkeypatch.setattr(checkpoint, "_write_sums", fail)
+    monkeypatch.setattr(checkpoint.checksums, "write", fail)
     with pytest.raises(OSError, match="disk full"), Checkpoints(tmp_path) as run:  # noqa: PT012
         run.save(1, make_state(1), {})
         if raised == "by the next save":

@@ -12,7 +12,6 @@ v0 wrote, and is the one that will stay.
 
 import contextlib
 import functools
-import hashlib
 import json
 import logging
 import operator
@@ -24,6 +23,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from orbax.checkpoint import v1 as ocp
+
+from nanochat_jax.lm import checksums
 
 Tree = TypeVar("Tree")
 
@@ -200,7 +201,7 @@ class Checkpoints:
         context = ocp.Context()
         # Called when all files are written, just before the folder gets its name.
         context.asynchronous.post_finalization_callback = functools.partial(
-            _write_sums, self.directory
+            checksums.write, self.directory
         )
         policies: Any = ocp.training.preservation_policies
         return ocp.training.Checkpointer(
@@ -226,7 +227,7 @@ class Checkpoints:
     @contextlib.contextmanager
     def _reading(self, folder: Path) -> Iterator[None]:
         """Checks a checkpoint's files, and names it in what then goes wrong."""
-        if folder not in self._intact and (damage := _damage(folder)):
+        if folder not in self._intact and (damage := checksums.damage(folder)):
             raise self._unreadable(folder, damage)
         self._intact.add(folder)
         try:
@@ -315,32 +316,3 @@ def _listed(lines: list[str], most: int = 10) -> str:
 def _abstract(leaf: Any) -> jax.ShapeDtypeStruct:
     sharding = getattr(leaf, "sharding", None) or jnp.zeros(()).sharding
     return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
-
-
-def _write_sums(directory: Path) -> None:
-    """Writes the checksums of a checkpoint that is complete but not yet named."""
-    if jax.process_index() != 0:
-        return
-    for folder in directory.glob("*.orbax-checkpoint-tmp*"):
-        # Files at the top are Orbax's stamps, which it rewrites on naming the folder.
-        files = sorted(path for path in folder.glob("*/**/*") if path.is_file())
-        lines = [f"{_digest(f)}  {f.relative_to(folder).as_posix()}\n" for f in files]
-        (folder / "SHA256SUMS").write_text("".join(lines), encoding="utf-8")
-
-
-def _damage(folder: Path) -> list[str]:
-    """Returns what is wrong with a checkpoint's files; nothing if it has no sums."""
-    if not (folder / "SHA256SUMS").exists():
-        return []
-    text = (folder / "SHA256SUMS").read_text(encoding="utf-8", errors="replace")
-    sums = [line.partition("  ")[::2] for line in text.splitlines()]
-    changed = [name for digest, name in sums if _digest(folder / name) != digest]
-    return [f"{name} is missing or was changed" for name in changed]
-
-
-def _digest(path: Path) -> str:
-    """Returns the SHA-256 of a file, and nothing if there is none."""
-    if not path.is_file():
-        return ""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
