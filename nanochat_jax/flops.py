@@ -10,7 +10,7 @@ from nanochat_jax.config import OptimizerConfig
 from nanochat_jax.labels import label_params
 from nanochat_jax.linalg import newton_schulz_flops, resolve_dtype
 from nanochat_jax.optimizer import projector_cost
-from nanochat_jax.transforms.galore import projected_rank
+from nanochat_jax.transforms.projection import projected_rank
 
 OVERSAMPLE, POWER_STEPS = 8, 2
 """What `galore` takes if not told otherwise."""

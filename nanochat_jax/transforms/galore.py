@@ -6,6 +6,7 @@ A leaf `[*batch, m, n]` is seen as `short x long`, its shorter axis first. Its p
 a quantisation scale, do not mix strong directions with weak ones.
 """
 
+import dataclasses
 import zlib
 from collections.abc import Collection
 from typing import Any, NamedTuple
@@ -15,11 +16,11 @@ import jax.numpy as jnp
 import optax
 from jax.tree_util import KeyPath, keystr
 from jax.typing import ArrayLike
-from jaxtyping import Array, Float, Int32
+from jaxtyping import Array, Int32
 
 from nanochat_jax import linalg
 from nanochat_jax.codecs import Quantized
-from nanochat_jax.transforms import trees
+from nanochat_jax.transforms import projection, trees
 
 
 class GaloreState(NamedTuple):
@@ -103,11 +104,12 @@ def galore(
     """
     _check_arguments(rank, refresh_every, oversample, power_steps)
     inner = optax.with_extra_args_support(inner)
+    refresh = _Refresh(refresh_every, refresh_stagger, oversample, power_steps, seed)
     if projector_cost is None:
         projector_cost = jnp.dtype(projector_dtype).itemsize / 4
 
     def first_basis(x: Array) -> Array | None:
-        r = projected_rank(x.shape, rank, projector_cost, min_saving)
+        r = projection.projected_rank(x.shape, rank, projector_cost, min_saving)
         if r is None:
             return None
         short = min(x.shape[-2:])
@@ -117,35 +119,10 @@ def galore(
 
     def init_fn(params: optax.Params) -> GaloreState:
         projector = jax.tree.map(first_basis, params)
-        low_rank = jax.tree.map(
-            lambda x, p: jnp.zeros(_low_rank_shape(x, p), jnp.float32),
-            params,
-            projector,
-        )
-        inner_state = inner.init(low_rank)
+        zeros = lambda x, p: jnp.zeros(projection.low_rank_shape(x, p), jnp.float32)
+        inner_state = inner.init(jax.tree.map(zeros, params, projector))
         _require_plain(inner_state, reproject)
         return GaloreState(jnp.zeros([], jnp.int32), projector, inner_state)
-
-    def stale(count: Array, name: str) -> Array:
-        # A scalar: under a batched predicate every step would pay for both branches.
-        turn = zlib.crc32(name.encode()) % refresh_every if refresh_stagger else 0
-        return (count == 0) | ((count + turn) % refresh_every == 0)
-
-    def refresh(
-        g: Array, basis: Array, moments: list[Array], count: Array, name: str
-    ) -> tuple[Array, list[Array]]:
-        usable = jnp.isfinite(g).all((-2, -1), keepdims=True)
-        usable &= (g != 0).any((-2, -1), keepdims=True)
-        new = linalg.range_basis(
-            _short_first(jnp.where(usable, g, 0).astype(jnp.float32)),
-            basis.shape[-1],
-            trees.leaf_key(seed, count, f"galore{name}"),
-            oversample=oversample,
-            power_steps=power_steps,
-        ).astype(basis.dtype)
-        new = jnp.where(usable, new, basis)
-        rotation = _matmul(new.mT, basis)
-        return new, [_matmul(rotation, m).astype(m.dtype) for m in moments]
 
     def update_fn(
         updates: optax.Updates,
@@ -154,30 +131,13 @@ def galore(
         **extra_args: Any,
     ) -> tuple[optax.Updates, GaloreState]:
         del params
-        leaves, treedef = jax.tree.flatten(state.inner)
-        owned = _moments_by_parameter(state.inner, reproject)
-
-        def change_basis(path: KeyPath, g: Array, basis: Array | None) -> Array | None:
-            if basis is None:
-                return None
-            ids = owned.get(keystr(path), [])
-            moments = [leaves[i] for i in ids]
-            new, moments = jax.lax.cond(
-                stale(state.count, keystr(path)),
-                lambda: refresh(g, basis, moments, state.count, keystr(path)),
-                lambda: (basis, moments),
-            )
-            for i, m in zip(ids, moments, strict=True):
-                leaves[i] = m
-            return new
-
-        projector = jax.tree.map_with_path(change_basis, updates, state.projector)
-        low_rank = jax.tree.map(_project, updates, projector)
+        projector, inner_state = _change_bases(refresh, reproject, updates, state)
+        low_rank = jax.tree.map(projection.project, updates, projector)
         inner_updates, inner_state = inner.update(
-            low_rank, treedef.unflatten(leaves), None, **extra_args
+            low_rank, inner_state, None, **extra_args
         )
         back = lambda g, low, u, p: (
-            u if p is None else _project_back(g, low, u, p, scale, residual)
+            u if p is None else projection.project_back(g, low, u, p, scale, residual)
         )
         new_updates = jax.tree.map(back, updates, low_rank, inner_updates, projector)
         count = jnp.asarray(optax.safe_increment(state.count))
@@ -187,58 +147,64 @@ def galore(
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
-def projected_rank(
-    shape: tuple[int, ...],
-    rank: int,
-    projector_cost: float = 1.0,
-    min_saving: float = 0.0,
-) -> int | None:
-    """Returns the rank to which `galore` projects a leaf, `None` for not at all.
+@dataclasses.dataclass(frozen=True)
+class _Refresh:
+    """When and how bases are computed anew; the fields are arguments of `galore`."""
 
-    Args:
-      shape: Shape of the leaf.
-      rank: As for `galore`.
-      projector_cost: As for `galore`.
-      min_saving: As for `galore`.
-    """
-    if len(shape) < 2:
-        return None
-    short, long = sorted(shape[-2:])
-    r = min(rank, short)
-    saving = 1 - r * (long + projector_cost * short) / (long * short)
-    return r if saving > min_saving else None
+    every: int
+    stagger: bool
+    oversample: int
+    power_steps: int
+    seed: int
 
+    def due(self, count: Array, name: str) -> Array:
+        """Returns whether the basis of a leaf is stale."""
+        # A scalar: under a batched predicate every step would pay for both branches.
+        turn = zlib.crc32(name.encode()) % self.every if self.stagger else 0
+        return (count == 0) | ((count + turn) % self.every == 0)
 
-def _short_first(x: Array) -> Array:
-    return x if x.shape[-2] <= x.shape[-1] else x.mT
-
-
-def _low_rank_shape(x: Array, basis: Array | None) -> tuple[int, ...]:
-    if basis is None:
-        return x.shape
-    return (*x.shape[:-2], basis.shape[-1], max(x.shape[-2:]))
-
-
-def _matmul(x: Array, y: Array) -> Float[Array, "*batch m n"]:
-    # Highest: a rounded projection would not be one.
-    return jnp.matmul(x.astype(jnp.float32), y.astype(jnp.float32), precision="highest")
+    def compute(
+        self, g: Array, basis: Array, moments: list[Array], count: Array, name: str
+    ) -> tuple[Array, list[Array]]:
+        """Returns the basis for `g`, and the moments in its coordinates."""
+        usable = jnp.isfinite(g).all((-2, -1), keepdims=True)
+        usable &= (g != 0).any((-2, -1), keepdims=True)
+        new = linalg.range_basis(
+            projection.short_first(jnp.where(usable, g, 0).astype(jnp.float32)),
+            basis.shape[-1],
+            trees.leaf_key(self.seed, count, f"galore{name}"),
+            oversample=self.oversample,
+            power_steps=self.power_steps,
+        ).astype(basis.dtype)
+        new = jnp.where(usable, new, basis)
+        rotation = projection.matmul(new.mT, basis)
+        return new, [projection.matmul(rotation, m).astype(m.dtype) for m in moments]
 
 
-def _project(g: Array, basis: Array | None) -> Array:
-    g = g.astype(jnp.float32)
-    return g if basis is None else _matmul(basis.mT, _short_first(g))
+def _change_bases(
+    refresh: _Refresh, reproject: Collection[str], updates: Any, state: GaloreState
+) -> tuple[Any, optax.OptState]:
+    """Returns projectors and inner state, renewed for the leaves that are due."""
+    leaves, treedef = jax.tree.flatten(state.inner)
+    owned = _moments_by_parameter(state.inner, reproject)
 
+    def change(path: KeyPath, g: Array, basis: Array | None) -> Array | None:
+        if basis is None:
+            return None
+        name = keystr(path)
+        ids = owned.get(name, [])
+        moments = [leaves[i] for i in ids]
+        new, moments = jax.lax.cond(
+            refresh.due(state.count, name),
+            lambda: refresh.compute(g, basis, moments, state.count, name),
+            lambda: (basis, moments),
+        )
+        for i, m in zip(ids, moments, strict=True):
+            leaves[i] = m
+        return new
 
-def _project_back(
-    g: Array, low: Array, u: Array, basis: Array, scale: ArrayLike, residual: ArrayLike
-) -> Array:
-    """Returns `scale·P·u + residual·(g - P·low)`, with one product by `P`."""
-    if isinstance(residual, int | float) and residual == 0:
-        full = _matmul(basis, u * scale)
-        return full if g.shape[-2] <= g.shape[-1] else full.mT
-    full = _matmul(basis, u * scale - low * residual)
-    full = full if g.shape[-2] <= g.shape[-1] else full.mT
-    return full + g.astype(jnp.float32) * residual
+    projector = jax.tree.map_with_path(change, updates, state.projector)
+    return projector, treedef.unflatten(leaves)
 
 
 def _moments_by_parameter(
