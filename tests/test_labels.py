@@ -8,7 +8,7 @@ from flax import linen, nnx
 
 import nanochat_jax as nj
 from nanochat_jax.config import Config
-from nanochat_jax.lm import trainer
+from nanochat_jax.lm import setup
 
 
 def labels(params):
@@ -33,7 +33,7 @@ def of(**shapes):
 @pytest.mark.parametrize("weight_tied", [True, False])
 def test_the_model_of_the_trainer(weight_tied):
     config = Config(n_layers=2, dim=32, n_heads=2, weight_tied=weight_tied)
-    found = labels(trainer.abstract_model(config)[1])
+    found = labels(setup.abstract_model(config)[1])
     assert found.pop("embed/embedding") == "embedding"
     assert found.pop("final_norm/scale") == "vector"
     if not weight_tied:

@@ -11,7 +11,7 @@ from jax.tree_util import keystr
 import helpers
 import nanochat_jax as nj
 from nanochat_jax.config import Config
-from nanochat_jax.lm import trainer
+from nanochat_jax.lm import setup
 from nanochat_jax.memory import MemoryRow, compiled_bytes
 
 CONFIGS = Path(__file__).parents[1] / "configs"
@@ -144,7 +144,7 @@ def test_labels_can_be_given_and_there_may_be_no_matrix():
 )
 def test_the_promised_reductions_at_nano_125m(name, most):
     config = Config.from_toml(CONFIGS / f"{name}.toml")
-    _, tree = trainer.abstract_model(config)
+    _, tree = setup.abstract_model(config)
     report = nj.memory_report(nj.build_optimizer(config, tree), tree)
     assert report.matrix_bytes <= most * report.fp32_muon_bytes
     assert report.matrix_bytes == pytest.approx(
