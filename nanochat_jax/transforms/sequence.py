@@ -26,7 +26,8 @@ def sequence(
     time. Updates and state are those of `inner`.
 
     `inner` must treat each leaf by itself, as all but norms over whole trees do; what
-    does not, such as `optax.clip_by_global_norm`, belongs outside.
+    does not, such as `optax.clip_by_global_norm`, belongs outside. Before JAX 0.11 the
+    order is kept by a loop, which reverse-mode differentiation does not pass.
 
     Example:
       >>> tx = sequence(optax.chain(momentum(), orthogonalize()))
@@ -93,7 +94,7 @@ def _in_turn(step: Callable[..., Any], inputs: Any, result: Any) -> tuple[Any, A
     if _BARRIER_HOLDS:
         inputs, result = jax.lax.optimization_barrier((inputs, result))
         return step(*inputs), result
-    # Compilers before JAX 0.12 drop the barrier before they schedule. A loop they keep;
+    # Compilers before JAX 0.11 drop the barrier before they schedule. A loop they keep;
     # how often it runs, once, hangs on the result, so that it is not unrolled.
     updates, state, params = inputs
     first = jax.tree.leaves((updates, ()) if result is None else result)
