@@ -37,6 +37,11 @@ def median(values: Sequence[float]) -> float:
     return statistics.median(values)
 
 
+def ratio(base: Sequence[float], values: Sequence[float]) -> float:
+    """Returns the median of `base` over `values`, turn by turn: times faster."""
+    return median([b / v for b, v in zip(base, values, strict=True)])
+
+
 def machine() -> dict[str, Any]:
     """Returns hardware and versions."""
     device = jax.devices()[0]

@@ -57,9 +57,7 @@ def main():
                     "variant": f"{name} {dtype} {form}",
                     "shape": list(shape),
                     "seconds": common.median(times),
-                    "ratio": common.median(
-                        [b / t for b, t in zip(base, times, strict=True)]
-                    ),
+                    "ratio": common.ratio(base, times),
                     "gflop_per_s": flops / common.median(times) / 1e9,
                     "error": error / np.linalg.norm(polar),
                 }

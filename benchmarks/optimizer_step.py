@@ -102,9 +102,7 @@ def main():
         {
             "variant": name,
             "seconds": common.median(seconds[name]),
-            "ratio": common.median(
-                [b / s for b, s in zip(base, seconds[name], strict=True)]
-            ),
+            "ratio": common.ratio(base, seconds[name]),
             "state_bytes": step.state_bytes,
             "temp_bytes": step.temp_bytes,
             "compile_seconds": step.compile_seconds,

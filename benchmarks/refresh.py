@@ -54,14 +54,7 @@ def main():
                     "shape": list(shape),
                     "rank": rank,
                     "seconds": common.median(seconds[name]),
-                    "ratio": common.median(
-                        [
-                            b / t
-                            for b, t in zip(
-                                seconds["exact"], seconds[name], strict=True
-                            )
-                        ]
-                    ),
+                    "ratio": common.ratio(seconds["exact"], seconds[name]),
                     "captured": float(jnp.sum((basis.mT @ x) ** 2)) / best,
                 }
             )

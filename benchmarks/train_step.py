@@ -81,9 +81,7 @@ def main():
         {
             "variant": name,
             "tokens_per_s": config.tokens_per_step / common.median(seconds[name]),
-            "ratio": common.median(
-                [b / s for b, s in zip(seconds["muon"], seconds[name], strict=True)]
-            ),
+            "ratio": common.ratio(seconds["muon"], seconds[name]),
             "temp_bytes": step.peak_bytes,
         }
         for name, step in steps.items()
