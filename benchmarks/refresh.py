@@ -42,7 +42,7 @@ def main():
         calls = {"exact": functools.partial(exact, x, rank)}
         for steps in (1, 2):
             calls[f"randomised, {steps} power steps"] = functools.partial(
-                randomised, x, rank, jax.random.key(1), power_steps=steps
+                randomised, x, rank, 1, power_steps=steps
             )
         seconds = common.interleave(calls, args.repeats)
         best = float(np.sum(np.linalg.svd(x, compute_uv=False)[:rank] ** 2))

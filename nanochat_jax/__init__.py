@@ -2,8 +2,12 @@
 
 from nanochat_jax.codecs import (
     Codec as Codec,
+    Dynamic8 as Dynamic8,
+    Float8 as Float8,
     Int4 as Int4,
     Int8 as Int8,
+    MuLaw8 as MuLaw8,
+    Normal4 as Normal4,
     Quantized as Quantized,
 )
 from nanochat_jax.coefficients import (
@@ -20,12 +24,19 @@ from nanochat_jax.memory import (
 )
 from nanochat_jax.optimizer import build_optimizer as build_optimizer
 from nanochat_jax.transforms import (
+    Adaptive as Adaptive,
+    AdaptiveState as AdaptiveState,
     GaloreState as GaloreState,
     MomentumState as MomentumState,
+    QuantizationError as QuantizationError,
     QuantizeState as QuantizeState,
+    dequantize as dequantize,
     galore as galore,
     momentum as momentum,
     orthogonalize as orthogonalize,
+    project_gradients as project_gradients,
+    quantization_error as quantization_error,
+    quantize as quantize,
     quantize_state as quantize_state,
     scale_by_shape as scale_by_shape,
     sequence as sequence,

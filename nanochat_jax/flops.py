@@ -5,15 +5,12 @@ import math
 import jax
 import optax
 
+from nanochat_jax import linalg
 from nanochat_jax.coefficients import POLYNOMIALS
 from nanochat_jax.config import OptimizerConfig
 from nanochat_jax.labels import label_params
-from nanochat_jax.linalg import newton_schulz_flops, resolve_dtype
 from nanochat_jax.optimizer import projector_cost
-from nanochat_jax.transforms.projection import projected_rank
-
-OVERSAMPLE, POWER_STEPS = 8, 2
-"""What `galore` takes if not told otherwise."""
+from nanochat_jax.transforms import projection
 
 
 def update_flops(config: OptimizerConfig, params: optax.Params) -> dict[str, int]:
@@ -29,36 +26,31 @@ def update_flops(config: OptimizerConfig, params: optax.Params) -> dict[str, int
       Operations by part: `newton_schulz`, `projection`, and `refresh`, the change of
       basis divided by the steps between two.
     """
-    labels = jax.tree.leaves(label_params(params))
-    shapes = [
-        x.shape
-        for x, label in zip(jax.tree.leaves(params), labels, strict=True)
-        if label == "matrix"
-    ]
+    labels = label_params(params)
+    ranks = jax.tree.map(lambda _: 0, params)
+    if config.use_galore:
+        ranks = projection.ranks(params, config.rank)
     total = {"newton_schulz": 0, "projection": 0, "refresh": 0}
-    for shape in shapes:
-        rank = None
-        if config.use_galore:
-            rank = projected_rank(shape, config.rank, projector_cost(config))
-        for part, count in _leaf_flops(config, shape, rank).items():
-            total[part] += count
+    for x, label, rank in zip(
+        *map(jax.tree.leaves, (params, labels, ranks)), strict=True
+    ):
+        if label == "matrix":
+            for part, count in _leaf_flops(config, x.shape, rank).items():
+                total[part] += count
     return total
 
 
 def _leaf_flops(
-    config: OptimizerConfig, shape: tuple[int, ...], rank: int | None
+    config: OptimizerConfig, shape: tuple[int, ...], wanted: int
 ) -> dict[str, int]:
-    count, (short, long) = math.prod(shape[:-2]), sorted(shape[-2:])
-    if rank is None:
+    rank = wanted and projection.projected_rank(shape, wanted, projector_cost(config))
+    if not rank:
         return {"newton_schulz": _newton_schulz(config, shape)}
-    inside = (count, rank, long)
-    width = min(rank + OVERSAMPLE, short)
-    products = 2 + 2 * POWER_STEPS  # of the gradient with a block of columns
-    refresh = count * products * 2 * short * long * width
+    count, (short, long) = math.prod(shape[:-2]), sorted(shape[-2:])
+    inside = shape if config.galore_residual else (count, rank, long)
+    refresh = linalg.range_basis_flops((count, short, long), rank)
     return {
-        "newton_schulz": _newton_schulz(
-            config, shape if config.galore_residual else inside
-        ),
+        "newton_schulz": _newton_schulz(config, inside),
         "projection": count * 2 * 2 * short * long * rank,
         "refresh": refresh // config.galore_update_freq,
     }
@@ -66,5 +58,5 @@ def _leaf_flops(
 
 def _newton_schulz(config: OptimizerConfig, shape: tuple[int, ...]) -> int:
     polynomials = POLYNOMIALS[config.ns_method].take(config.ns_steps)
-    dtype = resolve_dtype(config.ns_dtype)
-    return newton_schulz_flops(shape, polynomials, dtype=dtype)
+    dtype = linalg.resolve_dtype(config.ns_dtype)
+    return linalg.newton_schulz_flops(shape, polynomials, dtype=dtype)

@@ -5,17 +5,20 @@
     partition(
         matrix: quantize_state(chain(galore(momentum, residual), orthogonalize))
                 -> scale_by_shape -> weight decay -> learning rate,
-        embedding, head, vector: AdamW)
+        embedding, head, vector: quantize_state(AdamW))
 """
+
+from typing import Any
 
 import optax
 
-from nanochat_jax.codecs import Codec, Int4, Int8
+from nanochat_jax.codecs import Codec, Dynamic8, Float8, Int4, Int8, MuLaw8
 from nanochat_jax.coefficients import POLYNOMIALS
 from nanochat_jax.config import OptimizerConfig
 from nanochat_jax.labels import label_params
 from nanochat_jax.linalg import resolve_dtype
 from nanochat_jax.transforms import (
+    Adaptive,
     galore,
     momentum,
     orthogonalize,
@@ -24,7 +27,17 @@ from nanochat_jax.transforms import (
     sequence,
 )
 
-_CODECS = {8: Int8, 4: Int4}
+_CODECS: dict[str, Any] = {
+    "int8": Int8,
+    "dynamic8": Dynamic8,
+    "mulaw8": MuLaw8,
+    "float8": Float8,
+    "int4": Int4,
+}
+_PROJECTOR_CODECS = {8: Int8, 4: Int4}
+
+# Rows of a quantised embedding that are decoded at a time, in float32: 2 MiB.
+_ROW_BYTES = 1 << 21
 
 
 def build_optimizer(
@@ -53,9 +66,11 @@ def build_optimizer(
     by_label = optax.partition(
         {
             "matrix": matrix_optimizer(config),
-            "embedding": _fallback(config, config.weight_decay),
-            "head": _fallback(config, config.weight_decay),
-            "vector": _fallback(config, 0.0),
+            "embedding": _table_optimizer(config),
+            "head": _table_optimizer(config),
+            "vector": _quantized(
+                _fallback(config, 0.0), fallback_codecs(config), config
+            ),
         },
         labels,
     )
@@ -79,15 +94,32 @@ def matrix_optimizer(config: OptimizerConfig) -> optax.GradientTransformationExt
 
 def state_codecs(config: OptimizerConfig) -> dict[str, Codec]:
     """Returns the codecs of the state of the matrices, by field."""
-    block, scales = config.quant_block_size, config.quant_scale_dtype
     codecs: dict[str, Codec] = {}
     if config.use_8bit_optim:
-        codec = _CODECS[config.quant_bits]
-        codecs["momentum"] = codec(block, config.stochastic_rounding, scales)
-    if config.use_galore and config.stored_projector_bits in _CODECS:
-        codec = _CODECS[config.stored_projector_bits]
-        codecs["projector"] = codec(block, scale_dtype=scales)
+        name = config.quant_codec if config.quant_bits == 8 else "int4"
+        codecs["momentum"] = _first_moment(config, name)
+    if config.use_galore and config.stored_projector_bits in _PROJECTOR_CODECS:
+        codec = _PROJECTOR_CODECS[config.stored_projector_bits]
+        codecs["projector"] = codec(
+            config.quant_block_size, scale_dtype=config.quant_scale_dtype
+        )
     return codecs
+
+
+def fallback_codecs(config: OptimizerConfig) -> dict[str, Codec]:
+    """Returns the codecs of the state of AdamW or Lion, by field."""
+    if not config.use_8bit_optim:
+        return {}
+    first = _first_moment(config, config.quant_codec)
+    if config.fallback == "lion":
+        return {"mu": first}
+    second = Dynamic8(
+        config.quant_block_size,
+        signed=False,
+        zero=False,
+        scale_dtype=config.quant_scale_dtype,
+    )
+    return {"mu": first, "nu": second}
 
 
 def schedule(config: OptimizerConfig, peak: float) -> optax.Schedule:
@@ -110,17 +142,34 @@ def _direction(config: OptimizerConfig) -> optax.GradientTransformation:
         tx = optax.chain(_galore(average, config), step)
     else:
         tx = _galore(optax.chain(average, step), config)
-    codecs = state_codecs(config)
+    return _quantized(tx, state_codecs(config), config)
+
+
+def _quantized(
+    tx: optax.GradientTransformation,
+    codecs: dict[str, Codec],
+    config: OptimizerConfig,
+) -> optax.GradientTransformation:
     if not codecs:
         return tx
     return quantize_state(tx, codecs, min_size=config.quant_min_size, seed=config.seed)
+
+
+def _first_moment(config: OptimizerConfig, name: str) -> Codec:
+    """Returns the codec of that name, as the configuration has it."""
+    rounding = {"stochastic_rounding": True} if config.stochastic_rounding else {}
+    return _CODECS[name](
+        config.quant_block_size, scale_dtype=config.quant_scale_dtype, **rounding
+    )
 
 
 def projector_cost(config: OptimizerConfig) -> float:
     """Returns the bytes of a stored entry of the basis over those of the momentum."""
     scale_bits = 32 if config.quant_scale_dtype == "float32" else 16
     stored_bits = lambda bits: (
-        bits + scale_bits / config.quant_block_size if bits in _CODECS else bits
+        bits + scale_bits / config.quant_block_size
+        if bits in _PROJECTOR_CODECS
+        else bits
     )
     momentum_bits = config.quant_bits if config.use_8bit_optim else 32
     return stored_bits(config.stored_projector_bits) / stored_bits(momentum_bits)
@@ -134,11 +183,25 @@ def _galore(
         config.rank,
         refresh_every=config.galore_update_freq,
         refresh_stagger=config.galore_stagger,
+        adaptive=Adaptive() if config.galore_adaptive else None,
+        warm_start=config.galore_warm_start,
         residual=config.galore_residual,
+        match_norm=config.galore_match_norm,
+        scale=config.galore_scale,
         projector_dtype="bfloat16" if config.stored_projector_bits == 16 else "float32",
         projector_cost=projector_cost(config),
         seed=config.seed,
     )
+
+
+def _table_optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
+    """Builds the optimizer of embeddings and head."""
+    tx = _fallback(config, config.weight_decay)
+    codecs = fallback_codecs(config)
+    if not codecs or not config.quantize_embeddings:
+        return tx
+    tx = _quantized(tx, codecs, config)
+    return sequence(tx, max_bytes=_ROW_BYTES, by_rows=True)
 
 
 def _fallback(

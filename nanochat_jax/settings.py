@@ -10,7 +10,7 @@ import math
 import tomllib
 import types
 import typing
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -20,17 +20,18 @@ Check = tuple[bool, str]
 """A condition, and the message for when it does not hold."""
 
 
-def read_toml(path: str | Path) -> dict[str, Any]:
+def read_toml(path: str | Path, tables: Collection[str] = ()) -> dict[str, Any]:
     """Reads a flat TOML file.
 
     Args:
       path: File to read.
+      tables: Keys whose value may be a table.
 
     Returns:
       Its keys and values.
 
     Raises:
-      ValueError: If the file is missing, is not TOML, or has tables.
+      ValueError: If the file is missing, is not TOML, or has other tables.
     """
     path = Path(path)
     try:
@@ -43,10 +44,10 @@ def read_toml(path: str | Path) -> dict[str, Any]:
         raise ValueError(f"{path}: cannot be read: {error}.") from None
     except tomllib.TOMLDecodeError as error:
         raise ValueError(f"{path}: not valid TOML: {error}.") from None
-    tables = [key for key, value in values.items() if isinstance(value, dict)]
-    if tables:
+    found = [k for k, v in values.items() if isinstance(v, dict) and k not in tables]
+    if found:
         raise ValueError(
-            f"{path}: settings are one flat table, but it has the tables {tables}. "
+            f"{path}: settings are one flat table, but it has the tables {found}. "
             "Move their keys to the top of the file and delete the headers."
         )
     return values
@@ -164,7 +165,11 @@ def _coerce(value: Any, hint: Any) -> Any:
     if origin in (types.UnionType, typing.Union):
         if value is None and type(None) in options:
             return None
-        return _coerce(value, next(o for o in options if o is not type(None)))
+        return _coerce_to_any(value, [o for o in options if o is not type(None)])
+    if origin is dict:
+        if not isinstance(value, Mapping):
+            raise TypeError(f"must be a table, got {value!r}.")
+        return {k: _coerce(v, options[1]) for k, v in value.items()}
     if origin is tuple and options[-1] is Ellipsis:
         items = [value] if isinstance(value, str) else value
         if not isinstance(items, list | tuple):
@@ -183,3 +188,14 @@ def _coerce(value: Any, hint: Any) -> Any:
             f"must be of type {hint.__name__}, got {value!r} ({type(value).__name__})."
         )
     return value
+
+
+def _coerce_to_any(value: Any, options: list[Any]) -> Any:
+    """Returns `value` as the first of `options` that it fits."""
+    errors = []
+    for option in options:
+        try:
+            return _coerce(value, option)
+        except TypeError as error:
+            errors.append(str(error))
+    raise TypeError(" Or ".join(errors))

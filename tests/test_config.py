@@ -14,6 +14,7 @@ from nanochat_jax.config import PARENT_ONLY, Config, ModelConfig
 from nanochat_jax.optimizer import schedule
 
 CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.toml"))
+FAMILIES = ("nano_125m", "tiny_cpu", "compare_3m")
 VARIANTS = {
     "muon": {},
     "muon_8bit": {"use_8bit_optim": True},
@@ -103,7 +104,7 @@ def test_a_file_of_the_parent_project_loads_with_one_warning(cls, write):
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_every_file_in_configs_loads_as_the_variant_of_its_name(path):
     config = Config.from_toml(path)
-    family = "tiny_cpu" if path.stem.startswith("tiny_cpu") else "nano_125m"
+    [family] = [name for name in FAMILIES if path.stem.startswith(name)]
     variants = {"": "muon", "_8bit": "muon_8bit", "_galore": "galore",
                 "_8bit_galore": "galore_8bit"}  # fmt: skip
     assert config.variant == variants[path.stem.removeprefix(family)]
@@ -142,6 +143,11 @@ def test_unknown_keys_are_all_named_with_the_nearest_known_one(write):
         ("hardware = 'd'", "must be one of ['a', 'b', 'c'], got 'd'"),
         ("quant_bits = 16", "must be one of [8, 4], got 16"),
         ("quant_bits = true", "must be one of [8, 4], got True"),
+        (
+            "quant_codec = 'int4'",
+            "must be one of ['int8', 'dynamic8', 'mulaw8', 'float8'], got 'int4'",
+        ),
+        ("quantize_embeddings = 1", "must be of type bool, got 1 (int)"),
         ("galore_rank = 0", "must be at least 1, got 0"),
         ("galore_update_freq = 0", "must be at least 1, got 0"),
         ("ns_steps = 0", "must be at least 1, got 0"),
@@ -247,6 +253,27 @@ def test_settings_written_in_python_are_checked_too(values, key):
 def test_values_no_run_could_use_are_refused(line, write):
     path = write(line)
     assert f"{path}: `{line.split(' = ')[0]}`" in message(Config.from_toml, path)
+
+
+@pytest.mark.parametrize("codec", ["dynamic8", "mulaw8", "float8"])
+def test_only_even_levels_are_rounded_stochastically(codec):
+    said = message(lambda: OptimizerConfig(stochastic_rounding=True, quant_codec=codec))
+    assert said == (
+        f'`stochastic_rounding` needs `quant_codec` to be "int8", got "{codec}".'
+    )
+    OptimizerConfig(stochastic_rounding=True, quant_bits=4)
+
+
+@pytest.mark.parametrize("cls", [OptimizerConfig, ModelConfig, Config])
+def test_every_class_reads_its_own_keys_of_the_file_of_a_run(cls, write):
+    path = write("dim = 64\nquant_codec = 'float8'\nbatch_size = 2\n")
+    config = cls.from_toml(path)
+    own = {"dim": 64, "quant_codec": "float8", "batch_size": 2}
+    names = {field.name for field in dataclasses.fields(cls)}
+    assert all(getattr(config, name) == own[name] for name in names & set(own))
+    assert names & set(own)
+    said = message(cls.from_toml, write("batch_sise = 2\n"))
+    assert "Did you mean `batch_size`?" in said
 
 
 def test_a_missing_file_says_so(tmp_path):

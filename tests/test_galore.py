@@ -85,6 +85,18 @@ def test_residual_gives_back_what_the_projector_cuts_off():
     helpers.assert_close(u, expected, atol=1e-4)
 
 
+def test_a_residual_matched_in_norm_is_as_large_as_the_inner_update_makes_it():
+    """With an inner transform that only scales, it is that scale times the rest."""
+    g, kwargs = grads(), {"rank": 3, "residual": 0.5}
+    tenfold = nj.galore(optax.scale(10.0), match_norm=True, **kwargs)
+    (updates,), _ = trajectory(tenfold, [g])
+    (plain,), _ = trajectory(nj.galore(optax.identity(), **kwargs), [g])
+    expected = jax.tree.map(lambda x: 10 * x, plain)
+    helpers.assert_close(updates, expected, atol=1e-3)
+    zero = jax.tree.map(jnp.zeros_like, g)
+    helpers.assert_close(trajectory(tenfold, [zero])[0][0], zero)
+
+
 def test_with_residual_the_orthogonalised_update_has_full_rank():
     gradients = [grads(step) for step in range(2)]
     plain = optax.chain(nj.galore(nj.momentum(), 3), nj.orthogonalize())
@@ -131,6 +143,81 @@ def test_staggered_leaves_refresh_in_turn_and_each_once_a_period():
     assert (changes[1:5].sum(0) == 1).all()
     assert (changes[5:9] == changes[1:5]).all()
     assert not changes[1:5].all(1).any()
+
+
+def refreshes(tx, gradients, params):
+    """Returns at which steps the basis of each leaf was renewed, and the state."""
+    state, update, steps = tx.init(params), jax.jit(tx.update), []
+    for g in gradients:
+        before = projections(state)
+        _, state = update(g, state, params)
+        now = projections(state)
+        steps.append({k for k in now if jnp.abs(now[k] - before[k]).max() > 1e-3})
+    return steps, state
+
+
+def test_adaptive_leaves_are_refreshed_early_when_they_turn_and_late_when_they_stand():
+    """One leaf stays in its space throughout, the other leaves it at step 6."""
+    k = jax.random.key(0)
+    still, other = (jax.random.normal(jax.random.fold_in(k, i), (8, 2)) for i in (0, 1))
+
+    def gradient(step):
+        noise = jax.random.normal(jax.random.fold_in(k, 10 + step), (2, 40))
+        turned = other if step >= 6 else still
+        return {"still": still @ noise, "turned": turned @ noise}
+
+    params = {"still": jnp.zeros((8, 40)), "turned": jnp.zeros((8, 40))}
+    rule = nj.Adaptive(drop=0.9, still=0.9, longest=4, shortest=0.25, decay=0.0)
+    tx = nj.galore(nj.momentum(), rank=2, refresh_every=4, adaptive=rule)
+    # Two bases of one space have the same projection, so turning shows, standing not.
+    steps, state = refreshes(tx, [gradient(step) for step in range(9)], params)
+    assert ["turned" in s for s in steps] == [True] + 6 * [False] + [True, False]
+    assert int(state.adaptive.interval["still"]) == 8  # doubled at step 4
+    assert int(state.adaptive.interval["turned"]) == 4  # doubled, and set back
+    assert int(state.adaptive.due["still"]) == 12
+    assert float(state.adaptive.captured["still"]) > 0.99
+    assert_orthonormal(state)
+
+
+def test_without_a_fall_or_a_stand_adaptive_refreshing_is_periodic():
+    never = nj.Adaptive(drop=0.0, still=1.0)
+    gradients = [grads(step) for step in range(7)]
+    plain = nj.galore(nj.momentum(), rank=3, refresh_every=3)
+    adaptive = nj.galore(nj.momentum(), rank=3, refresh_every=3, adaptive=never)
+    a, _ = trajectory(plain, gradients)
+    b, _ = trajectory(adaptive, gradients)
+    helpers.assert_close(a, b, atol=0, rtol=0)
+
+
+def test_a_warm_start_needs_no_sketch_and_follows_the_gradient():
+    """From the basis before, one product with `GGᵀ` is as good as a fresh sketch."""
+    g = {"w": helpers.matrix_with_spectrum((32, 96), np.arange(1, 33) ** -0.5)}
+    best = np.sum(1 / np.arange(1, 9))
+
+    def captured(**kwargs):
+        tx = nj.galore(optax.identity(), rank=8, refresh_every=1, **kwargs)
+        updates, _ = trajectory(tx, [g] * 4, g)
+        return float(jnp.sum(updates[-1]["w"] ** 2)) / best
+
+    warm = captured(warm_start=True, power_steps=1)
+    assert warm > 0.98
+    assert warm > captured(power_steps=1)
+
+
+def test_ranks_are_numbers_fractions_or_by_role():
+    shapes = {"attention": (8, 64), "ffn": (16, 64), "bias": (64,)}
+    params = {name: {"kernel": jnp.zeros(shape)} for name, shape in shapes.items()}
+    ranks = lambda rank: {
+        name: p["kernel"].shape[-1]
+        for name, p in nj.galore(nj.momentum(), rank, **ALWAYS)
+        .init(params)
+        .projector.items()
+        if p["kernel"] is not None
+    }
+    assert ranks(4) == {"attention": 4, "ffn": 4}
+    assert ranks(0.25) == {"attention": 2, "ffn": 4}
+    assert ranks({"attention": 3, "*": 0.5}) == {"attention": 3, "ffn": 8}
+    assert ranks({"ffn/kernel": 2, "*": 1}) == {"attention": 1, "ffn": 2}
 
 
 @pytest.mark.parametrize("poison", [0.0, jnp.nan, jnp.inf])
@@ -245,6 +332,20 @@ def test_the_seed_decides_the_sketch():
     [
         (lambda: nj.galore(nj.momentum(), jnp.int32(4)), TypeError, "static_args"),
         (lambda: nj.galore(nj.momentum(), 0), ValueError, "rank=0"),
+        (lambda: nj.galore(nj.momentum(), 1.5), ValueError, "rank=1.5"),
+        (
+            lambda: nj.galore(nj.momentum(), {"ffn": 2}).init(PARAMS),
+            ValueError,
+            r"\['ffn'\], none of which(.|\n)*tall(.|\n)*wide",
+        ),
+        (
+            lambda: nj.galore(
+                nj.momentum(), 4, adaptive=nj.Adaptive(), refresh_stagger=True
+            ),
+            ValueError,
+            "Give one of them",
+        ),
+        (lambda: nj.Adaptive(drop=2.0, decay=1.0), ValueError, "drop=2.0, decay=1.0"),
         (
             lambda: nj.galore(nj.momentum(), 4, refresh_every=0),
             ValueError,

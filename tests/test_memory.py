@@ -38,6 +38,14 @@ VARIANTS = {
     "8-bit, float32 scales": BITS8 | {"quant_scale_dtype": "float32"},
     "8-bit, bfloat16 scales": BITS8 | {"quant_scale_dtype": "bfloat16"},
     "8-bit, short blocks": BITS8 | {"quant_block_size": 48},
+    "8-bit, small arrays too": BITS8 | {"quant_min_size": 0},
+    "8-bit, embeddings whole": BITS8
+    | {"quant_min_size": 0, "quantize_embeddings": False},
+    "8-bit lion": BITS8 | {"quant_min_size": 0, "fallback": "lion"},
+    **{
+        codec: BITS8 | {"quant_min_size": 0, "quant_codec": codec}
+        for codec in ("dynamic8", "mulaw8", "float8")
+    },
 }
 
 
@@ -134,19 +142,21 @@ def test_labels_can_be_given_and_there_may_be_no_matrix():
 
 
 @pytest.mark.parametrize(
-    ("name", "most"),
+    ("name", "most", "whole"),
     [
-        ("nano_125m", 1.0),
-        ("nano_125m_8bit", 0.258),
-        ("nano_125m_galore", 0.40),
-        ("nano_125m_8bit_galore", 0.12),
+        ("nano_125m", 1.0, 1.0001),
+        ("nano_125m_8bit", 0.258, 0.26),
+        ("nano_125m_galore", 0.40, 0.68),
+        ("nano_125m_8bit_galore", 0.12, 0.20),
     ],
 )
-def test_the_promised_reductions_at_nano_125m(name, most):
+def test_the_promised_reductions_at_nano_125m(name, most, whole):
+    """Of the matrices' state, and of the whole optimizer's."""
     config = Config.from_toml(CONFIGS / f"{name}.toml")
     _, tree = setup.abstract_model(config)
     report = nj.memory_report(nj.build_optimizer(config, tree), tree)
     assert report.matrix_bytes <= most * report.fp32_muon_bytes
+    assert report.total_bytes <= whole * report.fp32_muon_adamw_bytes
     assert report.matrix_bytes == pytest.approx(
         (1 - report.to_dict()["matrix"]["reduction"]) * report.fp32_muon_bytes
     )
@@ -154,6 +164,34 @@ def test_the_promised_reductions_at_nano_125m(name, most):
     if config.use_galore:
         assert config.rank == 256
         assert config.projector_bits == (4 if config.use_8bit_optim else 8)
+
+
+FALLBACK = {
+    "adamw": ({}, {"mu": "int8", "nu": "uint8"}),
+    "4 bits are for matrices": ({"quant_bits": 4}, {"mu": "int8", "nu": "uint8"}),
+    "codec": ({"quant_codec": "float8"}, {"mu": "float8_e4m3fn", "nu": "uint8"}),
+    "lion": ({"fallback": "lion"}, {"mu": "int8"}),
+    "whole": ({"quantize_embeddings": False}, {"mu": "float32", "nu": "float32"}),
+}
+
+
+@pytest.mark.parametrize("case", FALLBACK)
+def test_eight_bits_cover_embeddings_and_head_but_not_small_vectors(case):
+    values, stored = FALLBACK[case]
+    tree = params() | {"long": {"bias": jnp.zeros(5000)}}
+    tx = build(BITS8 | values | {"quant_min_size": 200}, tree)
+    rows = nj.memory_report(tx, tree).rows
+    fields = lambda label: {
+        row.field: row.dtype
+        for row in rows
+        if row.label == label and not row.field.endswith(".scales")
+    }
+    assert fields("embedding") == fields("head") == stored
+    by_size = {
+        (row.field, row.dtype): row.entries for row in rows if row.label == "vector"
+    }
+    assert by_size["mu", "float32"] == 64  # under `quant_min_size`
+    assert sum(by_size.values()) > 5000
 
 
 def square_and_wide():

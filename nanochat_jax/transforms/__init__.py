@@ -13,6 +13,10 @@ They nest with the mathematics inside, the space around it and the storage outer
 `quantize_state(galore(chain(momentum, orthogonalize)))`.
 """
 
+from nanochat_jax.transforms.adaptive import (
+    Adaptive as Adaptive,
+    AdaptiveState as AdaptiveState,
+)
 from nanochat_jax.transforms.galore import GaloreState as GaloreState, galore as galore
 from nanochat_jax.transforms.momentum import (
     MomentumState as MomentumState,
@@ -27,3 +31,10 @@ from nanochat_jax.transforms.quantize import (
     quantize_state as quantize_state,
 )
 from nanochat_jax.transforms.sequence import sequence as sequence
+from nanochat_jax.transforms.storage import (
+    QuantizationError as QuantizationError,
+    dequantize as dequantize,
+    quantization_error as quantization_error,
+    quantize as quantize,
+)
+from nanochat_jax.transforms.subspace import project_gradients as project_gradients

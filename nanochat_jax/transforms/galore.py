@@ -6,21 +6,22 @@ A leaf `[*batch, m, n]` is seen as `short x long`, its shorter axis first. Its p
 a quantisation scale, do not mix strong directions with weak ones.
 """
 
-import dataclasses
-import zlib
 from collections.abc import Collection
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
-from jax.tree_util import KeyPath, keystr
+from jax.tree_util import keystr
 from jax.typing import ArrayLike
 from jaxtyping import Array, Int32
 
 from nanochat_jax import linalg
 from nanochat_jax.codecs import Quantized
 from nanochat_jax.transforms import projection, trees
+from nanochat_jax.transforms.adaptive import Adaptive, AdaptiveState
+from nanochat_jax.transforms.projection import Rank
+from nanochat_jax.transforms.refresh import Leaf, Refresh
 
 
 class GaloreState(NamedTuple):
@@ -30,23 +31,29 @@ class GaloreState(NamedTuple):
       count: Steps taken.
       projector: `[*batch, short, r]` for each projected leaf, `None` for the others.
       inner: State of the wrapped transform, shaped by the projected gradients.
+      adaptive: What adaptive refreshing remembers of each projected leaf; `None` if
+        refreshing is not adaptive.
     """
 
     count: Int32[Array, ""]  # pyright: ignore[reportIncompatibleMethodOverride]
     projector: Any
     inner: optax.OptState
+    adaptive: Any = None
 
 
 def galore(
     inner: optax.GradientTransformation,
-    rank: int,
+    rank: Rank,
     *,
     refresh_every: int = 200,
     refresh_stagger: bool = False,
+    adaptive: Adaptive | None = None,
+    warm_start: bool = False,
     residual: ArrayLike = 0.0,
+    match_norm: bool = False,
     scale: ArrayLike = 1.0,
-    oversample: int = 8,
-    power_steps: int = 2,
+    oversample: int = linalg.OVERSAMPLE,
+    power_steps: int = linalg.POWER_STEPS,
     reproject: Collection[str] = ("momentum", "trace", "mu"),
     projector_dtype: str = "float32",
     projector_cost: float | None = None,
@@ -65,6 +72,10 @@ def galore(
     `inner` sees no parameters and works in float32. Weight decay, and scales that
     depend on a parameter's shape, belong outside.
 
+    Without residual the update hangs on `PᵀG` only, except where a basis is renewed. So
+    between two changes `update` takes gradients that `project_gradients` has projected,
+    with `projected=True` and the parameters, which give the shapes.
+
     Example:
       >>> plain = galore(optax.chain(momentum(), orthogonalize()), rank=64)
       >>> joint = optax.chain(galore(momentum(), 64, residual=1.0), orthogonalize())
@@ -74,15 +85,23 @@ def galore(
 
     Args:
       inner: Transform to run in the low-rank space.
-      rank: Dimensions kept.
+      rank: Dimensions kept: a number of them, a fraction of the shorter axis in (0, 1),
+        or either by role, as a mapping from parts of paths, such as `"attention"`, of
+        which the first that matches counts; `"*"` matches the rest.
       refresh_every: Steps between two computations of the basis.
       refresh_stagger: Whether leaves take turns, by a hash of their path, so that not
         all are computed on one step. On the first step all are.
+      adaptive: Rule to renew a basis early or late, by what its gradients do.
+      warm_start: Whether to look for a basis from the one before, in place of a fresh
+        random sketch. One of `power_steps`, or none, will then do.
       residual: Weight of what the projector cuts off. 0 is the published method; 1
         passes the rest of the gradient on as it is, without state.
+      match_norm: Whether the rest is also scaled by `‖inner(PᵀG)‖ / ‖PᵀG‖` of its
+        matrix, as in Fira (Chen et al. 2024, section 4.2): for an `inner` like Adam,
+        whose updates are not of the size of gradients.
       scale: Factor on the projected updates, `α` in the paper.
       oversample: Columns of the random sketch beyond `rank`.
-      power_steps: Subspace iterations of the sketch.
+      power_steps: Subspace iterations, as in `linalg.range_basis`.
       reproject: Fields of `inner`'s state that hold first moments. Others stay as they
         are on a change of basis; none, `()`, is the published method.
       projector_dtype: Type of the stored projector.
@@ -98,18 +117,28 @@ def galore(
       A transformation whose state is a `GaloreState`.
 
     Raises:
-      TypeError: If `rank` is not a Python int.
-      ValueError: If a number is out of range; at `init`, if `inner` stores a field of
-        `reproject` quantised.
+      TypeError: If a rank is not a Python number.
+      ValueError: If a number is out of range; at `init`, if no pattern of `rank`
+        matches a matrix, or `inner` stores a field of `reproject` quantised; at
+        `update`, if `projected` gradients will not do.
     """
-    _check_arguments(rank, refresh_every, oversample, power_steps)
+    projection.check_rank(rank)
+    _check_arguments(refresh_every, refresh_stagger, adaptive, oversample, power_steps)
     inner = optax.with_extra_args_support(inner)
-    refresh = _Refresh(refresh_every, refresh_stagger, oversample, power_steps, seed)
+    refresh = Refresh(
+        refresh_every,
+        refresh_stagger,
+        adaptive,
+        warm_start,
+        oversample,
+        power_steps,
+        seed,
+    )
     if projector_cost is None:
         projector_cost = jnp.dtype(projector_dtype).itemsize / 4
 
-    def first_basis(x: Array) -> Array | None:
-        r = projection.projected_rank(x.shape, rank, projector_cost, min_saving)
+    def first_basis(x: Array, wanted: int) -> Array | None:
+        r = projection.projected_rank(x.shape, wanted, projector_cost, min_saving)
         if r is None:
             return None
         short = min(x.shape[-2:])
@@ -118,93 +147,135 @@ def galore(
         return jnp.broadcast_to(basis, (*x.shape[:-2], short, r))
 
     def init_fn(params: optax.Params) -> GaloreState:
-        projector = jax.tree.map(first_basis, params)
+        ranks = projection.ranks(params, rank)
+        projector = jax.tree.map(first_basis, params, ranks)
         zeros = lambda x, p: jnp.zeros(projection.low_rank_shape(x, p), jnp.float32)
         inner_state = inner.init(jax.tree.map(zeros, params, projector))
         _require_plain(inner_state, reproject)
-        return GaloreState(jnp.zeros([], jnp.int32), projector, inner_state)
+        memory = adaptive.init(projector, refresh_every) if adaptive else None
+        return GaloreState(jnp.zeros([], jnp.int32), projector, inner_state, memory)
 
     def update_fn(
         updates: optax.Updates,
         state: Any,
         params: optax.Params | None = None,
+        *,
+        projected: bool = False,
         **extra_args: Any,
     ) -> tuple[optax.Updates, GaloreState]:
-        del params
-        projector, inner_state = _change_bases(refresh, reproject, updates, state)
-        low_rank = jax.tree.map(projection.project, updates, projector)
+        whole, renewal = updates, {}
+        if projected:
+            _require_published(residual, adaptive, params)
+            whole, bases, inner_state = params, state.projector, state.inner
+            low_rank = optax.tree.cast(updates, jnp.float32)
+        else:
+            bases, inner_state, renewal = _change_bases(
+                refresh, reproject, updates, state
+            )
+            low_rank = jax.tree.map(projection.project, updates, bases)
         inner_updates, inner_state = inner.update(
             low_rank, inner_state, None, **extra_args
         )
-        back = lambda g, low, u, p: (
-            u if p is None else projection.project_back(g, low, u, p, scale, residual)
-        )
-        new_updates = jax.tree.map(back, updates, low_rank, inner_updates, projector)
-        count = jnp.asarray(optax.safe_increment(state.count))
+
+        def back(g: Array, low: Array, u: Array, p: Array | None) -> Array:
+            if p is None:
+                return u
+            rest = residual
+            if match_norm and not projection.is_zero(residual):
+                rest = residual * projection.norm_ratio(u, low)
+            return projection.project_back(g, low, u, p, scale, rest)
+
+        new_updates = jax.tree.map(back, whole, low_rank, inner_updates, bases)
         new_updates = optax.tree.cast_like(new_updates, updates)
-        return new_updates, GaloreState(count, projector, inner_state)
+        memory = _observe(refresh, state, updates, low_rank, renewal)
+        count = jnp.asarray(optax.safe_increment(state.count))
+        return new_updates, GaloreState(count, bases, inner_state, memory)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
-@dataclasses.dataclass(frozen=True)
-class _Refresh:
-    """When and how bases are computed anew; the fields are arguments of `galore`."""
-
-    every: int
-    stagger: bool
-    oversample: int
-    power_steps: int
-    seed: int
-
-    def due(self, count: Array, name: str) -> Array:
-        """Returns whether the basis of a leaf is stale."""
-        # A scalar: under a batched predicate every step would pay for both branches.
-        turn = zlib.crc32(name.encode()) % self.every if self.stagger else 0
-        return (count == 0) | ((count + turn) % self.every == 0)
-
-    def compute(
-        self, g: Array, basis: Array, moments: list[Array], count: Array, name: str
-    ) -> tuple[Array, list[Array]]:
-        """Returns the basis for `g`, and the moments in its coordinates."""
-        usable = jnp.isfinite(g).all((-2, -1), keepdims=True)
-        usable &= (g != 0).any((-2, -1), keepdims=True)
-        new = linalg.range_basis(
-            projection.short_first(jnp.where(usable, g, 0).astype(jnp.float32)),
-            basis.shape[-1],
-            trees.leaf_key(self.seed, count, f"galore{name}"),
-            oversample=self.oversample,
-            power_steps=self.power_steps,
-        ).astype(basis.dtype)
-        new = jnp.where(usable, new, basis)
-        rotation = projection.matmul(new.mT, basis)
-        return new, [projection.matmul(rotation, m).astype(m.dtype) for m in moments]
-
-
 def _change_bases(
-    refresh: _Refresh, reproject: Collection[str], updates: Any, state: GaloreState
-) -> tuple[Any, optax.OptState]:
-    """Returns projectors and inner state, renewed for the leaves that are due."""
-    leaves, treedef = jax.tree.flatten(state.inner)
+    refresh: Refresh, reproject: Collection[str], updates: Any, state: GaloreState
+) -> tuple[Any, optax.OptState, dict[str, tuple[Array, Array]]]:
+    """Renews the bases of the leaves that are due.
+
+    Returns:
+      Projectors, inner state, and by path whether a basis was renewed and how much of
+      the one before it spans.
+    """
+    flat, treedef = jax.tree.flatten_with_path(updates)
+    names = [keystr(path) for path, _ in flat]
+    bases = treedef.flatten_up_to(state.projector)
+    memories = _by_leaf(treedef, state.adaptive)
+    inner, inner_def = jax.tree.flatten(state.inner)
     owned = _moments_by_parameter(state.inner, reproject)
-
-    def change(path: KeyPath, g: Array, basis: Array | None) -> Array | None:
-        if basis is None:
-            return None
-        name = keystr(path)
-        ids = owned.get(name, [])
-        moments = [leaves[i] for i in ids]
-        new, moments = jax.lax.cond(
-            refresh.due(state.count, name),
-            lambda: refresh.compute(g, basis, moments, state.count, name),
-            lambda: (basis, moments),
+    leaves = {
+        i: Leaf(
+            g,
+            refresh.is_due(state.count, names[i], memories[i]),
+            refresh.sketch_seed(state.count, names[i]),
+            bases[i],
+            tuple(inner[j] for j in owned.get(names[i], ())),
         )
-        for i, m in zip(ids, moments, strict=True):
-            leaves[i] = m
-        return new
+        for i, (_, g) in enumerate(flat)
+        if bases[i] is not None
+    }
+    renewal = {}
+    for group in _alike(leaves):
+        renewed = refresh.renew([leaves[i] for i in group])
+        for i, new in zip(group, renewed, strict=True):
+            bases[i], renewal[names[i]] = new.basis, (leaves[i].due, new.overlap)
+            for j, m in zip(owned.get(names[i], ()), new.moments, strict=True):
+                inner[j] = m
+    return treedef.unflatten(bases), inner_def.unflatten(inner), renewal
 
-    projector = jax.tree.map_with_path(change, updates, state.projector)
-    return projector, treedef.unflatten(leaves)
+
+def _alike(leaves: dict[int, Leaf]) -> list[list[int]]:
+    """Groups leaves whose gradients and bases have one shape."""
+    ids = list(leaves)
+    groups = trees.group_by_shape(
+        [leaves[i].gradient for i in ids],
+        trees.GROUP_BYTES,
+        kinds=[leaves[i].basis.shape for i in ids],
+    )
+    return [[ids[k] for k in group] for group in groups]
+
+
+def _observe(
+    refresh: Refresh,
+    state: GaloreState,
+    updates: Any,
+    low_rank: Any,
+    renewal: dict[str, tuple[Array, Array]],
+) -> AdaptiveState | None:
+    """Returns what adaptive refreshing remembers after a step."""
+    if refresh.adaptive is None:
+        return None
+    flat, treedef = jax.tree.flatten_with_path(updates)
+    memories = _by_leaf(treedef, state.adaptive)
+    energy = lambda x: jnp.sum(jnp.square(x.astype(jnp.float32)))
+    for i, ((path, g), low) in enumerate(zip(flat, jax.tree.leaves(low_rank))):  # noqa: B905
+        name = keystr(path)
+        if name in renewal:
+            memories[i] = refresh.adaptive.observe(
+                memories[i],
+                state.count,
+                refresh.every,
+                *renewal[name],
+                energy(low) / energy(g),
+            )
+    columns = [
+        [m and getattr(m, field) for m in memories] for field in AdaptiveState._fields
+    ]
+    return AdaptiveState(*(treedef.unflatten(column) for column in columns))
+
+
+def _by_leaf(treedef: Any, memory: AdaptiveState | None) -> list[Any]:
+    """Returns the entries of each leaf, `None` for one that is not projected."""
+    if memory is None:
+        return [None] * treedef.num_leaves
+    rows = zip(*(treedef.flatten_up_to(tree) for tree in memory), strict=True)
+    return [None if row[0] is None else AdaptiveState(*row) for row in rows]
 
 
 def _moments_by_parameter(
@@ -220,23 +291,35 @@ def _moments_by_parameter(
 
 
 def _check_arguments(
-    rank: int, refresh_every: int, oversample: int, power_steps: int
+    refresh_every: int,
+    refresh_stagger: bool,
+    adaptive: Adaptive | None,
+    oversample: int,
+    power_steps: int,
 ) -> None:
-    if not isinstance(rank, int):
-        raise TypeError(
-            "`rank` fixes array shapes, so it must be a Python int, got "
-            f"{type(rank).__name__}. Under `optax.inject_hyperparams`, list it in "
-            "`static_args`."
-        )
-    if rank < 1 or refresh_every < 1:
+    if refresh_every < 1:
+        raise ValueError(f"`refresh_every` must be at least 1, got {refresh_every=}.")
+    if refresh_stagger and adaptive:
         raise ValueError(
-            "`rank` and `refresh_every` must be at least 1, got "
-            f"{rank=} and {refresh_every=}."
+            "`refresh_stagger` and `adaptive` both decide when a leaf is refreshed. "
+            "Give one of them."
         )
     if oversample < 0 or power_steps < 0:
         raise ValueError(
             "`oversample` and `power_steps` must not be negative, got "
             f"{oversample=} and {power_steps=}."
+        )
+
+
+def _require_published(
+    residual: ArrayLike, adaptive: Adaptive | None, params: optax.Params | None
+) -> None:
+    if not projection.is_zero(residual) or adaptive or params is None:
+        raise ValueError(
+            "`galore` takes `projected` gradients with `residual=0`, without "
+            f"`adaptive` and with `params`, got residual={residual}, "
+            f"adaptive={adaptive}, params {'absent' if params is None else 'given'}. "
+            "Give it the whole gradients."
         )
 
 

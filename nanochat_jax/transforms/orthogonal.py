@@ -19,7 +19,7 @@ def orthogonalize(
     *,
     dtype: str = "float32",
     form: linalg.Form = "auto",
-    max_bytes: int = trees.GROUP_BYTES,
+    max_bytes: int = trees.GROUP_BYTES // 2,
 ) -> optax.GradientTransformation:
     """Replaces each matrix of the updates by the nearest semi-orthogonal one.
 
@@ -36,7 +36,8 @@ def orthogonalize(
       polynomials: Newton-Schulz polynomials, one for each step.
       dtype: Type of the iteration; the updates keep theirs.
       form: Form of the iteration; see `linalg.newton_schulz`.
-      max_bytes: Most float32 bytes of a stack; a larger leaf is alone.
+      max_bytes: Most float32 bytes of a stack; a larger leaf is alone. Half of what
+        `sequence` takes together, since a square needs four more arrays of its size.
 
     Returns:
       A stateless transformation.

@@ -3,9 +3,91 @@
 Axis letters: `short` and `long`, the last two axes of a leaf by size, `r` rank.
 """
 
+import fnmatch
+from collections.abc import Mapping
+from typing import Any
+
+import jax
 import jax.numpy as jnp
+from jax.tree_util import KeyPath, keystr
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Float32
+
+Rank = int | float | Mapping[str, int | float]
+"""A number, a fraction of the shorter axis, or either by pattern of paths."""
+
+
+def check_rank(rank: Rank) -> None:
+    """Refuses what is no rank.
+
+    Raises:
+      TypeError: If a rank is not a Python number.
+      ValueError: If one is neither at least 1 nor a fraction in (0, 1).
+    """
+    values = list(rank.values()) if isinstance(rank, Mapping) else [rank]
+    for value in values:
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            raise TypeError(
+                "`rank` fixes array shapes, so it must be a Python int, or a float for "
+                f"a fraction, got {type(value).__name__}. Under "
+                "`optax.inject_hyperparams`, list it in `static_args`."
+            )
+    if not values or not all(
+        value >= 1 if isinstance(value, int) else 0 < value < 1 for value in values
+    ):
+        raise ValueError(
+            "`rank` must be an int of at least 1 or a fraction in (0, 1), or a mapping "
+            f"of patterns to these, got rank={rank}."
+        )
+
+
+def ranks(params: Any, rank: Rank) -> Any:
+    """Returns the rank of each leaf: its own by pattern, fractions worked out.
+
+    Args:
+      params: Arrays, or their shapes.
+      rank: As for `galore`.
+
+    Returns:
+      A tree like `params`, of numbers; 0 for vectors.
+
+    Raises:
+      ValueError: If no pattern of `rank` matches a matrix.
+    """
+    missing = [
+        f"  {_slashed(path)}"
+        for path, x in jax.tree.leaves_with_path(params)
+        if len(x.shape) > 1 and _matching(path, rank) is None
+    ]
+    if missing and isinstance(rank, Mapping):
+        raise ValueError(
+            f"`rank` has the patterns {list(rank)}, none of which matches\n"
+            + "\n".join(missing)
+            + '\nAdd one, such as "*" for the rest.'
+        )
+
+    def resolve(path: KeyPath, x: Array) -> int:
+        value = _matching(path, rank)
+        if value is None or len(x.shape) < 2:
+            return 0
+        short = min(x.shape[-2:])
+        return value if isinstance(value, int) else max(1, round(value * short))
+
+    return jax.tree.map_with_path(resolve, params)
+
+
+def _matching(path: KeyPath, rank: Rank) -> int | float | None:
+    if not isinstance(rank, Mapping):
+        return rank
+    name = _slashed(path)
+    for pattern, value in rank.items():
+        if any(fnmatch.fnmatchcase(x, pattern) for x in (name, *name.split("/"))):
+            return value
+    return None
+
+
+def _slashed(path: KeyPath) -> str:
+    return keystr(path, simple=True, separator="/")
 
 
 def projected_rank(
@@ -54,11 +136,25 @@ def project(g: Array, basis: Array | None) -> Array:
     return g if basis is None else matmul(basis.mT, short_first(g))
 
 
+def norm_ratio(u: Array, low: Array) -> Float32[Array, "*batch 1 1"]:
+    """Returns `‖u‖ / ‖low‖` of each matrix, 0 where `low` is zero."""
+    norm = lambda x: jnp.linalg.norm(
+        x.astype(jnp.float32), axis=(-2, -1), keepdims=True
+    )
+    size = norm(low)
+    return jnp.where(size > 0, norm(u) / jnp.where(size > 0, size, 1.0), 0.0)
+
+
+def is_zero(residual: ArrayLike) -> bool:
+    """Returns whether a residual's weight is known to be zero, and not traced."""
+    return isinstance(residual, int | float) and residual == 0
+
+
 def project_back(
     g: Array, low: Array, u: Array, basis: Array, scale: ArrayLike, residual: ArrayLike
 ) -> Array:
     """Returns `scale·P·u + residual·(g - P·low)`, with one product by `P`."""
-    if isinstance(residual, int | float) and residual == 0:
+    if is_zero(residual):
         full = matmul(basis, u * scale)
         return full if g.shape[-2] <= g.shape[-1] else full.mT
     full = matmul(basis, u * scale - low * residual)

@@ -1,5 +1,7 @@
 """Keep the state of any transform quantised between steps."""
 
+import contextvars
+import dataclasses
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -7,10 +9,13 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax.tree_util import KeyPath, keystr
-from jaxtyping import Array, Int32
+from jaxtyping import Array, Float, Float32, Int32
 
 from nanochat_jax.codecs import Codec, Quantized
 from nanochat_jax.transforms import trees
+
+SHOWS_STORAGE = contextvars.ContextVar("SHOWS_STORAGE", default=False)
+"""Whether `init` says how leaves are stored, by `Stored` nodes, and stores none."""
 
 
 class QuantizeState(NamedTuple):
@@ -23,6 +28,39 @@ class QuantizeState(NamedTuple):
 
     count: Int32[Array, ""]  # pyright: ignore[reportIncompatibleMethodOverride]
     inner: optax.OptState
+
+
+@jax.tree_util.register_static
+@dataclasses.dataclass(frozen=True)
+class Stored:
+    """How a leaf of a state is stored; it stands for the leaf and has no arrays.
+
+    Attributes:
+      codec: How its entries become codes.
+      shape: Its shape, which codes do not tell if two share a byte.
+      dtype: Its type in the state of the wrapped transform.
+      name: Its path there, by which stochastic rounding is keyed.
+      seed: Seed of that rounding.
+    """
+
+    codec: Codec
+    shape: tuple[int, ...]
+    dtype: Any
+    name: str
+    seed: int
+
+    def encode(self, x: Float[Array, "..."], count: Int32[Array, ""]) -> Quantized:
+        """Returns the leaf in stored form, after `count` steps."""
+        # One key must not serve two random draws, here and in the wrapped transform.
+        name = f"quantize_state{self.name}"
+        keyed = self.codec.needs_key
+        return self.codec.encode(
+            x, trees.leaf_key(self.seed, count, name) if keyed else None
+        )
+
+    def decode(self, stored: Quantized) -> Float32[Array, "..."]:
+        """Returns the leaf that `stored` stands for, in float32."""
+        return self.codec.decode(stored, self.shape[-1])
 
 
 def is_quantized(node: Any) -> bool:
@@ -67,36 +105,32 @@ def quantize_state(
     """
     inner = optax.with_extra_args_support(inner)
 
-    def encode(path: KeyPath, x: Array, count: Array) -> Quantized:
-        codec = codecs[_field(path, codecs)]
-        # One key must not serve two random draws, here and inside `inner`.
-        name = f"quantize_state{keystr(path)}"
-        key = trees.leaf_key(seed, count, name) if codec.needs_key else None
-        return codec.encode(x, key)
+    def storage(path: KeyPath, x: Any) -> Stored:
+        field, _ = trees.split_path(path, codecs) or ("", "")
+        return Stored(codecs[field], x.shape, x.dtype, keystr(path), seed)
 
-    def decode(path: KeyPath, x: Any, like: Any) -> Any:
-        if not is_quantized(x):
-            return x
-        return codecs[_field(path, codecs)].decode(x, like.shape[-1])
+    def is_chosen(path: KeyPath, x: Array) -> bool:
+        return (
+            trees.split_path(path, codecs) is not None
+            and jnp.issubdtype(x.dtype, jnp.floating)
+            and x.ndim > 0
+            and x.size >= min_size
+        )
 
     def init_fn(params: optax.Params) -> QuantizeState:
         # Initial states are constants, which XLA would spend minutes folding encoded.
         state = jax.lax.optimization_barrier(inner.init(params))
         if jax.tree.leaves(params):
             _require_fields(state, codecs)
-        count = jnp.zeros([], jnp.int32)
-        chosen = lambda path, x: (
-            trees.split_path(path, codecs) is not None
-            and jnp.issubdtype(x.dtype, jnp.floating)
-            and x.ndim > 0
-            and x.size >= min_size
-        )
-        return QuantizeState(
-            count,
-            jax.tree.map_with_path(
-                lambda path, x: encode(path, x, count) if chosen(path, x) else x, state
-            ),
-        )
+        count, shows = jnp.zeros([], jnp.int32), SHOWS_STORAGE.get()
+
+        def store(path: KeyPath, x: Array) -> Any:
+            if not is_chosen(path, x):
+                return x
+            stored = storage(path, x)
+            return stored if shows else stored.encode(x, count)
+
+        return QuantizeState(count, jax.tree.map_with_path(store, state))
 
     def update_fn(
         updates: optax.Updates,
@@ -104,16 +138,22 @@ def quantize_state(
         params: optax.Params | None = None,
         **extra_args: Any,
     ) -> tuple[optax.Updates, QuantizeState]:
-        # Two codes may share a byte: the shape of a leaf is that which `inner` gave it.
-        like = jax.eval_shape(inner.init, updates)
+        # Of the parameters, if they are given: projected gradients have other shapes.
+        like = jax.eval_shape(inner.init, updates if params is None else params)
+        # What another `quantize_state` inside has stored is stored for `inner` too.
+        decode = lambda path, x, like: (
+            storage(path, like).decode(x)
+            if is_quantized(x) and not is_quantized(like)
+            else x
+        )
         decoded = jax.tree.map_with_path(
             decode, state.inner, like, is_leaf=is_quantized
         )
         new_updates, new_inner = inner.update(updates, decoded, params, **extra_args)
         store = lambda path, old, new: (
-            encode(path, new, state.count)
-            if is_quantized(old)
-            else new.astype(old.dtype)
+            storage(path, new).encode(new, state.count)
+            if is_quantized(old) and not is_quantized(new)
+            else optax.tree.cast_like(new, old)
         )
         stored = jax.tree.map_with_path(
             store, state.inner, new_inner, is_leaf=is_quantized
@@ -123,12 +163,6 @@ def quantize_state(
         return new_updates, QuantizeState(count, stored)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
-
-
-def _field(path: KeyPath, codecs: Mapping[str, Codec]) -> str:
-    found = trees.split_path(path, codecs)
-    assert found is not None, keystr(path)  # `init` chose the leaf by this field
-    return found[0]
 
 
 def _require_fields(state: optax.OptState, codecs: Mapping[str, Codec]) -> None:

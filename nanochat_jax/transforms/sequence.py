@@ -1,22 +1,23 @@
 """Run a transform on one group of leaves after another, to bound its temporaries."""
 
 import functools
-from collections.abc import Callable
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import optax
 from jax.tree_util import keystr
 
 from nanochat_jax.transforms import trees
+from nanochat_jax.transforms.order import Step, in_turn
 from nanochat_jax.transforms.quantize import is_quantized
-
-_BARRIER_HOLDS = jax.__version_info__ >= (0, 11)
+from nanochat_jax.transforms.rows import update_by_rows
 
 
 def sequence(
-    inner: optax.GradientTransformation, *, max_bytes: int = trees.GROUP_BYTES
+    inner: optax.GradientTransformation,
+    *,
+    max_bytes: int = trees.GROUP_BYTES,
+    by_rows: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
     """Runs `inner` on groups of leaves of one shape, each after the one before.
 
@@ -38,6 +39,9 @@ def sequence(
       inner: Transform to run.
       max_bytes: Most bytes of a group, counted in float32; a larger leaf is a group of
         its own.
+      by_rows: Whether `inner` treats each row, each entry of the first axis, by itself
+        too, as elementwise transforms do, also quantised. A larger leaf is then worked
+        on a few rows at a time.
 
     Returns:
       A transformation with the updates and the state of `inner`.
@@ -58,8 +62,11 @@ def sequence(
         flat, treedef = jax.tree.flatten_with_path(updates)
         names, leaves = [keystr(path) for path, _ in flat], [x for _, x in flat]
         groups = trees.group_by_shape(leaves, max_bytes)
+        step = functools.partial(inner.update, **extra_args)
+        if by_rows:
+            step = functools.partial(_by_rows, step, max_bytes)
         if len(groups) < 2:
-            return inner.update(updates, state, params, **extra_args)
+            return step(updates, state, params)
         weights = None if params is None else treedef.flatten_up_to(params)
         nodes, state_def = jax.tree.flatten(state, is_leaf=is_quantized)
         owners = _owners(state, set(names))
@@ -69,7 +76,6 @@ def sequence(
             _fill(new_leaves, treedef.flatten_up_to(result[0]))
             _fill(new_nodes, state_def.flatten_up_to(result[1]))
 
-        step = functools.partial(inner.update, **extra_args)
         result: Any = None
         for group in groups:
             mine = [i in group for i in range(len(leaves))]
@@ -79,7 +85,7 @@ def sequence(
                 state_def.unflatten(_only(nodes, [o in chosen for o in owners])),
                 weights and treedef.unflatten(_only(weights, mine)),
             )
-            new_result, result = _in_turn(step, inputs, result)
+            new_result, result = in_turn(step, inputs, result)
             if result is not None:
                 collect(result)
             result = new_result
@@ -89,23 +95,11 @@ def sequence(
     return optax.GradientTransformationExtraArgs(inner.init, update_fn)
 
 
-def _in_turn(step: Callable[..., Any], inputs: Any, result: Any) -> tuple[Any, Any]:
-    """Returns `step(*inputs)`, worked on after `result` is there, and `result`."""
-    if _BARRIER_HOLDS:
-        inputs, result = jax.lax.optimization_barrier((inputs, result))
-        return step(*inputs), result
-    # Compilers before JAX 0.11 drop the barrier before they schedule. A loop they keep;
-    # how often it runs, once, hangs on the result, so that it is not unrolled.
-    updates, state, params = inputs
-    first = jax.tree.leaves((updates, ()) if result is None else result)
-    seen = sum(x.ravel()[0].astype(jnp.float32) for x in first)
-    times = jnp.where(seen > jnp.inf, 0, 1)
-    _, *new = jax.lax.while_loop(
-        lambda carry: carry[0] < times,
-        lambda carry: (carry[0] + 1, *step(carry[1], carry[2], params)),
-        (0, updates, state),
-    )
-    return tuple(new), result
+def _by_rows(step: Step, max_bytes: int, *inputs: Any) -> tuple[Any, Any]:
+    """Returns `step(*inputs)`, a few rows at a time if there is but one leaf."""
+    if len(jax.tree.leaves(inputs[0])) != 1:
+        return step(*inputs)
+    return update_by_rows(step, *inputs, max_bytes=max_bytes)
 
 
 def _owners(state: optax.OptState, names: set[str]) -> list[str | None]:

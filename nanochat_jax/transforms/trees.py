@@ -7,7 +7,7 @@ leaf is treated alike in a whole tree and in a part of it.
 """
 
 import zlib
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Hashable, Sequence
 
 import jax
 from jax.tree_util import GetAttrKey, KeyPath, keystr
@@ -42,12 +42,15 @@ def owner(path: KeyPath, names: Collection[str]) -> str | None:
     return next((end for end in ends if end in names), None)
 
 
-def group_by_shape(leaves: Sequence[Array], max_bytes: int) -> list[list[int]]:
+def group_by_shape(
+    leaves: Sequence[Array], max_bytes: int, kinds: Sequence[Hashable] | None = None
+) -> list[list[int]]:
     """Groups leaves of one shape and type, in order, each group within `max_bytes`.
 
     Args:
       leaves: Arrays.
       max_bytes: Most bytes of a group, counted in float32; a larger leaf is alone.
+      kinds: What else leaves of a group must agree in, one of each leaf.
 
     Returns:
       The indices of each group.
@@ -55,7 +58,7 @@ def group_by_shape(leaves: Sequence[Array], max_bytes: int) -> list[list[int]]:
     groups: list[list[int]] = []
     last: dict[tuple, list[int]] = {}  # the group in which a shape has room
     for i, x in enumerate(leaves):
-        kind = (x.shape, x.dtype)
+        kind = (x.shape, x.dtype, kinds and kinds[i])
         group = last.get(kind)
         if group is None or (len(group) + 1) * 4 * x.size > max_bytes:
             group = last[kind] = []

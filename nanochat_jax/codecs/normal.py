@@ -1,0 +1,72 @@
+"""The most accurate 4-bit codec for momentum that is to be orthogonalised."""
+
+import dataclasses
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Float32, PRNGKeyArray
+
+from nanochat_jax.codecs import blocks
+from nanochat_jax.codecs.base import Quantized, ScaleDtype
+from nanochat_jax.codecs.rotation import rotate
+from nanochat_jax.codecs.tables import Levels, TableCodec
+
+LEVELS: Levels = (
+    -0.8574, -0.6702, -0.5246, -0.4016, -0.2920, -0.1908, -0.0943, 0.0,
+    0.0892, 0.1802, 0.2752, 0.3770, 0.4896, 0.6196, 0.7797, 1.0,
+)  # fmt: skip
+"""Levels of least squared error (Lloyd 1957, Max 1960) for 64 normal entries, divided
+by that of largest size, with 0 and 1 held fixed."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Normal4(TableCodec):
+    """4-bit codes of rotated blocks, with levels for normally distributed entries.
+
+    Each block is multiplied by a fixed orthogonal matrix, after which its entries are
+    nearly normal whatever they were: a few large ones no longer cost the small ones
+    their digits. Its scale is its largest entry with its sign, so that one level, not
+    two, is spent on the largest. At 4.25 bits an entry the error on normal entries is
+    8.6 %, and hardly depends on how sizes are mixed within a block; that of `Int4` in
+    blocks of 128, as large, is 11.7 % and depends on it.
+
+    Single zeros among other entries do not stay zero. Hence it is for momentum that is
+    orthogonalised, and not for moments that are divided by each other.
+
+    Example:
+      >>> x = jax.random.normal(jax.random.key(0), (16, 256)).at[:, 3].multiply(30)
+      >>> error = lambda codec: jnp.linalg.norm(codec.decode(codec.encode(x), 256) - x)
+      >>> bool(error(Normal4()) < 0.5 * error(Int4()))
+      True
+
+    Attributes:
+      block_size: Entries of the last axis that are rotated together and share a scale.
+      scale_dtype: Type of the scales.
+    """
+
+    block_size: int = 64
+    scale_dtype: ScaleDtype = dataclasses.field(default="bfloat16", kw_only=True)
+
+    @property
+    def levels(self) -> Levels:
+        """Levels by code, in units of the block's scale."""
+        return LEVELS
+
+    def encode(
+        self, x: Float[Array, "*rows n"], key: PRNGKeyArray | None = None
+    ) -> Quantized:
+        """Returns `x` in stored form; `key` is not used."""
+        return super().encode(rotate(x.astype(jnp.float32), self.block_size), key)
+
+    def decode(self, stored: Quantized, size: int) -> Float32[Array, "*rows n"]:
+        """Returns the array, of last axis `size`, that `stored` stands for."""
+        return rotate(super().decode(stored, size), self.block_size, back=True)
+
+    def _scales(self, x_blocks: Array) -> Array:
+        highest, lowest = jnp.max(x_blocks, axis=-1), jnp.min(x_blocks, axis=-1)
+        return jnp.where(highest >= -lowest, highest, lowest)
+
+    def _pack(self, codes: Array) -> Array:
+        return blocks.pack(codes)
+
+    def _unpack(self, codes: Array, size: int) -> Array:
+        return blocks.unpack(codes, size)

@@ -1,0 +1,91 @@
+"""All settings of a run: the model's, the optimizer's and those of its training."""
+
+import dataclasses
+from typing import Literal
+
+from nanochat_jax import settings
+from nanochat_jax.config.base import RUN_KEYS
+from nanochat_jax.config.model import ModelConfig
+from nanochat_jax.config.optimizer import OptimizerConfig
+
+DatasetName = Literal["stdlib", "text", "tokens", "synthetic"]
+TokenDtype = Literal["uint16", "uint32"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Config(OptimizerConfig, ModelConfig):
+    """All settings of a run: the model's, the optimizer's and these of its training.
+
+    Attributes:
+      dataset: What to train on; see `corpus.load_corpus`.
+      data_path: File or folders of the data sets `text` and `tokens`.
+      token_dtype: Type of the ids in a token file that does not say it.
+      tokenizer: File of a trained tokenizer; bytes if not given.
+      batch_size: Sequences of a microbatch.
+      grad_accum_steps: Microbatches whose gradients are averaged in a step.
+      seq_len: Tokens of a sequence; `max_seq_len` if not given.
+      log_interval: Steps between two lines of metrics.
+      eval_interval: Steps between two evaluations; there is one at the start and one
+        at the end. 0 leaves only these.
+      eval_batches: Batches of an evaluation, spread evenly over the held-out tokens.
+      checkpoint_interval: Steps between two checkpoints; there is one at the end.
+      keep_last_checkpoints: Checkpoints to keep.
+      sample_tokens: Tokens of text to generate at the end.
+      sample_prompt: What the generated text begins with.
+    """
+
+    dataset: DatasetName = "stdlib"
+    data_path: tuple[str, ...] = ()
+    token_dtype: TokenDtype | None = None
+    tokenizer: str | None = None
+    batch_size: int = 8
+    grad_accum_steps: int = 1
+    seq_len: int | None = None
+    log_interval: int = 10
+    eval_interval: int = 100
+    eval_batches: int = 16
+    checkpoint_interval: int = 500
+    keep_last_checkpoints: int = 3
+    sample_tokens: int = 200
+    sample_prompt: str = "def "
+
+    def _checks(self) -> list[settings.Check]:
+        at_least = {
+            "batch_size": 1, "grad_accum_steps": 1, "log_interval": 1,
+            "eval_interval": 0, "eval_batches": 1, "checkpoint_interval": 1,
+            "keep_last_checkpoints": 1, "sample_tokens": 0,
+        }  # fmt: skip
+        return [
+            *ModelConfig._checks(self),
+            *OptimizerConfig._checks(self),
+            *settings.lower_bounds(self, at_least),
+            (
+                1 <= self.sequence <= self.max_seq_len,
+                "`seq_len` must lie between 1 and `max_seq_len`, got "
+                f"{self.sequence} and {self.max_seq_len}.",
+            ),
+        ]
+
+    @property
+    def sequence(self) -> int:
+        """Tokens of a training sequence."""
+        return self.max_seq_len if self.seq_len is None else self.seq_len
+
+    @property
+    def accumulates_low_rank(self) -> bool:
+        """Whether gradients are accumulated as GaLore projects them.
+
+        Only where the update hangs on nothing else: without residual, without clipping
+        by the norm of the whole, and if all matrices change their basis together.
+        """
+        together = not (self.galore_stagger or self.galore_adaptive)
+        published = self.use_galore and self.galore_residual == 0 and together
+        return published and self.grad_accum_steps > 1 and self.grad_clip == 0
+
+    @property
+    def tokens_per_step(self) -> int:
+        """Tokens a step predicts."""
+        return self.grad_accum_steps * self.batch_size * self.sequence
+
+
+RUN_KEYS.update(field.name for field in dataclasses.fields(Config))

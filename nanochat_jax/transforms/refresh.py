@@ -1,0 +1,126 @@
+"""When `galore` computes bases anew, and how.
+
+Leaves of one shape are renewed in one loop over them, inside one `lax.cond` on a
+scalar. A batched predicate would pay for both branches on every step; a branch for each
+leaf would have to be compiled for each.
+"""
+
+import dataclasses
+import zlib
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Float32, Int32, UInt32
+
+from nanochat_jax import linalg
+from nanochat_jax.transforms import projection
+from nanochat_jax.transforms.adaptive import Adaptive, AdaptiveState
+
+
+class Leaf(NamedTuple):
+    """What a change of basis needs of one leaf.
+
+    Attributes:
+      gradient: The gradient, as it came.
+      due: Whether the basis is to be renewed.
+      seed: What the sketch hangs on.
+      basis: The basis that is there.
+      moments: First moments in its coordinates.
+    """
+
+    gradient: Float[Array, "*batch m n"]
+    due: Bool[Array, ""]
+    seed: UInt32[Array, ""]
+    basis: Float[Array, "*batch short r"]
+    moments: tuple[Float[Array, "*batch r long"], ...]
+
+
+class Renewed(NamedTuple):
+    """What a change of basis leaves.
+
+    Attributes:
+      basis: The basis.
+      moments: First moments in its coordinates.
+      overlap: Share of the basis before that it spans; 1 if it is the same.
+    """
+
+    basis: Float[Array, "*batch short r"]
+    moments: tuple[Float[Array, "*batch r long"], ...]
+    overlap: Float32[Array, ""]
+
+
+@dataclasses.dataclass(frozen=True)
+class Refresh:
+    """When and how bases are computed anew; the fields are arguments of `galore`."""
+
+    every: int
+    stagger: bool
+    adaptive: Adaptive | None
+    warm_start: bool
+    oversample: int
+    power_steps: int
+    seed: int
+
+    def is_due(
+        self, count: Int32[Array, ""], name: str, memory: AdaptiveState | None
+    ) -> Bool[Array, ""]:
+        """Returns whether the basis of a leaf is stale.
+
+        Args:
+          count: Steps taken.
+          name: Path of the leaf, by which it takes its turn.
+          memory: What is remembered of it, if refreshing is adaptive.
+        """
+        if self.adaptive is not None and memory is not None:
+            due = self.adaptive.is_due(memory, count, self.every)
+        else:
+            turn = zlib.crc32(name.encode()) % self.every if self.stagger else 0
+            due = (count + turn) % self.every == 0
+        return (count == 0) | due
+
+    def sketch_seed(self, count: Int32[Array, ""], name: str) -> UInt32[Array, ""]:
+        """Returns what the sketch of a leaf hangs on: seed, path and step."""
+        base = jnp.uint32(zlib.crc32(f"{self.seed} galore{name}".encode()))
+        return linalg.mix_bits(base ^ linalg.mix_bits(count.astype(jnp.uint32)))
+
+    def renew(self, leaves: Sequence[Leaf]) -> list[Renewed]:
+        """Returns the bases of leaves of one shape, renewed where they are due."""
+        if len(leaves) == 1:
+            return [self._renew_if_due(leaves[0])]
+
+        def renew_due() -> list[Renewed]:
+            stack = jax.tree.map(lambda *xs: jnp.stack(xs), *leaves)
+            renewed = jax.lax.map(self._renew_if_due, stack)
+            return [
+                jax.tree.map(lambda x, i=i: x[i], renewed) for i in range(len(leaves))
+            ]
+
+        any_due = jnp.stack([leaf.due for leaf in leaves]).any()
+        return jax.lax.cond(any_due, renew_due, lambda: [_same(x) for x in leaves])
+
+    def _renew_if_due(self, leaf: Leaf) -> Renewed:
+        return jax.lax.cond(leaf.due, lambda: self._renew(leaf), lambda: _same(leaf))
+
+    def _renew(self, leaf: Leaf) -> Renewed:
+        g, old = leaf.gradient, leaf.basis
+        usable = jnp.isfinite(g).all((-2, -1), keepdims=True)
+        usable &= (g != 0).any((-2, -1), keepdims=True)
+        new = linalg.range_basis(
+            projection.short_first(jnp.where(usable, g, 0).astype(jnp.float32)),
+            old.shape[-1],
+            leaf.seed,
+            start=old if self.warm_start else None,
+            oversample=self.oversample,
+            power_steps=self.power_steps,
+        ).astype(old.dtype)
+        new = jnp.where(usable, new, old)
+        rotation = projection.matmul(new.mT, old)
+        moved = [projection.matmul(rotation, m).astype(m.dtype) for m in leaf.moments]
+        overlap = jnp.mean(jnp.sum(rotation**2, axis=(-2, -1))) / old.shape[-1]
+        return Renewed(new, tuple(moved), overlap)
+
+
+def _same(leaf: Leaf) -> Renewed:
+    return Renewed(leaf.basis, leaf.moments, jnp.float32(1.0))
