@@ -4,7 +4,7 @@ BIN := .venv/bin
 VERSION := $(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])')
 READY := .venv/ready-$(VERSION)
 
-.PHONY: help demo test test-all check fix bench clean
+.PHONY: help demo test test-all test-peers check fix bench clean
 
 help:  ## Lists the targets
 	@grep -hE '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 12
@@ -24,6 +24,10 @@ test: $(READY)  ## Runs the tests
 
 test-all: $(READY)  ## Runs the slow tests too
 	$(BIN)/pytest -n 2
+
+test-peers: $(READY)  ## Installs bitsandbytes and galore-torch, and compares with them
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[peers]'
+	$(BIN)/pytest -m peers
 
 check: $(READY)  ## Checks formatting, lints and types
 	$(BIN)/ruff format --check .

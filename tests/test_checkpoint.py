@@ -17,7 +17,8 @@ import optax
 import pytest
 
 from nanochat_jax.lm import checkpoint
-from nanochat_jax.lm.checkpoint import Checkpoints, check_meta
+from nanochat_jax.lm.checkpoint import Checkpoints
+from nanochat_jax.lm.records import check_meta
 
 
 class Codes(NamedTuple):

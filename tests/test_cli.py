@@ -181,10 +181,18 @@ def test_a_gpu_that_is_not_there_is_an_error(config):
     assert "Traceback" not in done.stderr
 
 
-def test_help_describes_every_setting(capsys):
+@pytest.mark.parametrize(
+    ("command", "flags"),
+    [
+        ("train", ("--config-file", "--galore-rank", "--resume", "--muon-momentum")),
+        ("compare", ("--config-file", "--galore-rank", "--variants", "galore_plain")),
+        ("plot", ("--output", "{step,tokens,seconds}")),
+    ],
+)
+def test_help_describes_every_setting(command, flags, capsys):
     with pytest.raises(SystemExit) as error:
-        cli.main(["train", "--help"])
+        cli.main([command, "--help"])
     assert error.value.code == 0
     out = capsys.readouterr().out
-    for flag in ("--config-file", "--galore-rank", "--resume", "--muon-momentum"):
+    for flag in flags:
         assert flag in out

@@ -10,8 +10,10 @@ import numpy as np
 import pytest
 from rich.console import Console
 
+import helpers
 from nanochat_jax.config import Config
 from nanochat_jax.lm import setup, trainer
+from nanochat_jax.lm.accumulate import accumulator_bytes
 from nanochat_jax.lm.checkpoint import Checkpoints
 from nanochat_jax.lm.display import make_display
 from nanochat_jax.lm.metrics import MetricsWriter, read_metrics
@@ -153,3 +155,31 @@ def test_epochs_set_the_number_of_steps():
     run = setup.prepare(dataclasses.replace(TINY, batch_size=1024), epochs=2)
     windows = (len(run.corpus.train) - 1) // TINY.sequence
     assert run.config.total_steps == 2 * -(-windows // 1024)
+
+
+def test_accumulating_in_the_low_rank_space_trains_the_same_and_holds_less():
+    """Over two changes of basis; a clipped gradient is needed whole."""
+    config = dataclasses.replace(
+        TINY, use_galore=True, galore_update_freq=3, galore_residual=0.0, grad_clip=0.0,
+        grad_accum_steps=2, total_steps=7, warmup_steps=0, eval_interval=0,
+    )  # fmt: skip
+    run = setup.prepare(config)
+    whole, low = trainer.compile_train_step(run), trainer.compile_low_rank_step(run)
+    assert low is not None
+    states = [
+        trainer.fit(
+            run,
+            trainer.init_state(run),
+            whole,
+            low_rank_step=step,
+            display=quiet(config),
+        )
+        for step in (None, low)
+    ]
+    helpers.assert_close(states[0].params, states[1].params, atol=1e-4)
+    held = accumulator_bytes(config, run.tx, run.params)
+    matrices = run.params["blocks"][0]["ffn"]
+    saved = sum(4 * x.size for x in jax.tree.leaves(matrices))
+    assert held["usual"] < held["refresh"] - saved / 2
+    clipped = dataclasses.replace(config, grad_clip=1.0)
+    assert trainer.compile_low_rank_step(setup.prepare(clipped)) is None

@@ -12,19 +12,16 @@ v0 wrote, and is the one that will stay.
 
 import contextlib
 import functools
-import json
 import logging
-import operator
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Self, TypeVar
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from orbax.checkpoint import v1 as ocp
 
-from nanochat_jax.lm import checksums
+from nanochat_jax.lm import checksums, records
 
 Tree = TypeVar("Tree")
 
@@ -139,7 +136,7 @@ class Checkpoints:
         if self._writer is None:
             self.check_start(step)
             self._writer = self._open_writer()
-        record: Any = {"meta": _as_json(meta)}
+        record: Any = {"meta": records.as_json(meta)}
         self._pending = self._writer.save_async(
             step, state, custom_metadata=record, force=True
         )
@@ -150,13 +147,17 @@ class Checkpoints:
         if pending is not None:
             pending.result()
 
-    def restore(self, target: Tree, step: int | None = None) -> Tree:
+    def restore(
+        self, target: Tree, step: int | None = None, *, partial: bool = False
+    ) -> Tree:
         """Restores a state into the types, dtypes and places of `target`.
 
         Args:
           target: Tree of arrays, or of `ShapeDtypeStruct`s. A leaf without a sharding
             comes back on the default device.
           step: Step to restore; the latest if not given.
+          partial: Whether `target` may lack parts of the stored state. These are not
+            read: a dict with `params` alone restores nothing of the optimizer.
 
         Returns:
           The stored state as a tree like `target`.
@@ -167,16 +168,22 @@ class Checkpoints:
         """
         folder = self._find(step)
         with self._reading(folder):
-            stored = _layout(ocp.metadata(str(folder)).metadata)
+            stored = records.layout(ocp.metadata(str(folder)).metadata)
         # Orbax alone would cast to the target's dtypes without a word.
-        different = _differences(stored, _layout(target), "wanted")
-        if different:
+        wanted = records.layout(target)
+        if partial:
+            stored = {path: stored[path] for path in stored.keys() & wanted.keys()}
+        changed = records.changes(stored, wanted)
+        if changed:
             raise ValueError(
                 f"{folder}: the stored state is not that of this model and optimizer.\n"
-                f"{_listed(different)}\nUse the settings of the run that wrote it, or "
-                "train from the start in a new directory."
+                f"{records.listed(records.differences(changed, 'wanted'))}\nUse the "
+                "settings of the run that wrote it, or train from the start in a new "
+                "directory."
             )
-        with self._reading(folder):
+        context = ocp.Context()
+        context.pytree_options.loading.partial_load = partial
+        with self._reading(folder), context:
             return ocp.load(str(folder), jax.tree.map(_abstract, target))
 
     def read_meta(self, step: int | None = None) -> dict[str, Any]:
@@ -244,73 +251,9 @@ class Checkpoints:
         if others:
             other = self.directory / str(others[-1])
             remedy = f"Try another one, such as {other}. There are steps {others}."
-        return ValueError(f"{folder}: damaged checkpoint.\n{_listed(damage)}\n{remedy}")
-
-
-def check_meta(
-    stored: Mapping[str, Any],
-    current: Mapping[str, Any],
-    *,
-    ignore: Collection[str] = (),
-) -> None:
-    """Refuses to go on from a checkpoint with other settings.
-
-    Args:
-      stored: Record of the checkpoint, from `Checkpoints.read_meta`.
-      current: The same record of this run. Keys of nested records are joined by dots.
-      ignore: Keys that may differ, with their dots.
-
-    Raises:
-      ValueError: If values differ, or a key is in one record only. All are listed.
-    """
-    old, new = _flat(_as_json(stored)), _flat(_as_json(current))
-    different = _differences(old, new, "now", ignore)
-    if different:
-        raise ValueError(
-            "The checkpoint is from a run with other settings.\n"
-            f"{_listed(different, most=len(different))}\nSet these as they were, or "
-            "train from the start in a new directory."
+        return ValueError(
+            f"{folder}: damaged checkpoint.\n{records.listed(damage)}\n{remedy}"
         )
-
-
-def _as_json(meta: Mapping[str, Any]) -> dict[str, Any]:
-    return json.loads(json.dumps(dict(meta)))
-
-
-def _flat(record: Any, prefix: str = "") -> dict[str, str]:
-    """Returns the values of nested records as text, their keys joined by dots."""
-    if not isinstance(record, dict):
-        return {prefix.removesuffix("."): repr(record)}
-    parts = (_flat(value, f"{prefix}{key}.") for key, value in record.items())
-    return functools.reduce(operator.or_, parts, {})
-
-
-def _layout(tree: Any) -> dict[str, str]:
-    """Returns dtype and shape by path, such as `int8[4,8]`; keys become text."""
-    leaves = jax.tree_util.tree_leaves_with_path(tree)
-    name = functools.partial(jax.tree_util.keystr, simple=True, separator="/")
-    describe = lambda x: f"{np.dtype(x.dtype).name}{list(x.shape)}".replace(" ", "")
-    return {name(path): describe(leaf) for path, leaf in leaves}
-
-
-def _differences(
-    stored: dict[str, str],
-    other: dict[str, str],
-    word: str,
-    ignore: Collection[str] = (),
-) -> list[str]:
-    """Returns a line for each key at which two records differ."""
-    return [
-        f"{key}: stored {stored.get(key, 'none')}, {word} {other.get(key, 'none')}"
-        for key in sorted(stored.keys() | other.keys())
-        if stored.get(key) != other.get(key) and key not in ignore
-    ]
-
-
-def _listed(lines: list[str], most: int = 10) -> str:
-    """Returns the first `most` lines, indented, and how many there are besides."""
-    more = [f"and {len(lines) - most} more"] if len(lines) > most else []
-    return "\n".join(f"  {line}" for line in lines[:most] + more)
 
 
 def _abstract(leaf: Any) -> jax.ShapeDtypeStruct:

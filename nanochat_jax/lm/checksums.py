@@ -17,7 +17,7 @@ def write(directory: Path) -> None:
     for folder in directory.glob("*.orbax-checkpoint-tmp*"):
         # Files at the top are Orbax's stamps, which it rewrites on naming the folder.
         files = sorted(path for path in folder.glob("*/**/*") if path.is_file())
-        lines = [f"{_digest(f)}  {f.relative_to(folder).as_posix()}\n" for f in files]
+        lines = [f"{digest(f)}  {f.relative_to(folder).as_posix()}\n" for f in files]
         (folder / "SHA256SUMS").write_text("".join(lines), encoding="utf-8")
 
 
@@ -31,11 +31,11 @@ def damage(folder: Path) -> list[str]:
         return []
     text = (folder / "SHA256SUMS").read_text(encoding="utf-8", errors="replace")
     sums = [line.partition("  ")[::2] for line in text.splitlines()]
-    changed = [name for digest, name in sums if _digest(folder / name) != digest]
+    changed = [name for stored, name in sums if digest(folder / name) != stored]
     return [f"{name} is missing or was changed" for name in changed]
 
 
-def _digest(path: Path) -> str:
+def digest(path: Path) -> str:
     """Returns the SHA-256 of a file, and nothing if there is none."""
     if not path.is_file():
         return ""

@@ -7,7 +7,7 @@ import dataclasses
 import functools
 import hashlib
 import platform
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import get_args
 
@@ -16,7 +16,7 @@ import numpy as np
 from nanochat_jax import settings
 from nanochat_jax.config import DatasetName
 from nanochat_jax.lm import documents, synthetic, tokenfile
-from nanochat_jax.lm.tokenizer import Tokenizer
+from nanochat_jax.lm.tokenizer import ByteTokenizer, Tokenizer
 
 SYNTHETIC_TOKENS = 1 << 20
 
@@ -32,6 +32,7 @@ class Corpus:
       description: What the corpus is, in a line.
       bytes_per_token: Bytes of text a held-out token stands for, if it is known; a
         separator counts as one. Loss in nats over `ln 2` over this is bits per byte.
+      tokenizer: Fingerprint of the tokenizer that made the ids, if it is known.
       entropy_rate: Least loss any model can have, in nats a token, if it is known.
     """
 
@@ -40,6 +41,7 @@ class Corpus:
     max_id: int
     description: str
     bytes_per_token: float | None = None
+    tokenizer: str | None = None
     entropy_rate: float | None = None
 
     @functools.cached_property
@@ -70,7 +72,8 @@ def load_corpus(
         files and folders of UTF-8 text; `tokens`, a token file; `synthetic`, a Markov
         chain of known entropy.
       paths: Files and folders for `text`, one file for `tokens`, otherwise none.
-      tokenizer: Tokenizer for `stdlib` and `text`.
+      tokenizer: Tokenizer for `stdlib` and `text`; that of `tokens`, unless it is the
+        byte tokenizer, must be the one that the file names, if it does.
       vocab_size: Vocabulary of the model, which every id must fit.
       seed: Seed of `synthetic`.
       seq_len: Tokens of a sequence. Both splits must hold one and the token after it.
@@ -93,7 +96,7 @@ def load_corpus(
         ),
     )
     if name == "tokens":
-        corpus = _token_corpus(paths, vocab_size, seq_len, token_dtype)
+        corpus = _token_corpus(paths, tokenizer, vocab_size, seq_len, token_dtype)
     elif name == "synthetic":
         corpus = _synthetic_corpus(vocab_size, seed)
     else:
@@ -112,7 +115,7 @@ def load_corpus(
     return corpus
 
 
-def encode_documents(documents: Sequence[str], tokenizer: Tokenizer) -> np.ndarray:
+def encode_documents(documents: Iterable[str], tokenizer: Tokenizer) -> np.ndarray:
     """Returns the ids of all documents, `[length]`, a separator after each."""
     dtype = np.min_scalar_type(tokenizer.vocab_size - 1)
     separator = np.array([tokenizer.separator], dtype)
@@ -139,6 +142,7 @@ def _synthetic_corpus(vocab_size: int, seed: int) -> Corpus:
 
 def _token_corpus(
     paths: list[str],
+    tokenizer: Tokenizer,
     vocab_size: int,
     seq_len: int,
     token_dtype: tokenfile.TokenDtype | None,
@@ -149,14 +153,29 @@ def _token_corpus(
     file = tokenfile.read_tokens(
         paths[0], vocab_size=vocab_size, token_dtype=token_dtype
     )
+    _check_tokenizer(paths[0], file.tokenizer, tokenizer)
     length = len(file.tokens)
-    cut = max(length - max(round(length * documents.HELD_OUT), seq_len + 1), 0)
+    held_out = file.held_out or round(length * documents.HELD_OUT)
+    cut = max(length - max(held_out, seq_len + 1), 0)
+    size = file.count_bytes(cut)
     return Corpus(
         file.tokens[:cut],
         file.tokens[cut:],
         max_id=file.max_id,
         description=paths[0],
-        bytes_per_token=file.bytes_per_token,
+        bytes_per_token=None if size is None else size / (length - cut),
+        tokenizer=file.tokenizer,
+    )
+
+
+def _check_tokenizer(path: str, made_by: str | None, given: Tokenizer) -> None:
+    """Refuses a tokenizer, if one is given, that did not make the ids of a file."""
+    settings.require(
+        (
+            made_by in (None, given.fingerprint) or isinstance(given, ByteTokenizer),
+            f"{path}: its ids are of the tokenizer {made_by}, but the one given is "
+            f"{given.fingerprint} (SHA-256). Give the `tokenizer.json` beside it.",
+        )
     )
 
 
@@ -183,4 +202,5 @@ def _text_corpus(
         max_id=max(int(ids.max(initial=0)) for ids in (train, val)),
         description=f"{source}, {len(found)} files",
         bytes_per_token=count_bytes(held_out) / len(val) if len(val) else None,
+        tokenizer=tokenizer.fingerprint,
     )

@@ -39,8 +39,15 @@ def describe() -> str:
     plural = "s" if len(devices) > 1 else ""
     text = f"{len(devices)} {devices[0].platform} device{plural} ({kind})"
     if devices[0].platform == "cpu":
-        text += f", {_available()} threads"
+        text += f", {available_threads()} threads"
     return text
+
+
+def available_threads() -> int:
+    """Returns how many threads of the processor this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def _limit_threads(threads: int) -> None:
@@ -54,9 +61,3 @@ def _limit_threads(threads: int) -> None:
             f"process may use, got {threads}."
         )
     os.sched_setaffinity(0, allowed[:threads])
-
-
-def _available() -> int:
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1

@@ -5,6 +5,7 @@ import re
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
 from jax.tree_util import keystr
 from rich.table import Table
@@ -15,7 +16,7 @@ from nanochat_jax.labels import label_params
 from nanochat_jax.linalg import GRAM_RATIO, resolve_dtype
 from nanochat_jax.lm.model import count_flops_per_token
 from nanochat_jax.memory import MemoryReport, memory_report
-from nanochat_jax.optimizer import build_optimizer, state_codecs
+from nanochat_jax.optimizer import build_optimizer, fallback_codecs, state_codecs
 
 _LABELS = ("matrix", "embedding", "head", "vector")
 
@@ -33,44 +34,52 @@ def variant_title(config: Config) -> str:
 
 def optimizer_summary(config: Config, report: MemoryReport) -> str:
     """Returns the lines about the optimizer that a run begins with."""
-    held = report.to_dict()["matrix"]
-    stored = {"momentum": "float32"}
-    if config.use_galore:
-        bits = config.stored_projector_bits
-        stored["projector"] = {16: "bfloat16"}.get(bits, "float32")
-    stored |= {field: codec.name for field, codec in state_codecs(config).items()}
-    details = ", ".join(f"{field} {name}" for field, name in stored.items())
+    held = report.to_dict()
+    matrix, total = held["matrix"], held["total"]
+    stored = {label: _storage_text(config, report, label) for label in _LABELS}
     lines = [
         "Optimizer configuration",
         f"  Muon variant:      {variant_title(config)}",
-        f"  Memory reduction:  {100 * held['reduction']:.1f} % of FP32 Muon's state",
-        f"  Details:           FP32 {megabytes(held['fp32_muon_bytes'])} -> "
-        f"{megabytes(held['state_bytes'])} ({details})",
-    ]
-    lines.append(
+        f"  Memory reduction:  {100 * matrix['reduction']:z.1f} % of FP32 Muon's state",
+        f"  Details:           FP32 {megabytes(matrix['fp32_muon_bytes'])} -> "
+        f"{megabytes(matrix['state_bytes'])} ({stored['matrix']})",
         f"  Newton-Schulz:     {config.ns_method}, {config.ns_steps} steps in "
         f"{resolve_dtype(config.ns_dtype)}"
-        f"{' (auto)' if config.ns_dtype == 'auto' else ''}"
-    )
-    if config.use_galore:
-        rest = (
-            f", the rest of the gradient at weight {config.galore_residual:g}"
-            if config.galore_residual
-            else ""
-        )
-        lines.append(
-            f"  GaLore rank {config.rank}, refreshed every "
-            f"{config.galore_update_freq} steps{rest}"
-        )
-        lines += [
-            f"  Left at full rank: {name}, where projecting saves nothing"
-            for name in _pattern_counts(report.full_rank)
-        ]
-    lines.append(
+        f"{' (auto)' if config.ns_dtype == 'auto' else ''}",
+        *(_galore_lines(config, report) if config.use_galore else ()),
         "  Whole optimizer:   FP32 Muon + AdamW "
-        f"{megabytes(report.fp32_muon_adamw_bytes)} -> {megabytes(report.total_bytes)}"
-    )
+        f"{megabytes(total['fp32_muon_adamw_bytes'])} -> "
+        f"{megabytes(total['state_bytes'])}, {100 * total['reduction']:z.1f} % less",
+        *(
+            f"  {label.capitalize() + ':':<18} {stored[label]}"
+            for label in _LABELS[1:]
+            if stored[label]
+        ),
+    ]
     return "\n".join(lines)
+
+
+def storage(config: Config, report: MemoryReport, label: str) -> dict[str, str]:
+    """Returns how the state of the parameters of a label is stored, by field.
+
+    Args:
+      config: What the optimizer is.
+      report: What it holds.
+      label: Label of the parameters.
+
+    Returns:
+      Names of codecs or types, such as `{"momentum": "int8", "projector": "float32"}`;
+      both, where small arrays are left as they are.
+    """
+    codecs = (state_codecs if label == "matrix" else fallback_codecs)(config)
+    names: dict[str, list[str]] = {}
+    for row in report.rows:
+        if row.label != label or row.field.endswith(".scales"):
+            continue
+        coded = row.field in codecs and jnp.dtype(row.dtype).itemsize == 1
+        name = codecs[row.field].name if coded else row.dtype
+        names.setdefault(row.field, []).append(name)
+    return {field: " and ".join(names[field]) for field in sorted(names)}
 
 
 def parameter_groups(
@@ -94,6 +103,7 @@ def parameter_groups(
                 "weight_decay": 0.0 if label == "vector" else config.weight_decay,
                 "params": sum(x.size for _, x in members),
                 "state_bytes": sum(r.bytes for r in report.rows if r.label == label),
+                "storage": storage(config, report, label),
                 "paths": _pattern_counts(
                     f"{name} {'x'.join(map(str, x.shape))}" for name, x in members
                 ),
@@ -109,6 +119,7 @@ def group_table(groups: list[dict[str, Any]]) -> Table:
     table.add_column("optimizer")
     for name in ("peak lr", "params", "state"):
         table.add_column(name, justify="right")
+    table.add_column("stored as")
     table.add_column("paths")
     for group in groups:
         table.add_row(
@@ -117,6 +128,7 @@ def group_table(groups: list[dict[str, Any]]) -> Table:
             f"{group['lr']:g}",
             f"{group['params']:,}",
             megabytes(group["state_bytes"]),
+            "\n".join(f"{field} {name}" for field, name in group["storage"].items()),
             "\n".join(group["paths"]),
         )
     return table
@@ -131,9 +143,6 @@ def rank_table(config: Config, params: optax.Params) -> Table:
     for hardware, rank in sorted(HARDWARE_RANKS.items(), key=lambda item: item[1]):
         other = dataclasses.replace(config, galore_rank=rank)
         report = memory_report(build_optimizer(other, params), params)
-        total = len(
-            [row for row in jax.tree.leaves(label_params(params)) if row == "matrix"]
-        )
         table.add_row(
             hardware,
             str(rank),
@@ -170,6 +179,43 @@ def flops_summary(config: Config, flops: dict[str, float]) -> str:
         f"to update, {100 * flops['update_share']:.1f} % of all "
         f"({config.ns_method} Newton-Schulz{forms})."
     )
+
+
+def _storage_text(config: Config, report: MemoryReport, label: str) -> str:
+    stored = storage(config, report, label)
+    return ", ".join(f"{field} {name}" for field, name in stored.items())
+
+
+def _galore_lines(config: Config, report: MemoryReport) -> list[str]:
+    rest = (
+        f", the rest of the gradient at weight {config.galore_residual:g}"
+        if config.galore_residual
+        else ""
+    )
+    return [
+        f"  GaLore rank {config.rank}, refreshed every "
+        f"{config.galore_update_freq} steps{rest}",
+        *(
+            f"  Left at full rank: {name}, where projecting saves nothing"
+            for name in _pattern_counts(report.full_rank)
+        ),
+    ]
+
+
+def accumulator_summary(config: Config, held: dict[str, int]) -> str:
+    """Returns in words what gradients are added up in over microbatches."""
+    line = f"Gradient accumulator: {megabytes(held['usual'])}"
+    if config.accumulates_low_rank:
+        return (
+            f"{line} in the low-rank space, {megabytes(held['refresh'])} on the steps "
+            "that change the bases."
+        )
+    if config.use_galore:
+        line += (
+            "; low-rank with `galore_residual`, `grad_clip` 0 and neither "
+            "`galore_stagger` nor `galore_adaptive`"
+        )
+    return f"{line}."
 
 
 def _pattern_counts(names: Any) -> list[str]:

@@ -7,7 +7,7 @@ import jax
 import optax
 from flax import nnx
 
-from nanochat_jax.config import Config
+from nanochat_jax.config import Config, ModelConfig
 from nanochat_jax.lm import model
 from nanochat_jax.lm.corpus import Corpus, load_corpus
 from nanochat_jax.lm.data import Batches
@@ -38,8 +38,11 @@ class Run:
     @property
     def meta(self) -> dict[str, Any]:
         """What a checkpoint records, and a resumed run must agree with."""
-        settings = dataclasses.asdict(self.config)
-        return {"config": settings, "data": self.corpus.fingerprint}
+        return {
+            "config": dataclasses.asdict(self.config),
+            "data": self.corpus.fingerprint,
+            "tokenizer": self.corpus.tokenizer or self.tokenizer.fingerprint,
+        }
 
 
 def prepare(config: Config, epochs: int | None = None) -> Run:
@@ -73,13 +76,15 @@ def prepare(config: Config, epochs: int | None = None) -> Run:
     return Run(config, graphdef, params, tx, tokenizer, corpus)
 
 
-def abstract_model(config: Config) -> tuple[nnx.GraphDef[model.GPT], model.Params]:
+def abstract_model(
+    config: ModelConfig,
+) -> tuple[nnx.GraphDef[model.GPT], model.Params]:
     """Returns the structure of the model and its parameters as shapes and types."""
     graphdef = None
 
     def init() -> model.Params:
         nonlocal graphdef
-        graphdef, params = model.init(config, config.seed)
+        graphdef, params = model.init(config, seed=0)  # shapes do not depend on it
         return params
 
     params = jax.eval_shape(init)

@@ -5,13 +5,16 @@ Three layouts, all little-endian:
   raw uint16 without header, when it is said so;
   the header of llm.c, 256 int32, with uint16 or uint32 ids after it.
 
-Beside `tokens.bin` may lie `tokens.bin.json`, one object with any of the keys `dtype`,
-`tokens` (their number), `vocab_size` and `bytes_per_token` (bytes of text a token).
+Beside `tokens.bin` may lie `tokens.bin.json`, one object with any of these keys:
+  `dtype`, uint16 or uint32;
+  `tokens`, their number, and `held_out`, how many of the last are for validation;
+  `vocab_size`, and `token_bytes`, the bytes of text that each id stands for;
+  `tokenizer`, the fingerprint of what made the ids, SHA-256 of `tokenizer.json`.
 """
 
 import dataclasses
 import json
-import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, get_args
 
@@ -19,6 +22,7 @@ import numpy as np
 
 from nanochat_jax import settings
 from nanochat_jax.config import TokenDtype
+from nanochat_jax.lm import files
 
 HEADER_BYTES = 256 * 4
 # Magic number and version of the header, and what the ids after it are.
@@ -36,12 +40,24 @@ class TokenFile:
     Attributes:
       tokens: Ids, `[length]`, mapped from the file.
       max_id: The largest of them.
-      bytes_per_token: Bytes of text a token stands for, if it is known.
+      held_out: How many of the last are for validation, if the file says it.
+      token_bytes: Bytes of text that each id stands for, `[vocab_size]`, if known.
+      tokenizer: Fingerprint of the tokenizer that made them, if known.
     """
 
     tokens: np.ndarray
     max_id: int
-    bytes_per_token: float | None
+    held_out: int | None = None
+    token_bytes: np.ndarray | None = None
+    tokenizer: str | None = None
+
+    def count_bytes(self, start: int) -> int | None:
+        """Returns the bytes of text of the ids from `start` on, if they are known."""
+        if self.token_bytes is None:
+            return None
+        starts = range(start, len(self.tokens), CHECK_CHUNK)
+        chunks = (self.tokens[s : s + CHECK_CHUNK] for s in starts)
+        return sum(int(self.token_bytes[chunk].sum()) for chunk in chunks)
 
 
 def read_tokens(
@@ -68,8 +84,16 @@ def read_tokens(
     dtype, offset, length = _layout(path, facts, token_dtype)
     _check_facts(path, facts, length, vocab_size)
     tokens = np.memmap(path, dtype, "r", offset, (length,))
-    max_id = check_ids(tokens, vocab_size, str(path))
-    return TokenFile(tokens, max_id, facts.get("bytes_per_token"))
+    table = facts.get("token_bytes")
+    # Ids that the table does not know are as much out of range as those of the model.
+    known = vocab_size if table is None else len(table)
+    return TokenFile(
+        tokens,
+        check_ids(tokens, min(known, vocab_size), str(path)),
+        facts.get("held_out"),
+        None if table is None else np.array(table, np.int64),
+        facts.get("tokenizer"),
+    )
 
 
 def write_tokens(
@@ -77,7 +101,9 @@ def write_tokens(
     tokens: np.ndarray,
     *,
     vocab_size: int,
-    bytes_per_token: float | None = None,
+    held_out: int | None = None,
+    token_bytes: Sequence[int] | None = None,
+    tokenizer: str | None = None,
 ) -> None:
     """Writes ids as raw uint32, and what is known of them to `<path>.json`.
 
@@ -85,7 +111,9 @@ def write_tokens(
       path: File to write; one that is there is replaced.
       tokens: Ids, `[length]`.
       vocab_size: Vocabulary the ids are from.
-      bytes_per_token: Bytes of text a token stands for, if it is known.
+      held_out: How many of the last are for validation.
+      token_bytes: Bytes of text that each id stands for.
+      tokenizer: Fingerprint of the tokenizer that made them.
 
     Raises:
       ValueError: If there are no ids, or one is outside the vocabulary.
@@ -93,11 +121,21 @@ def write_tokens(
     path = Path(path)
     settings.require((len(tokens) > 0, f"{path}: there are no tokens to write."))
     check_ids(tokens, vocab_size, str(path))
-    facts = {"dtype": "uint32", "tokens": len(tokens), "vocab_size": vocab_size}
-    if bytes_per_token is not None:
-        facts["bytes_per_token"] = bytes_per_token
-    _replace(path, np.ascontiguousarray(tokens, "<u4").data)
-    _replace(_sidecar(path), json.dumps(facts, indent=2).encode() + b"\n")
+    facts = {
+        "dtype": "uint32",
+        "tokens": len(tokens),
+        "held_out": held_out,
+        "vocab_size": vocab_size,
+        "tokenizer": tokenizer,
+        "token_bytes": token_bytes,
+    }
+    known = {key: value for key, value in facts.items() if value is not None}
+    # A key a line, so that the long table does not hide the others.
+    lines = ",\n".join(f'  "{key}": {json.dumps(known[key])}' for key in known)
+    with files.replacing(path) as temporary:
+        temporary.write_bytes(np.ascontiguousarray(tokens, "<u4").data)
+    with files.replacing(_sidecar(path)) as temporary:
+        temporary.write_text(f"{{\n{lines}\n}}\n", encoding="utf-8")
 
 
 def check_ids(tokens: np.ndarray, vocab_size: int, source: str) -> int:
@@ -203,7 +241,7 @@ def _check_facts(
     """Refuses what the JSON file says if it is not of this file and this model."""
     sidecar = _sidecar(path)
     tokens, vocab = facts.get("tokens", length), facts.get("vocab_size", 1)
-    ratio = facts.get("bytes_per_token")
+    held_out, table = facts.get("held_out", 0), facts.get("token_bytes", [])
     settings.require(
         (tokens == length, f"{sidecar}: `tokens` is {tokens}, {path} has {length}."),
         (
@@ -212,18 +250,21 @@ def _check_facts(
             "Set the model's to at least that.",
         ),
         (
-            ratio is None or (isinstance(ratio, int | float) and ratio > 0),
-            f"{sidecar}: `bytes_per_token` must be a positive number, got {ratio!r}.",
+            isinstance(held_out, int) and 0 <= held_out <= length,
+            f"{sidecar}: `held_out` must be a number of tokens from 0 to {length}, "
+            f"got {held_out!r}.",
+        ),
+        (
+            isinstance(table, list)
+            and all(isinstance(size, int) and size >= 0 for size in table),
+            f"{sidecar}: `token_bytes` must be a list of the bytes of each id.",
+        ),
+        (
+            isinstance(facts.get("tokenizer", ""), str),
+            f"{sidecar}: `tokenizer` must be a fingerprint, SHA-256 in hexadecimal.",
         ),
     )
 
 
 def _sidecar(path: Path) -> Path:
     return path.with_name(path.name + ".json")
-
-
-def _replace(path: Path, data: bytes | memoryview) -> None:
-    """Writes `data` beside `path` and moves it there, so that no half file is left."""
-    beside = path.with_name(path.name + ".tmp")
-    beside.write_bytes(data)
-    os.replace(beside, path)

@@ -4,6 +4,7 @@ The byte tokenizer needs no file and is the default; any other is a `tokenizer.j
 the `tokenizers` library.
 """
 
+import hashlib
 from pathlib import Path
 from typing import Protocol
 
@@ -30,6 +31,11 @@ class Tokenizer(Protocol):
         """Id that ends a document."""
         ...
 
+    @property
+    def fingerprint(self) -> str:
+        """What tells it from others: SHA-256 of its file, or the name `bytes`."""
+        ...
+
     def encode(self, text: str) -> np.ndarray:
         """Returns the ids of `text`, `[length]`, in the smallest unsigned type."""
         ...
@@ -47,6 +53,7 @@ class ByteTokenizer:
 
     vocab_size = 256
     separator = 0
+    fingerprint = "bytes"
 
     def encode(self, text: str) -> np.ndarray:
         """Returns the bytes of `text` as uint8 `[length]`."""
@@ -64,20 +71,25 @@ class TrainedTokenizer:
     """A tokenizer of the `tokenizers` library, such as a byte-level BPE.
 
     Documents are separated by `<|endoftext|>` where the vocabulary has it, otherwise
-    by the token of the character NUL.
+    by the token of the character NUL. A text that has such characters itself is encoded
+    like any other, so that only documents end in the separator.
 
     Args:
-      tokenizer: Tokenizer to wrap. Its truncation and padding are turned off.
+      text: Content of its `tokenizer.json`. Truncation and padding in it are off.
       source: Where it comes from, for messages.
 
     Raises:
-      ValueError: If the vocabulary is empty or cannot separate documents.
+      ValueError: If `text` is no tokenizer, or its vocabulary is empty or cannot
+        separate documents.
     """
 
-    def __init__(self, tokenizer: tokenizers.Tokenizer, source: str = "tokenizer"):
+    def __init__(self, text: str, source: str = "tokenizer"):
+        tokenizer = _parse(text, source)
         tokenizer.no_truncation()
         tokenizer.no_padding()
+        tokenizer.encode_special_tokens = True
         self._tokenizer = tokenizer
+        self.fingerprint = hashlib.sha256(text.encode("utf-8")).hexdigest()
         self.vocab_size = max(tokenizer.get_vocab().values(), default=-1) + 1
         settings.require((self.vocab_size > 0, f"{source}: the vocabulary is empty."))
         self._dtype = np.min_scalar_type(self.vocab_size - 1)
@@ -124,17 +136,20 @@ def load_tokenizer(path: str | Path | None) -> Tokenizer:
     if path is None:
         return ByteTokenizer()
     try:
-        text = Path(path).read_text(encoding="utf-8")
+        text = Path(path).read_bytes().decode("utf-8")
     except FileNotFoundError:
         raise ValueError(
             f"{path}: no such file. Give a `tokenizer.json`, or none for bytes."
         ) from None
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"{path}: cannot be read: {error}.") from None
+    return TrainedTokenizer(text, str(path))
+
+
+def _parse(text: str, source: str) -> tokenizers.Tokenizer:
     try:
-        tokenizer = tokenizers.Tokenizer.from_str(text)
+        return tokenizers.Tokenizer.from_str(text)
     except Exception as error:  # the library raises nothing narrower
         raise ValueError(
-            f"{path}: not a `tokenizer.json` of the tokenizers library: {error}."
+            f"{source}: not a `tokenizer.json` of the tokenizers library: {error}."
         ) from None
-    return TrainedTokenizer(tokenizer, str(path))

@@ -21,25 +21,15 @@ from flax import nnx
 from jaxtyping import Array, Float32, Int32
 
 from nanochat_jax.lm import model
-from nanochat_jax.lm.checkpoint import Checkpoints, check_meta
+from nanochat_jax.lm.accumulate import mean_gradient
+from nanochat_jax.lm.checkpoint import Checkpoints
 from nanochat_jax.lm.data import eval_batches
 from nanochat_jax.lm.display import Display
 from nanochat_jax.lm.metrics import MetricsWriter
+from nanochat_jax.lm.resume import convert_state, describe_change, stored_run
 from nanochat_jax.lm.setup import Run, train_batches
 from nanochat_jax.optimizer import schedule
-
-# Settings under which a resumed run may differ and still be the same run.
-RESUMABLE = (
-    "checkpoint_interval",
-    "data_path",  # the ids themselves must agree
-    "eval_batches",
-    "eval_interval",
-    "keep_last_checkpoints",
-    "log_interval",
-    "sample_prompt",
-    "sample_tokens",
-    "tokenizer",
-)
+from nanochat_jax.transforms import project_gradients
 
 TrainStep = Callable[["TrainState", Array], tuple["TrainState", dict[str, Array]]]
 
@@ -65,33 +55,55 @@ def init_state(run: Run) -> TrainState:
 
 
 def make_train_step(
-    graphdef: nnx.GraphDef[model.GPT], tx: optax.GradientTransformationExtraArgs
+    graphdef: nnx.GraphDef[model.GPT],
+    tx: optax.GradientTransformationExtraArgs,
+    *,
+    low_rank: bool = False,
 ) -> TrainStep:
     """Returns the pure function of one step, to be jitted with its state donated.
 
     It takes a state and a batch, int32 `[A, B, S + 1]`, and returns the next state and
-    the metrics `loss`, in nats a token, and `grad_norm`, before clipping.
+    the metrics `loss`, in nats a token, and `grad_norm`, before clipping. With
+    `low_rank`, for steps that change none of GaLore's bases, gradients are added up as
+    it projects them, and the norm is of these.
     """
     loss_fn = lambda params, batch: model.next_token_loss(graphdef, params, batch)
 
     def train_step(
         state: TrainState, batch: Int32[Array, "A B S+1"]
     ) -> tuple[TrainState, dict[str, Array]]:
-        loss, grads = _mean_gradient(loss_fn, state.params, batch)
-        updates, opt_state = tx.update(grads, state.opt_state, state.params, value=loss)
-        params: Any = optax.apply_updates(state.params, updates)
+        opt_state, params = state.opt_state, state.params
+        extra: dict[str, Any] = {"projected": True} if low_rank else {}
+        project = lambda grads: (
+            project_gradients(tx, opt_state, grads, params) if low_rank else grads
+        )
+        loss, grads = mean_gradient(loss_fn, params, batch, project)
+        updates, opt_state = tx.update(grads, opt_state, params, value=loss, **extra)
+        params: Any = optax.apply_updates(params, updates)
         metrics = {"loss": loss, "grad_norm": optax.tree.norm(grads)}
         return TrainState(state.step + 1, params, opt_state), metrics
 
     return train_step
 
 
-def compile_train_step(run: Run) -> jax.stages.Compiled:
-    """Compiles the step of a run for its shapes, its state donated."""
-    config, step = run.config, make_train_step(run.graphdef, run.tx)
+def compile_train_step(run: Run, *, low_rank: bool = False) -> jax.stages.Compiled:
+    """Compiles the step of a run for its shapes, its state donated.
+
+    Args:
+      run: The run.
+      low_rank: As for `make_train_step`.
+    """
+    config, step = run.config, make_train_step(run.graphdef, run.tx, low_rank=low_rank)
     shape = (config.grad_accum_steps, config.batch_size, config.sequence + 1)
     batch = jax.ShapeDtypeStruct(shape, jnp.int32)
     return jax.jit(step, donate_argnums=0).lower(abstract_state(run), batch).compile()
+
+
+def compile_low_rank_step(run: Run) -> jax.stages.Compiled | None:
+    """Compiles the step between two changes of bases, if it accumulates otherwise."""
+    if not run.config.accumulates_low_rank:
+        return None
+    return compile_train_step(run, low_rank=True)
 
 
 def abstract_state(run: Run) -> TrainState:
@@ -128,22 +140,35 @@ class Evaluator:
         }
 
 
-def restore(run: Run, checkpoints: Checkpoints) -> TrainState:
+def restore(
+    run: Run,
+    checkpoints: Checkpoints,
+    *,
+    allow_codec_change: bool = False,
+    say: Callable[[str], object] = print,
+) -> TrainState:
     """Restores the latest state, if it is one of this run.
 
     Args:
       run: The run to resume.
       checkpoints: Where its states are.
+      allow_codec_change: Whether the optimizer's state may have been stored with other
+        codecs, or none: it is then decoded, stored anew, and a line says so.
+      say: What that line is given to.
 
     Returns:
-      The state, bit for bit as it was saved.
+      The state, bit for bit as it was saved if it is stored as it was.
 
     Raises:
       ValueError: If there is none, or it was saved with other settings or data.
     """
-    stored = checkpoints.read_meta()
-    check_meta(stored, run.meta, ignore=[f"config.{name}" for name in RESUMABLE])
-    return checkpoints.restore(abstract_state(run))
+    old = stored_run(run, checkpoints.read_meta(), allow_codec_change)
+    state = checkpoints.restore(abstract_state(old))
+    if old is run:
+        return state
+    opt_state = convert_state(old, run, state.opt_state, state.step)
+    say(f"{checkpoints.directory}: {describe_change(old, run)}.")
+    return state._replace(opt_state=opt_state)
 
 
 def fit(
@@ -151,6 +176,7 @@ def fit(
     state: TrainState,
     train_step: jax.stages.Compiled,
     *,
+    low_rank_step: jax.stages.Compiled | None = None,
     display: Display,
     metrics: MetricsWriter | None = None,
     checkpoints: Checkpoints | None = None,
@@ -161,6 +187,7 @@ def fit(
       run: What to train.
       state: Where to begin; it is donated.
       train_step: The compiled step, from `compile_train_step`.
+      low_rank_step: The step for when no basis changes, from `compile_low_rank_step`.
       display: Where progress is shown.
       metrics: Where metrics are written, if anywhere.
       checkpoints: Where states are saved, if anywhere.
@@ -177,6 +204,7 @@ def fit(
     shape = (config.grad_accum_steps, config.batch_size, config.sequence + 1)
 
     def report(values: dict[str, Any]) -> None:
+        values["tokens"] = values["step"] * config.tokens_per_step
         display.log(values)
         if metrics is not None:
             metrics.write(values)
@@ -187,7 +215,9 @@ def fit(
     since = first  # step of the last report, from which the speed is counted
     previous = None
     for step, batch in train_batches(config, run.corpus).prefetch(first, total):
-        state, values = train_step(state, batch.reshape(shape))
+        changes = step % config.galore_update_freq == 0
+        take_step = train_step if changes or not low_rank_step else low_rank_step
+        state, values = take_step(state, batch.reshape(shape))
         # One step stays in flight while the host prepares the next.
         jax.block_until_ready(previous)
         previous, done = values, step + 1
@@ -212,23 +242,6 @@ def fit(
         if checkpoints and _due(done, config.checkpoint_interval, total):
             checkpoints.save(done, state, run.meta)
     return state
-
-
-def _mean_gradient(
-    loss_fn: Callable[[model.Params, Array], Array], params: model.Params, batch: Array
-) -> tuple[Array, model.Params]:
-    """Returns mean loss and gradient over the microbatches, one at a time."""
-    value_and_grad = jax.value_and_grad(loss_fn)
-    if batch.shape[0] == 1:
-        return value_and_grad(params, batch[0])
-
-    def add(total: Any, microbatch: Array) -> tuple[Any, None]:
-        part = value_and_grad(params, microbatch)
-        return jax.tree.map(jnp.add, total, part), None
-
-    zero = (jnp.zeros([], jnp.float32), optax.tree.zeros_like(params))
-    total, _ = jax.lax.scan(add, zero, batch)
-    return jax.tree.map(lambda x: x / batch.shape[0], total)
 
 
 def _due(step: int, interval: int, total: int) -> bool:

@@ -1,0 +1,149 @@
+"""`nanochat-jax compare`: variants of the optimizer side by side."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from nanochat_jax import settings
+from nanochat_jax.commands.shared import (
+    Flags,
+    say,
+    say_depth,
+    settings_of,
+    usage_errors,
+)
+from nanochat_jax.config import Config
+from nanochat_jax.lm import compare, device, machine, plot, setup, speed, summary
+from nanochat_jax.lm.compare import Trial
+from nanochat_jax.lm.display import make_display
+from nanochat_jax.lm.variants import parse_variants
+
+
+@dataclasses.dataclass(frozen=True)
+class CompareFlags(Flags):
+    """Flags of `compare` besides the settings.
+
+    Attributes:
+      output: Folder for `report.json`, figures, and the metrics and result of each run;
+        started again, it goes on where it stopped.
+      steps: Steps of each run, in place of `total_steps`.
+      variants: Variants by name: muon, muon_8bit, muon_4bit, galore, galore_8bit,
+        galore_4bit, galore_plain, galore_plain_8bit (without residual), adamw and
+        adamw_galore (AdamW for all parameters). Settings of the optimizer may follow
+        a name, as in `galore_8bit:galore_rank=32,quant_block_size=64`.
+      seeds: Seeds to train each variant with, from `seed` on.
+      adamw_lr: Peak learning rate of the AdamW variants; if not given, that of
+        embeddings and vectors in the Muon variants, `fallback_lr`.
+      speed_steps: Steps of each variant to time in turns, at the end; 0 for none.
+    """
+
+    output: str | None = None
+    steps: int | None = None
+    variants: tuple[str, ...] = ("muon", "muon_8bit", "galore", "galore_8bit")
+    seeds: int = 1
+    adamw_lr: float | None = None
+    speed_steps: int = 20
+
+
+@dataclasses.dataclass(frozen=True)
+class Compare(Config, CompareFlags):
+    """Trains variants of the optimizer on the same batches, and compares them.
+
+    Every setting of the TOML file is also a flag, for all variants. Writes to `output`:
+    `report.json`, `loss_by_step.png`, `loss_by_bytes.png`, and `runs` with the metrics
+    and the result of each run.
+    """
+
+    def run(self) -> None:
+        """Trains what is not done yet, writes the report and prints its table."""
+        console = Console()
+        with usage_errors():
+            self._check()
+            device.use(self.device, self.threads)
+            trials = self._trials()
+            results = compare.read_results(trials)
+        say_depth(console, self)
+        say(console, f"{len(trials)} runs, {len(results)} of them done already")
+        for number, trial in enumerate(trials, 1):
+            key = trial.variant, trial.seed
+            if key in results:
+                continue
+            say(console, f"\n{number}/{len(trials)}: {key[0]}, seed {key[1]}")
+            with make_display(trial.run.config.total_steps, console=console) as display:
+                results[key] = compare.run_trial(trial, display)
+            if results[key]["error"]:
+                say(console, f"diverged: {results[key]['error']}")
+            self._write(trials, results, {})
+        variants = self._write(trials, results, self._speeds(trials, console))
+        console.print(summary.table(variants))
+
+    def _check(self) -> None:
+        """Refuses flags that do not do, before anything is loaded."""
+        at_least = {"steps": 1, "seeds": 1, "speed_steps": 0, "adamw_lr": 0}
+        settings.require(
+            (
+                self.output is not None,
+                "`--output` is required: the folder for report, figures and runs.",
+            ),
+            *settings.lower_bounds(self, at_least),
+        )
+        plot.require_matplotlib()
+
+    @property
+    def _config(self) -> Config:
+        """Settings that all variants share."""
+        config = settings_of(self)
+        if self.steps is None:
+            return config
+        return dataclasses.replace(config, total_steps=self.steps)
+
+    @property
+    def _adamw_lr(self) -> float:
+        given = self.adamw_lr
+        return self._config.fallback_peak_lr if given is None else given
+
+    @property
+    def _folder(self) -> Path:
+        assert self.output is not None
+        return Path(self.output)
+
+    def _trials(self) -> list[Trial]:
+        """Returns the runs to make; their names and the data are checked."""
+        variants = parse_variants(self.variants, self._config, self._adamw_lr)
+        base = setup.prepare(self._config)
+        return compare.plan_trials(base, variants, self.seeds, self._folder / "runs")
+
+    def _speeds(self, trials: list[Trial], console: Console) -> dict[str, speed.Speed]:
+        """Times the variants in turns, if that is wanted."""
+        if not self.speed_steps:
+            return {}
+        say(console, "\nTiming the variants in turns")
+        runs = {trial.variant: trial.run for trial in trials if trial.seed == self.seed}
+        return speed.side_by_side(runs, self.speed_steps)
+
+    def _write(
+        self,
+        trials: list[Trial],
+        results: summary.Results,
+        speeds: dict[str, speed.Speed],
+    ) -> dict[str, dict[str, Any]]:
+        """Writes report and figures of what is done; returns the numbers by variant."""
+        variants = summary.summarize(trials, results, speeds)
+        report = {
+            "steps": self._config.total_steps,
+            "seeds": self.seeds,
+            "done": f"{len(results)} of {len(trials)} runs",
+            **machine.describe(),
+            "data": trials[0].run.corpus.description,
+            "adamw_lr": self._adamw_lr,
+            "config": dataclasses.asdict(self._config),
+            "variants": variants,
+        }
+        compare.write_json(self._folder / "report.json", report)
+        by_step = plot.draw_loss_by_step(variants)
+        by_bytes = plot.draw_loss_by_bytes(variants)
+        plot.save(by_step, self._folder / "loss_by_step.png")
+        plot.save(by_bytes, self._folder / "loss_by_bytes.png")
+        return variants

@@ -1,0 +1,83 @@
+"""`nanochat-jax doctor`: whether this machine is fit to train on."""
+
+import dataclasses
+import sys
+from collections.abc import Mapping
+
+import jax
+from rich.console import Console
+from rich.table import Table
+
+from nanochat_jax.commands.shared import say
+from nanochat_jax.linalg import resolve_dtype
+from nanochat_jax.lm import checkup, device, machine
+
+
+@dataclasses.dataclass(frozen=True)
+class Doctor:
+    """Looks at versions, devices and plugins, and multiplies matrices on each device.
+
+    Ends with exit code 1 if something is wrong, and says what to do about it.
+    """
+
+    def run(self) -> None:
+        """Prints what it finds."""
+        console = Console()
+        devices, problems = _devices()
+        plugins = checkup.installed_plugins()
+        errors = checkup.product_errors(devices)
+        platforms = [each.platform for each in devices]
+        problems += checkup.unmet_requirements()
+        problems += checkup.plugin_problems(
+            plugins, platforms, checkup.has_nvidia_gpu()
+        )
+        problems += checkup.product_problems(errors)
+        packages = ("nanochat-jax", *checkup.PACKAGES)
+        console.print(_table("Versions", {**machine.versions(packages), **plugins}))
+        console.print(_table("Machine", _facts(devices, errors)))
+        for problem in problems:
+            say(console, f"Problem: {problem.what}\n  What to do: {problem.remedy}")
+        if problems:
+            sys.exit(1)
+        say(console, "Nothing is wrong.")
+
+
+def _devices() -> tuple[list[checkup.Device], list[checkup.Problem]]:
+    """Returns the devices of JAX and the CPU, or what keeps JAX from finding any."""
+    try:
+        return list(dict.fromkeys([*jax.devices(), *jax.devices("cpu")])), []
+    # JAX asserts that there is a backend, without a message.
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).partition("\n")[0] or "no backend"
+        remedy = "set JAX_PLATFORMS to platforms that are installed, or unset it."
+        return [], [checkup.Problem(f"JAX finds no device: {reason}", remedy)]
+
+
+def _facts(
+    devices: list[checkup.Device], errors: Mapping[str, float | str]
+) -> dict[str, str]:
+    """Returns what there is to know about the machine, by name."""
+    facts = {
+        "processor": f"{machine.processor()}, {device.available_threads()} threads",
+        **checkup.variables(),
+    }
+    if not devices:
+        return facts
+    native = resolve_dtype("auto") == "bfloat16"
+    return {
+        "devices": device.describe(),
+        **facts,
+        "float32 product": "\n".join(
+            f"{name}: {error if isinstance(error, str) else f'off by {error:.0e}'}"
+            for name, error in errors.items()
+        ),
+        "bfloat16": "native" if native else "emulated, slower than float32",
+        'ns_dtype = "auto"': f"Newton-Schulz in {resolve_dtype('auto')}",
+    }
+
+
+def _table(title: str, rows: Mapping[str, str]) -> Table:
+    table = Table(title=title, title_justify="left", show_header=False, box=None)
+    for row in rows.items():
+        table.add_row(*row)
+    return table

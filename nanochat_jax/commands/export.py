@@ -1,0 +1,44 @@
+"""`nanochat-jax export`: the weights of a checkpoint for other tools."""
+
+import dataclasses
+
+import jax
+
+from nanochat_jax.commands.shared import usage_errors
+from nanochat_jax.lm import device, export
+from nanochat_jax.lm.trained import load_trained
+
+
+@dataclasses.dataclass(frozen=True)
+class Export:
+    """Writes the weights of a checkpoint as safetensors, a JSON file beside them.
+
+    The JSON file, with `.json` for `.safetensors`, has the settings of the model, the
+    fingerprint of its tokenizer, its step, and the versions that wrote it.
+
+    Attributes:
+      checkpoint: Checkpoint folder of a run, or the folder of one of its steps.
+      output: File to write; its name ends in `.safetensors`.
+    """
+
+    checkpoint: str
+    output: str
+
+    def run(self) -> None:
+        """Writes both files and says what is in them."""
+        with usage_errors():
+            export.check_path(self.output)
+            device.use("cpu")
+            trained = load_trained(self.checkpoint)
+        export.save(
+            self.output,
+            trained.config,
+            trained.params,
+            step=trained.step,
+            tokenizer=trained.fingerprint,
+        )
+        count = sum(x.size for x in jax.tree.leaves(trained.params))
+        print(
+            f"Wrote {self.output}, {count:,} parameters of step {trained.step}, and "
+            f"{export.config_path(self.output)}, their settings."
+        )

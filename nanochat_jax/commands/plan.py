@@ -1,0 +1,71 @@
+"""`nanochat-jax plan`: what a run would hold and compute."""
+
+import dataclasses
+import json
+
+from rich.console import Console
+
+from nanochat_jax.commands.shared import (
+    Flags,
+    say,
+    say_depth,
+    settings_of,
+    usage_errors,
+)
+from nanochat_jax.config import Config
+from nanochat_jax.config.depth import derive
+from nanochat_jax.lm import device, report, setup
+from nanochat_jax.lm.accumulate import accumulator_bytes
+from nanochat_jax.memory import compiled_bytes, memory_report
+from nanochat_jax.optimizer import build_optimizer
+
+
+@dataclasses.dataclass(frozen=True)
+class PlanFlags(Flags):
+    """Flags of `plan` besides the settings.
+
+    Attributes:
+      json: Whether to print one JSON object.
+    """
+
+    json: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan(Config, PlanFlags):
+    """Trains nothing: groups, exact bytes of state, the compiled update's memory."""
+
+    def run(self) -> None:
+        """Prints the plan."""
+        with usage_errors():
+            device.use(self.device, self.threads)
+        config = settings_of(self)
+        _, params = setup.abstract_model(config)
+        tx = build_optimizer(config, params)
+        held = memory_report(tx, params)
+        groups = report.parameter_groups(config, params, held)
+        update = compiled_bytes(tx, params)
+        flops = report.step_flops(config, params)
+        accumulator = accumulator_bytes(config, tx, params)
+        if self.json:
+            plan = {"variant": config.variant, **held.to_dict(), "update": update}
+            plan |= {"flops": flops, "groups": groups, "accumulator": accumulator}
+            if self.depth is not None:
+                plan["depth"] = {k: getattr(self, k) for k in derive(self.depth)}
+            print(json.dumps(plan, indent=2))
+            return
+        console = Console()
+        say_depth(console, self)
+        say(console, report.optimizer_summary(config, held) + "\n")
+        console.print(report.group_table(groups))
+        if config.use_galore:
+            console.print(report.rank_table(config, params))
+        say(
+            console,
+            f"Compiled update on {device.describe()}: "
+            f"{report.megabytes(update['temp_bytes'])} of temporaries beside "
+            f"{report.megabytes(update['argument_bytes'])} of gradients, state and "
+            "what it reads of the parameters.\n" + report.flops_summary(config, flops),
+        )
+        if config.grad_accum_steps > 1:
+            say(console, report.accumulator_summary(config, accumulator))

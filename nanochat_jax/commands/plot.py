@@ -1,0 +1,76 @@
+"""`nanochat-jax plot`: the metrics of runs, drawn together."""
+
+import collections
+import dataclasses
+from pathlib import Path
+
+import tyro
+
+from nanochat_jax import settings
+from nanochat_jax.commands.shared import usage_errors
+from nanochat_jax.lm import plot
+from nanochat_jax.lm.metrics import read_metrics
+
+
+@dataclasses.dataclass(frozen=True)
+class Plot:
+    """Draws the losses of runs in one figure.
+
+    Attributes:
+      runs: Folders of runs, or their files of metrics.
+      output: PNG file to write.
+      x: What the losses are drawn by; seconds are those of training, without
+        compilation.
+    """
+
+    runs: tyro.conf.Positional[tuple[str, ...]]
+    output: str
+    x: plot.Axis = "step"
+
+    def run(self) -> None:
+        """Draws the figure and says where it is."""
+        with usage_errors():
+            plot.require_matplotlib()
+            settings.require(
+                (bool(self.runs), "give the folder of a run, or several."),
+                (
+                    self.output.endswith(".png"),
+                    f"`--output` must end in .png, got {self.output}.",
+                ),
+            )
+            figure = plot.draw_runs(_read(self.runs), self.x)
+            plot.save(figure, Path(self.output))
+        print(f"Wrote {self.output}")
+
+
+def _read(runs: tuple[str, ...]) -> dict[str, plot.Curve]:
+    """Returns the lines of each run by its name; all that cannot be read is told."""
+    curves, errors = {}, []
+    for name, path in _files(runs).items():
+        try:
+            curves[name] = read_metrics(path)
+        except ValueError as error:
+            errors.append((False, str(error)))
+            continue
+        errors.append((bool(curves[name]), f"{path}: there are no metrics in it yet."))
+    settings.require(*errors)
+    return curves
+
+
+def _files(runs: tuple[str, ...]) -> dict[str, Path]:
+    """Returns the file of each run by name, or by its path if names are not unique."""
+    files = {}
+    for run in dict.fromkeys(runs):
+        path = Path(run)
+        files[run] = path if path.suffix == ".jsonl" else path / "metrics.jsonl"
+    names = {run: _name(path) for run, path in files.items()}
+    counts = collections.Counter(names.values())
+    return {
+        run if counts[name] > 1 else name: files[run] for run, name in names.items()
+    }
+
+
+def _name(path: Path) -> str:
+    """Returns the name of a run: its folder's, but of a file in `runs` the file's."""
+    whole = path.absolute()
+    return whole.parent.name if whole.name == "metrics.jsonl" else whole.stem

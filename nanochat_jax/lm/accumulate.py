@@ -1,0 +1,73 @@
+"""The mean gradient over microbatches, in full or in GaLore's low-rank space.
+
+Axes: A microbatches, B sequences, S tokens of a sequence.
+"""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Float32, Int32
+
+from nanochat_jax.config import Config
+from nanochat_jax.lm.model import Params
+from nanochat_jax.transforms import project_gradients
+
+Loss = Callable[[Params, Array], Float32[Array, ""]]
+
+
+def mean_gradient(
+    loss_fn: Loss,
+    params: Params,
+    batch: Int32[Array, "A B S+1"],
+    project: Callable[[optax.Updates], optax.Updates] = lambda grads: grads,
+) -> tuple[Float32[Array, ""], optax.Updates]:
+    """Returns mean loss and gradient over the microbatches, one at a time.
+
+    Args:
+      loss_fn: Loss of a microbatch, `[B, S + 1]`.
+      params: Parameters of the model.
+      batch: The microbatches.
+      project: A linear map that each gradient goes through before it is added.
+    """
+
+    def evaluate(microbatch: Array) -> tuple[Array, optax.Updates]:
+        loss, grads = jax.value_and_grad(loss_fn)(params, microbatch)
+        return loss, project(grads)
+
+    if batch.shape[0] == 1:
+        return evaluate(batch[0])
+    add = lambda total, microbatch: (
+        jax.tree.map(jnp.add, total, evaluate(microbatch)),
+        None,
+    )
+    like = jax.eval_shape(evaluate, batch[0])
+    zero = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), like)
+    total, _ = jax.lax.scan(add, zero, batch)
+    return jax.tree.map(lambda x: x / batch.shape[0], total)
+
+
+def accumulator_bytes(
+    config: Config, tx: optax.GradientTransformation, params: Params
+) -> dict[str, int]:
+    """Returns the bytes in which gradients are added up over microbatches.
+
+    Args:
+      config: Settings of the run.
+      tx: Its optimizer.
+      params: Shapes and types of its parameters.
+
+    Returns:
+      `refresh`, on steps that change GaLore's bases or if there are none, and `usual`,
+      on the others. Both are 0 without accumulation.
+    """
+    if config.grad_accum_steps == 1:
+        return {"refresh": 0, "usual": 0}
+    usual = params
+    if config.accumulates_low_rank:
+        state = jax.eval_shape(tx.init, params)
+        project = lambda state, grads: project_gradients(tx, state, grads, params)
+        usual = jax.eval_shape(project, state, params)
+    count = lambda tree: sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))
+    return {"refresh": count(params), "usual": count(usual)}

@@ -1,0 +1,92 @@
+"""Comparing what a checkpoint holds with what a run wants, key by key."""
+
+import functools
+import json
+import operator
+from collections.abc import Collection, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+
+
+def check_meta(
+    stored: Mapping[str, Any],
+    current: Mapping[str, Any],
+    *,
+    ignore: Collection[str] = (),
+    flags: Mapping[str, Collection[str]] | None = None,
+) -> None:
+    """Refuses to go on from a checkpoint with other settings.
+
+    Args:
+      stored: Record of the checkpoint, from `Checkpoints.read_meta`.
+      current: The same record of this run. Keys of nested records are joined by dots.
+      ignore: Keys that may differ, with their dots.
+      flags: Options that let keys differ, for the message.
+
+    Raises:
+      ValueError: If values differ, or a key is in one record only. All are listed.
+    """
+    changed = changes(flat(stored), flat(current))
+    offending = {key: both for key, both in changed.items() if key not in ignore}
+    if not offending:
+        return
+    hints = [
+        f"`{flag}` lets these differ: {', '.join(named)}.\n"
+        for flag, keys in (flags or {}).items()
+        if (named := [key for key in offending if key in keys])
+    ]
+    raise ValueError(
+        "The checkpoint is from a run with other settings.\n"
+        f"{listed(differences(offending, 'now'), most=len(offending))}\n"
+        f"{''.join(hints)}Set these as they were, or train from the start in a new "
+        "directory."
+    )
+
+
+def as_json(meta: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns a record as JSON gives it back: tuples are lists, keys are strings."""
+    return json.loads(json.dumps(dict(meta)))
+
+
+def flat(record: Mapping[str, Any]) -> dict[str, str]:
+    """Returns the values of nested records as text, their keys joined by dots."""
+    return _flat(as_json(record))
+
+
+def layout(tree: Any) -> dict[str, str]:
+    """Returns dtype and shape by path, such as `int8[4,8]`; keys become text."""
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    name = functools.partial(jax.tree_util.keystr, simple=True, separator="/")
+    describe = lambda x: f"{np.dtype(x.dtype).name}{list(x.shape)}".replace(" ", "")
+    return {name(path): describe(leaf) for path, leaf in leaves}
+
+
+def changes(
+    old: Mapping[str, str], new: Mapping[str, str]
+) -> dict[str, tuple[str, str]]:
+    """Returns what two records say under each key at which they differ."""
+    return {
+        key: (old.get(key, "none"), new.get(key, "none"))
+        for key in sorted(old.keys() | new.keys())
+        if old.get(key) != new.get(key)
+    }
+
+
+def differences(changed: Mapping[str, tuple[str, str]], word: str) -> list[str]:
+    """Returns a line for each key at which two records differ."""
+    return [f"{key}: stored {old}, {word} {new}" for key, (old, new) in changed.items()]
+
+
+def listed(lines: list[str], most: int = 10) -> str:
+    """Returns the first `most` lines, indented, and how many there are besides."""
+    more = [f"and {len(lines) - most} more"] if len(lines) > most else []
+    return "\n".join(f"  {line}" for line in lines[:most] + more)
+
+
+def _flat(record: Any, prefix: str = "") -> dict[str, str]:
+    if not isinstance(record, dict):
+        return {prefix.removesuffix("."): repr(record)}
+    parts = (_flat(value, f"{prefix}{key}.") for key, value in record.items())
+    return functools.reduce(operator.or_, parts, {})

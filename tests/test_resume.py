@@ -1,0 +1,167 @@
+"""A resumed run is the same run, or says what differs; its storage may change."""
+
+import dataclasses
+import itertools
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import nanochat_jax as nj
+from nanochat_jax.config import Config
+from nanochat_jax.lm import resume, setup, trainer
+from nanochat_jax.lm.checkpoint import Checkpoints
+
+TINY = Config(
+    dim=32, n_layers=1, n_heads=2, ffn_mult=2.0, vocab_size=64, max_seq_len=32,
+    dataset="synthetic", batch_size=4, total_steps=20, quant_min_size=0,
+    galore_rank=8, ns_dtype="float32", grad_clip=0.0,
+)  # fmt: skip
+BITS8 = {"use_8bit_optim": True}
+GALORE = {"use_galore": True}
+
+
+def prepare(**kwargs):
+    return setup.prepare(dataclasses.replace(TINY, **kwargs))
+
+
+def some_state(run):
+    """A state with numbers in it, as if after one step."""
+    like = trainer.abstract_state(run)
+    keys = map(jax.random.key, itertools.count())
+    fill = lambda x: (
+        jnp.ones(x.shape, x.dtype)
+        if jnp.issubdtype(x.dtype, jnp.integer)
+        else jax.random.uniform(next(keys), x.shape).astype(x.dtype)
+    )
+    shapes = jax.eval_shape(lambda state: plain(run, state), like)
+    store = jax.jit(lambda state: nj.quantize(run.tx, state, run.params, 1))
+    opt_state = store(jax.tree.map(fill, shapes))
+    return trainer.TrainState(
+        fill(like.step), jax.tree.map(fill, run.params), opt_state
+    )
+
+
+def plain(run, state):
+    return jax.jit(lambda state: nj.dequantize(run.tx, state, run.params))(
+        state.opt_state
+    )
+
+
+@pytest.fixture
+def saved(tmp_path):
+    """Returns a function that saves a state of a run, and where."""
+
+    def save(run):
+        state = some_state(run)
+        with Checkpoints(tmp_path / "run") as checkpoints:
+            checkpoints.save(1, state, run.meta)
+        return state, Checkpoints(tmp_path / "run")
+
+    return save
+
+
+def restore(run, checkpoints):
+    """Restores with another storage; returns the state and what was said."""
+    said = []
+    state = trainer.restore(run, checkpoints, allow_codec_change=True, say=said.append)
+    chex.assert_trees_all_equal_shapes_and_dtypes(state, trainer.abstract_state(run))
+    return state, said
+
+
+def relative_errors(run, state, reference):
+    measure = jax.jit(
+        lambda state: nj.quantization_error(run.tx, state, reference, run.params)
+    )
+    return [float(error.relative) for error in measure(state.opt_state).values()]
+
+
+def test_float32_goes_to_8_bits_within_the_error_of_the_codec(saved):
+    state, checkpoints = saved(prepare())
+    run = prepare(**BITS8)
+    restored, said = restore(run, checkpoints)
+    errors = relative_errors(run, restored, plain(prepare(), state))
+    assert len(errors) == 7 + 2 + 6  # momenta, both moments of embedding and vectors
+    assert 0 < max(errors) < 0.02
+    [line] = said
+    assert str(checkpoints.directory) in line
+    assert "use_8bit_optim False -> True" in line
+    assert int(restored.step) == 1
+    chex.assert_trees_all_equal(restored.params, state.params)
+
+
+def test_from_8_bits_to_float32_and_back_the_codes_are_the_same(saved):
+    eight, full = prepare(**BITS8, quant_scale_dtype="float32"), prepare()
+    state, checkpoints = saved(eight)
+    decoded, _ = restore(full, checkpoints)
+    chex.assert_trees_all_equal(decoded.opt_state, plain(eight, state))
+    with Checkpoints(checkpoints.directory.parent / "float32") as again:
+        again.save(1, decoded, full.meta)
+    back, _ = restore(eight, again)
+    for x, y in zip(jax.tree.leaves(back), jax.tree.leaves(state), strict=True):
+        np.testing.assert_allclose(x, y, rtol=1e-6 if x.dtype == jnp.float32 else 0)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "most"),
+    [
+        (
+            {"quant_codec": "int8", "quant_block_size": 16},
+            {"quant_codec": "dynamic8", "quant_scale_dtype": "float32"},
+            0.03,
+        ),
+        ({}, {"quantize_embeddings": False, "stochastic_rounding": True}, 0.01),
+        (GALORE | {"projector_bits": 8}, GALORE | {"projector_bits": 4}, 0.12),
+        (GALORE | {"projector_bits": 8}, GALORE | {"projector_bits": 16}, 0.005),
+    ],
+    ids=["codec", "embeddings", "projector 4", "projector 16"],
+)
+def test_one_storage_goes_to_another(saved, old, new, most):
+    before, after = prepare(**BITS8, **old), prepare(**BITS8, **new)
+    state, checkpoints = saved(before)
+    restored, said = restore(after, checkpoints)
+    reference, view = plain(before, state), plain(after, restored)
+    for x, y in zip(jax.tree.leaves(view), jax.tree.leaves(reference), strict=True):
+        size = jnp.linalg.norm(y.astype(jnp.float32))
+        assert jnp.linalg.norm((x - y).astype(jnp.float32)) <= most * size
+    [line] = said
+    assert all(key in line for key in new if key not in GALORE)
+
+
+def test_without_the_flag_another_storage_is_refused_and_the_flag_named(saved):
+    _, checkpoints = saved(prepare())
+    with pytest.raises(ValueError, match="other settings") as error:
+        trainer.restore(prepare(**BITS8, lr=0.5), checkpoints)
+    assert "config.use_8bit_optim: stored False, now True" in str(error.value)
+    assert "config.lr: stored 0.02, now 0.5" in str(error.value)
+    [hint] = [line for line in str(error.value).splitlines() if "--allow" in line]
+    assert "use_8bit_optim" in hint and "lr" not in hint
+    with pytest.raises(ValueError, match=r"config.lr") as error:
+        restore(prepare(**BITS8, lr=0.5), checkpoints)
+    assert "use_8bit_optim" not in str(error.value)
+
+
+def test_the_same_storage_says_nothing_and_gives_the_same_bits(saved):
+    run = prepare(**BITS8)
+    state, checkpoints = saved(run)
+    restored, said = restore(prepare(**BITS8, log_interval=7), checkpoints)
+    chex.assert_trees_all_equal(restored, state)
+    assert said == []
+
+
+def test_a_storage_under_which_other_matrices_are_projected_is_refused(saved):
+    """A float32 basis of rank 20 for 32 x 32 costs what it saves; one of 8 bits not."""
+    values = GALORE | {"galore_rank": 20}
+    _, checkpoints = saved(prepare(**values, projector_bits=32))
+    with pytest.raises(ValueError, match="projected where that saves bytes") as error:
+        restore(prepare(**values, projector_bits=8), checkpoints)
+    assert "stored none, wanted (32, 20)" in str(error.value)
+    assert "`projector_bits`" in str(error.value)
+
+
+def test_what_may_differ_is_a_setting():
+    names = {field.name for field in dataclasses.fields(Config)}
+    assert {*resume.RESUMABLE, *resume.STORAGE} <= names
+    assert not {*resume.RESUMABLE} & {*resume.STORAGE}
