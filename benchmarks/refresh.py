@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from nanochat_jax.linalg import range_basis
+from nanochat_jax.rangefinder import range_basis
 
 CASES = [((768, 768), 192), ((768, 2064), 192), ((768, 2064), 256), ((2048, 8192), 256)]
 

@@ -5,7 +5,7 @@ import math
 import jax
 import optax
 
-from nanochat_jax import linalg
+from nanochat_jax import linalg, rangefinder
 from nanochat_jax.coefficients import POLYNOMIALS
 from nanochat_jax.config import OptimizerConfig
 from nanochat_jax.labels import label_params
@@ -48,7 +48,7 @@ def _leaf_flops(
         return {"newton_schulz": _newton_schulz(config, shape)}
     count, (short, long) = math.prod(shape[:-2]), sorted(shape[-2:])
     inside = shape if config.galore_residual else (count, rank, long)
-    refresh = linalg.range_basis_flops((count, short, long), rank)
+    refresh = rangefinder.range_basis_flops((count, short, long), rank)
     return {
         "newton_schulz": _newton_schulz(config, inside),
         "projection": count * 2 * 2 * short * long * rank,

@@ -12,7 +12,7 @@ from typing import Any
 
 import optax
 
-from nanochat_jax.codecs import Codec, Dynamic8, Float8, Int4, Int8, MuLaw8
+from nanochat_jax.codecs import Codec, Dynamic8, Float8, Int4, Int8, MuLaw8, Normal4
 from nanochat_jax.coefficients import POLYNOMIALS
 from nanochat_jax.config import OptimizerConfig
 from nanochat_jax.labels import label_params
@@ -32,7 +32,6 @@ _CODECS: dict[str, Any] = {
     "dynamic8": Dynamic8,
     "mulaw8": MuLaw8,
     "float8": Float8,
-    "int4": Int4,
 }
 _PROJECTOR_CODECS = {8: Int8, 4: Int4}
 
@@ -96,8 +95,9 @@ def state_codecs(config: OptimizerConfig) -> dict[str, Codec]:
     """Returns the codecs of the state of the matrices, by field."""
     codecs: dict[str, Codec] = {}
     if config.use_8bit_optim:
-        name = config.quant_codec if config.quant_bits == 8 else "int4"
-        codecs["momentum"] = _first_moment(config, name)
+        four = Int4 if config.stochastic_rounding else Normal4
+        codec = _CODECS[config.quant_codec] if config.quant_bits == 8 else four
+        codecs["momentum"] = _first_moment(config, codec)
     if config.use_galore and config.stored_projector_bits in _PROJECTOR_CODECS:
         codec = _PROJECTOR_CODECS[config.stored_projector_bits]
         codecs["projector"] = codec(
@@ -110,7 +110,7 @@ def fallback_codecs(config: OptimizerConfig) -> dict[str, Codec]:
     """Returns the codecs of the state of AdamW or Lion, by field."""
     if not config.use_8bit_optim:
         return {}
-    first = _first_moment(config, config.quant_codec)
+    first = _first_moment(config, _CODECS[config.quant_codec])
     if config.fallback == "lion":
         return {"mu": first}
     second = Dynamic8(
@@ -155,24 +155,28 @@ def _quantized(
     return quantize_state(tx, codecs, min_size=config.quant_min_size, seed=config.seed)
 
 
-def _first_moment(config: OptimizerConfig, name: str) -> Codec:
-    """Returns the codec of that name, as the configuration has it."""
+def _first_moment(config: OptimizerConfig, codec: Any) -> Codec:
+    """Returns a codec of that kind, as the configuration has it."""
     rounding = {"stochastic_rounding": True} if config.stochastic_rounding else {}
-    return _CODECS[name](
-        config.quant_block_size, scale_dtype=config.quant_scale_dtype, **rounding
-    )
+    # Half as many entries to a scale are what makes four bits accurate.
+    block = config.quant_block_size
+    block = max(1, block // 2) if codec is Normal4 else block
+    return codec(block, scale_dtype=config.quant_scale_dtype, **rounding)
 
 
 def projector_cost(config: OptimizerConfig) -> float:
     """Returns the bytes of a stored entry of the basis over those of the momentum."""
     scale_bits = 32 if config.quant_scale_dtype == "float32" else 16
-    stored_bits = lambda bits: (
-        bits + scale_bits / config.quant_block_size
-        if bits in _PROJECTOR_CODECS
-        else bits
-    )
+    codecs = state_codecs(config)
+
+    def stored_bits(field: str, bits: int) -> float:
+        codec: Any = codecs.get(field)
+        return bits + scale_bits / codec.block_size if codec else bits
+
     momentum_bits = config.quant_bits if config.use_8bit_optim else 32
-    return stored_bits(config.stored_projector_bits) / stored_bits(momentum_bits)
+    return stored_bits("projector", config.stored_projector_bits) / stored_bits(
+        "momentum", momentum_bits
+    )
 
 
 def _galore(

@@ -210,12 +210,16 @@ def with_header(magic, version, tokens, count=None):
 
 def test_token_file_round_trip(tmp_path):
     path, tokens = tmp_path / "tokens.bin", tokens_of(1001)
-    tokenfile.write_tokens(path, tokens, vocab_size=1000, bytes_per_token=3.5)
+    sizes = tokens_of(1000, vocab_size=9).tolist()
+    tokenfile.write_tokens(
+        path, tokens, vocab_size=1000, held_out=70, token_bytes=sizes, tokenizer="f"
+    )
     assert path.read_bytes() == tokens.astype("<u4").tobytes()
     loaded = load("tokens", path, vocab_size=1000, seq_len=64)
     np.testing.assert_array_equal(np.r_[loaded.train, loaded.val], tokens)
-    assert len(loaded.val) == 65 and isinstance(loaded.train, np.memmap)
-    assert loaded.max_id == tokens.max() and loaded.bytes_per_token == 3.5
+    assert len(loaded.val) == 70 and isinstance(loaded.train, np.memmap)
+    assert loaded.max_id == tokens.max() and loaded.tokenizer == "f"
+    assert loaded.bytes_per_token == np.array(sizes)[tokens[-70:]].mean()
     assert sorted(os.listdir(tmp_path)) == ["tokens.bin", "tokens.bin.json"]
 
 
@@ -234,7 +238,7 @@ def test_token_layouts(tmp_path, layout, token_dtype):
     )
     file = tokenfile.read_tokens(path, vocab_size=1000, token_dtype=token_dtype)
     np.testing.assert_array_equal(file.tokens, tokens)
-    assert file.bytes_per_token is None
+    assert file.token_bytes is None and file.count_bytes(0) is None
 
 
 @given(st.integers(0, 99), st.integers(50, 2**32 - 1), st.integers(1, 120))
@@ -258,7 +262,10 @@ def test_id_out_of_range_names_position_and_id(at, bad, chunk):
         (b"\0" * 8, {"dtype": "uint16"}, "uint32", "tokens.bin.json says 'uint16'"),
         (b"\0" * 8, {"tokens": 3}, None, "`tokens` is 3"),
         (b"\0" * 8, {"vocab_size": 11}, None, "`vocab_size` is 11"),
-        (b"\0" * 8, {"bytes_per_token": 0}, None, "positive number"),
+        (b"\0" * 8, {"held_out": 3}, None, "from 0 to 2, got 3"),
+        (b"\0" * 8, {"token_bytes": [1, -1]}, None, "list of the bytes"),
+        (b"\0" * 8, {"tokenizer": 7}, None, "must be a fingerprint"),
+        (b"\1\0\0\0", {"token_bytes": [1]}, None, "token 0 has the id 1"),
         (b"\0" * 8, [1], None, "JSON object"),
         (b"\x0a\0\0\0" * 2, {}, None, "token 0 has the id 10"),
         (with_header(20240520, 1, np.zeros(8, "<u2"), 9), {}, None, "says 9 tokens"),

@@ -7,7 +7,7 @@ import pytest
 
 import helpers
 import nanochat_jax as nj
-from nanochat_jax import linalg
+from nanochat_jax import linalg, rangefinder
 
 SHAPES = [(16, 48), (48, 16), (32, 32), (2, 16, 48)]
 DTYPES = ["float32", "bfloat16"]
@@ -95,13 +95,13 @@ def test_bfloat16_input_comes_back_bfloat16():
 @pytest.mark.parametrize("name", [*SPECTRA, "zero"])
 def test_the_basis_is_orthonormal_whatever_the_matrix(name, scale):
     x = SPECTRA.get(name, jnp.zeros((24, 64))) * scale
-    p = linalg.range_basis(x, 6, 0)
+    p = rangefinder.range_basis(x, 6, 0)
     helpers.assert_close(p.mT @ p, jnp.eye(6))
 
 
 def test_the_basis_spans_an_exactly_low_rank_matrix():
     x = gaussian(2, 24, 4) @ gaussian(2, 4, 64, seed=1)
-    p = linalg.range_basis(x, 4, 2)
+    p = rangefinder.range_basis(x, 4, 2)
     helpers.assert_close(p @ (p.mT @ x), x, atol=1e-4)
 
 
@@ -109,14 +109,14 @@ def test_the_basis_spans_an_exactly_low_rank_matrix():
 def test_captured_energy_is_near_that_of_the_exact_decomposition(power_steps, least):
     spectrum = np.arange(1, 129) ** -0.5
     x = helpers.matrix_with_spectrum((128, 160), spectrum)
-    p = linalg.range_basis(x, 32, 0, power_steps=power_steps)
+    p = rangefinder.range_basis(x, 32, 0, power_steps=power_steps)
     captured = jnp.sum((p.mT @ x) ** 2) / np.sum(spectrum[:32] ** 2)
     assert least < captured <= 1 + 1e-5
 
 
 def test_leading_directions_come_first():
     x = helpers.matrix_with_spectrum((24, 64), 2.0 ** -np.arange(24))
-    p = linalg.range_basis(x, 6, 0)
+    p = rangefinder.range_basis(x, 6, 0)
     energies = jnp.linalg.norm(p.mT @ x, axis=-1)
     np.testing.assert_allclose(energies, 2.0 ** -np.arange(6), rtol=1e-3)
 

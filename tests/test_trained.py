@@ -1,5 +1,7 @@
 """`generate` and `export`: what a checkpoint gives back, from one tiny run."""
 
+import contextlib
+import io
 import json
 import math
 import shutil
@@ -30,6 +32,8 @@ dataset = "tokens"
 batch_size = 2
 total_steps = 2
 eval_batches = 1
+sample_tokens = 5
+sample_prompt = "the cat"
 """
 BYTES = ByteTokenizer()
 TEXT = st.text(st.sampled_from("ab\né日🦊"), max_size=12)
@@ -48,7 +52,10 @@ def folder(tmp_path_factory):
         "--tokenizer": folder / "data" / "tokenizer.json",
         "--checkpoint-dir": folder / "run",
     }
-    assert cli.main(["train", *(str(x) for pair in flags.items() for x in pair)]) == 0
+    with contextlib.redirect_stdout(io.StringIO()) as out:
+        args = [str(word) for pair in flags.items() for word in pair]
+        assert cli.main(["train", *args]) == 0
+    (folder / "out.txt").write_text(out.getvalue())
     return folder
 
 
@@ -80,6 +87,10 @@ def test_a_run_on_prepared_tokens_measures_bits_per_byte(folder):
     ratio = np.array(facts["token_bytes"])[last].mean()
     for line in read_metrics(folder / "run" / "metrics.jsonl"):
         assert line["val_bpb"] == pytest.approx(line["val_loss"] / math.log(2) / ratio)
+
+
+def test_a_run_on_prepared_tokens_ends_with_a_sample_of_text(folder):
+    assert "\nA sample:\nthe cat" in (folder / "out.txt").read_text()
 
 
 def test_only_the_parameters_are_read(folder, trained):

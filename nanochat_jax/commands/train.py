@@ -127,9 +127,10 @@ def _fit(
 
 
 def _print_sample(run: setup.Run, state: trainer.TrainState, console: Console) -> None:
-    """Prints text the model continues, if it was trained on text."""
+    """Prints text the model continues, if its ids are known to be of the tokenizer."""
     config = run.config
-    if config.dataset not in ("stdlib", "text") or not config.sample_tokens:
+    known = run.corpus.tokenizer == run.tokenizer.fingerprint
+    if not known or not config.sample_tokens:
         return
     prompt = run.tokenizer.encode(config.sample_prompt).tolist()
     tokens = generate(

@@ -40,10 +40,11 @@ class OptimizerConfig(Settings):
       use_8bit_optim: Whether moments are stored quantised: the momentum of matrices,
         and with it the moments of AdamW or Lion in 8 bits.
       quantize_embeddings: Whether that holds for embeddings and head too.
-      quant_bits: Bits of the momentum of matrices.
+      quant_bits: Bits of the momentum of matrices. 4 are `Normal4`, or `Int4` if
+        rounding is stochastic.
       quant_codec: How first moments are stored in 8 bits. Second moments, which are
         divided by, are always in the dynamic map without zero.
-      quant_block_size: Entries that share a scale.
+      quant_block_size: Entries that share a scale; half as many with `Normal4`.
       quant_scale_dtype: Type of the scales.
       quant_min_size: Arrays with fewer entries are not quantised.
       stochastic_rounding: Whether first moments are rounded stochastically, which only

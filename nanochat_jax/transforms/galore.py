@@ -16,12 +16,12 @@ from jax.tree_util import keystr
 from jax.typing import ArrayLike
 from jaxtyping import Array, Int32
 
-from nanochat_jax import linalg
+from nanochat_jax import rangefinder
 from nanochat_jax.codecs import Quantized
-from nanochat_jax.transforms import projection, trees
-from nanochat_jax.transforms.adaptive import Adaptive, AdaptiveState
+from nanochat_jax.transforms import bases, projection, trees
+from nanochat_jax.transforms.adaptive import Adaptive
 from nanochat_jax.transforms.projection import Rank
-from nanochat_jax.transforms.refresh import Leaf, Refresh
+from nanochat_jax.transforms.refresh import Refresh
 
 
 class GaloreState(NamedTuple):
@@ -52,8 +52,8 @@ def galore(
     residual: ArrayLike = 0.0,
     match_norm: bool = False,
     scale: ArrayLike = 1.0,
-    oversample: int = linalg.OVERSAMPLE,
-    power_steps: int = linalg.POWER_STEPS,
+    oversample: int = rangefinder.OVERSAMPLE,
+    power_steps: int = rangefinder.POWER_STEPS,
     reproject: Collection[str] = ("momentum", "trace", "mu"),
     projector_dtype: str = "float32",
     projector_cost: float | None = None,
@@ -101,7 +101,7 @@ def galore(
         whose updates are not of the size of gradients.
       scale: Factor on the projected updates, `α` in the paper.
       oversample: Columns of the random sketch beyond `rank`.
-      power_steps: Subspace iterations, as in `linalg.range_basis`.
+      power_steps: Subspace iterations, as in `range_basis`.
       reproject: Fields of `inner`'s state that hold first moments. Others stay as they
         are on a change of basis; none, `()`, is the published method.
       projector_dtype: Type of the stored projector.
@@ -166,13 +166,13 @@ def galore(
         whole, renewal = updates, {}
         if projected:
             _require_published(residual, adaptive, params)
-            whole, bases, inner_state = params, state.projector, state.inner
+            whole, projector, inner_state = params, state.projector, state.inner
             low_rank = optax.tree.cast(updates, jnp.float32)
         else:
-            bases, inner_state, renewal = _change_bases(
+            projector, inner_state, renewal = bases.change_bases(
                 refresh, reproject, updates, state
             )
-            low_rank = jax.tree.map(projection.project, updates, bases)
+            low_rank = jax.tree.map(projection.project, updates, projector)
         inner_updates, inner_state = inner.update(
             low_rank, inner_state, None, **extra_args
         )
@@ -185,109 +185,13 @@ def galore(
                 rest = residual * projection.norm_ratio(u, low)
             return projection.project_back(g, low, u, p, scale, rest)
 
-        new_updates = jax.tree.map(back, whole, low_rank, inner_updates, bases)
+        new_updates = jax.tree.map(back, whole, low_rank, inner_updates, projector)
         new_updates = optax.tree.cast_like(new_updates, updates)
-        memory = _observe(refresh, state, updates, low_rank, renewal)
+        memory = bases.observe(refresh, state, updates, low_rank, renewal)
         count = jnp.asarray(optax.safe_increment(state.count))
-        return new_updates, GaloreState(count, bases, inner_state, memory)
+        return new_updates, GaloreState(count, projector, inner_state, memory)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
-
-
-def _change_bases(
-    refresh: Refresh, reproject: Collection[str], updates: Any, state: GaloreState
-) -> tuple[Any, optax.OptState, dict[str, tuple[Array, Array]]]:
-    """Renews the bases of the leaves that are due.
-
-    Returns:
-      Projectors, inner state, and by path whether a basis was renewed and how much of
-      the one before it spans.
-    """
-    flat, treedef = jax.tree.flatten_with_path(updates)
-    names = [keystr(path) for path, _ in flat]
-    bases = treedef.flatten_up_to(state.projector)
-    memories = _by_leaf(treedef, state.adaptive)
-    inner, inner_def = jax.tree.flatten(state.inner)
-    owned = _moments_by_parameter(state.inner, reproject)
-    leaves = {
-        i: Leaf(
-            g,
-            refresh.is_due(state.count, names[i], memories[i]),
-            refresh.sketch_seed(state.count, names[i]),
-            bases[i],
-            tuple(inner[j] for j in owned.get(names[i], ())),
-        )
-        for i, (_, g) in enumerate(flat)
-        if bases[i] is not None
-    }
-    renewal = {}
-    for group in _alike(leaves):
-        renewed = refresh.renew([leaves[i] for i in group])
-        for i, new in zip(group, renewed, strict=True):
-            bases[i], renewal[names[i]] = new.basis, (leaves[i].due, new.overlap)
-            for j, m in zip(owned.get(names[i], ()), new.moments, strict=True):
-                inner[j] = m
-    return treedef.unflatten(bases), inner_def.unflatten(inner), renewal
-
-
-def _alike(leaves: dict[int, Leaf]) -> list[list[int]]:
-    """Groups leaves whose gradients and bases have one shape."""
-    ids = list(leaves)
-    groups = trees.group_by_shape(
-        [leaves[i].gradient for i in ids],
-        trees.GROUP_BYTES,
-        kinds=[leaves[i].basis.shape for i in ids],
-    )
-    return [[ids[k] for k in group] for group in groups]
-
-
-def _observe(
-    refresh: Refresh,
-    state: GaloreState,
-    updates: Any,
-    low_rank: Any,
-    renewal: dict[str, tuple[Array, Array]],
-) -> AdaptiveState | None:
-    """Returns what adaptive refreshing remembers after a step."""
-    if refresh.adaptive is None:
-        return None
-    flat, treedef = jax.tree.flatten_with_path(updates)
-    memories = _by_leaf(treedef, state.adaptive)
-    energy = lambda x: jnp.sum(jnp.square(x.astype(jnp.float32)))
-    for i, ((path, g), low) in enumerate(zip(flat, jax.tree.leaves(low_rank))):  # noqa: B905
-        name = keystr(path)
-        if name in renewal:
-            memories[i] = refresh.adaptive.observe(
-                memories[i],
-                state.count,
-                refresh.every,
-                *renewal[name],
-                energy(low) / energy(g),
-            )
-    columns = [
-        [m and getattr(m, field) for m in memories] for field in AdaptiveState._fields
-    ]
-    return AdaptiveState(*(treedef.unflatten(column) for column in columns))
-
-
-def _by_leaf(treedef: Any, memory: AdaptiveState | None) -> list[Any]:
-    """Returns the entries of each leaf, `None` for one that is not projected."""
-    if memory is None:
-        return [None] * treedef.num_leaves
-    rows = zip(*(treedef.flatten_up_to(tree) for tree in memory), strict=True)
-    return [None if row[0] is None else AdaptiveState(*row) for row in rows]
-
-
-def _moments_by_parameter(
-    state: optax.OptState, fields: Collection[str]
-) -> dict[str, list[int]]:
-    """Returns, by parameter path, which leaves of `state` are its first moments."""
-    owned: dict[str, list[int]] = {}
-    for i, (path, _) in enumerate(jax.tree.leaves_with_path(state)):
-        found = trees.split_path(path, fields)
-        if found:
-            owned.setdefault(found[1], []).append(i)
-    return owned
 
 
 def _check_arguments(

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Float32, Int32, UInt32
 
-from nanochat_jax import linalg
+from nanochat_jax import rangefinder
 from nanochat_jax.transforms import projection
 from nanochat_jax.transforms.adaptive import Adaptive, AdaptiveState
 
@@ -83,7 +83,9 @@ class Refresh:
     def sketch_seed(self, count: Int32[Array, ""], name: str) -> UInt32[Array, ""]:
         """Returns what the sketch of a leaf hangs on: seed, path and step."""
         base = jnp.uint32(zlib.crc32(f"{self.seed} galore{name}".encode()))
-        return linalg.mix_bits(base ^ linalg.mix_bits(count.astype(jnp.uint32)))
+        return rangefinder.mix_bits(
+            base ^ rangefinder.mix_bits(count.astype(jnp.uint32))
+        )
 
     def renew(self, leaves: Sequence[Leaf]) -> list[Renewed]:
         """Returns the bases of leaves of one shape, renewed where they are due."""
@@ -107,7 +109,7 @@ class Refresh:
         g, old = leaf.gradient, leaf.basis
         usable = jnp.isfinite(g).all((-2, -1), keepdims=True)
         usable &= (g != 0).any((-2, -1), keepdims=True)
-        new = linalg.range_basis(
+        new = rangefinder.range_basis(
             projection.short_first(jnp.where(usable, g, 0).astype(jnp.float32)),
             old.shape[-1],
             leaf.seed,

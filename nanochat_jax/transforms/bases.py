@@ -1,0 +1,110 @@
+"""The bases of all leaves of a tree: which are renewed at a step, and what follows."""
+
+from collections.abc import Collection
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.tree_util import keystr
+from jaxtyping import Array
+
+from nanochat_jax.transforms import trees
+from nanochat_jax.transforms.adaptive import AdaptiveState
+from nanochat_jax.transforms.refresh import Leaf, Refresh
+
+
+def change_bases(
+    refresh: Refresh, reproject: Collection[str], updates: Any, state: Any
+) -> tuple[Any, optax.OptState, dict[str, tuple[Array, Array]]]:
+    """Renews the bases of the leaves that are due.
+
+    Returns:
+      Projectors, inner state, and by path whether a basis was renewed and how much of
+      the one before it spans.
+    """
+    flat, treedef = jax.tree.flatten_with_path(updates)
+    names = [keystr(path) for path, _ in flat]
+    bases = treedef.flatten_up_to(state.projector)
+    memories = _by_leaf(treedef, state.adaptive)
+    inner, inner_def = jax.tree.flatten(state.inner)
+    owned = _moments_by_parameter(state.inner, reproject)
+    leaves = {
+        i: Leaf(
+            g,
+            refresh.is_due(state.count, names[i], memories[i]),
+            refresh.sketch_seed(state.count, names[i]),
+            bases[i],
+            tuple(inner[j] for j in owned.get(names[i], ())),
+        )
+        for i, (_, g) in enumerate(flat)
+        if bases[i] is not None
+    }
+    renewal = {}
+    for group in _alike(leaves):
+        renewed = refresh.renew([leaves[i] for i in group])
+        for i, new in zip(group, renewed, strict=True):
+            bases[i], renewal[names[i]] = new.basis, (leaves[i].due, new.overlap)
+            for j, m in zip(owned.get(names[i], ()), new.moments, strict=True):
+                inner[j] = m
+    return treedef.unflatten(bases), inner_def.unflatten(inner), renewal
+
+
+def _alike(leaves: dict[int, Leaf]) -> list[list[int]]:
+    """Groups leaves whose gradients and bases have one shape."""
+    ids = list(leaves)
+    groups = trees.group_by_shape(
+        [leaves[i].gradient for i in ids],
+        trees.GROUP_BYTES,
+        kinds=[leaves[i].basis.shape for i in ids],
+    )
+    return [[ids[k] for k in group] for group in groups]
+
+
+def observe(
+    refresh: Refresh,
+    state: Any,
+    updates: Any,
+    low_rank: Any,
+    renewal: dict[str, tuple[Array, Array]],
+) -> AdaptiveState | None:
+    """Returns what adaptive refreshing remembers after a step."""
+    if refresh.adaptive is None:
+        return None
+    flat, treedef = jax.tree.flatten_with_path(updates)
+    memories = _by_leaf(treedef, state.adaptive)
+    energy = lambda x: jnp.sum(jnp.square(x.astype(jnp.float32)))
+    for i, ((path, g), low) in enumerate(zip(flat, jax.tree.leaves(low_rank))):  # noqa: B905
+        name = keystr(path)
+        if name in renewal:
+            memories[i] = refresh.adaptive.observe(
+                memories[i],
+                state.count,
+                refresh.every,
+                *renewal[name],
+                energy(low) / energy(g),
+            )
+    columns = [
+        [m and getattr(m, field) for m in memories] for field in AdaptiveState._fields
+    ]
+    return AdaptiveState(*(treedef.unflatten(column) for column in columns))
+
+
+def _by_leaf(treedef: Any, memory: AdaptiveState | None) -> list[Any]:
+    """Returns the entries of each leaf, `None` for one that is not projected."""
+    if memory is None:
+        return [None] * treedef.num_leaves
+    rows = zip(*(treedef.flatten_up_to(tree) for tree in memory), strict=True)
+    return [None if row[0] is None else AdaptiveState(*row) for row in rows]
+
+
+def _moments_by_parameter(
+    state: optax.OptState, fields: Collection[str]
+) -> dict[str, list[int]]:
+    """Returns, by parameter path, which leaves of `state` are its first moments."""
+    owned: dict[str, list[int]] = {}
+    for i, (path, _) in enumerate(jax.tree.leaves_with_path(state)):
+        found = trees.split_path(path, fields)
+        if found:
+            owned.setdefault(found[1], []).append(i)
+    return owned
