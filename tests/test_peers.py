@@ -108,7 +108,7 @@ def test_the_projection_is_galore_torch_s(torch, galore_torch, shape):
 
 @pytest.mark.parametrize("shape", SHAPES)
 def test_steps_of_galore_adamw_are_galore_torch_s(torch, galore_torch, shape):
-    """Two steps in one basis. Moments kept in a new one depend on its arbitrary signs."""
+    """Two steps in one basis: moments kept in a new one depend on its signs."""
     lr, scale, betas, eps = 0.01, 0.25, (0.9, 0.999), 1e-12
     parameter = torch.nn.Parameter(torch.zeros(shape))
     settings = {"rank": RANK, "update_proj_gap": 2, "scale": scale, "proj_type": "std"}
