@@ -57,7 +57,7 @@ def test_train_prints_the_optimizer_and_writes_checkpoints_and_metrics(
     assert "Memory reduction:  " in out
     assert "momentum int8, projector int4" in out
     assert "step 6/6" in out
-    assert "Optimizer state: 0.1 MB; FP32 Muon + AdamW: 0.3 MB." in out
+    assert "Optimizer state: 0.0 MB; FP32 Muon + AdamW: 0.3 MB." in out
     assert [line["step"] for line in read_metrics(folder / "metrics.jsonl")] == [
         0,
         3,

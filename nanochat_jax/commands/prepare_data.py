@@ -53,8 +53,8 @@ class PrepareData:
         folder = Path(self.output)
         say(
             console,
-            f"Wrote {folder}: {done.tokens:,} tokens of {len(texts):,} documents, "
-            f"{done.held_out:,} of them held out; vocabulary {done.vocab_size:,}, "
+            f"Wrote {folder}: {done.tokens:,} tokens of {len(texts):,} documents, the "
+            f"last {done.held_out:,} held out; vocabulary {done.vocab_size:,}, "
             f"{done.bytes_per_token:.2f} bytes a token.\n"
             f"Train on them with: --dataset tokens --data-path {folder / 'tokens.bin'} "
             f"--tokenizer {folder / 'tokenizer.json'} --vocab-size {done.vocab_size}",

@@ -184,6 +184,8 @@ class OptimizerConfig(Settings):
 
 
 def _rank_checks(rank: Rank | None) -> list[settings.Check]:
+    if isinstance(rank, int):
+        return [(rank >= 1, f"`galore_rank` must be at least 1, got {rank}.")]
     try:
         check_rank(1 if rank is None else rank)
     except (TypeError, ValueError) as error:
