@@ -8,6 +8,7 @@ one run. `captured` is the energy of the projection over the most any basis can 
 
 import argparse
 import functools
+import itertools
 
 import common
 import jax
@@ -24,7 +25,7 @@ def exact(x, rank):
     return jnp.linalg.svd(x, full_matrices=False)[0][:, :rank]
 
 
-randomised = jax.jit(range_basis, static_argnames=("rank", "power_steps"))
+randomised = jax.jit(range_basis, static_argnames=("rank", "power_steps", "aligned"))
 
 
 def main():
@@ -40,9 +41,10 @@ def main():
             continue
         x = jax.random.normal(jax.random.key(0), shape)
         calls = {"exact": functools.partial(exact, x, rank)}
-        for steps in (1, 2):
-            calls[f"randomised, {steps} power steps"] = functools.partial(
-                randomised, x, rank, 1, power_steps=steps
+        for steps, aligned in itertools.product((1, 2, 3), (False, True)):
+            name = f"{steps} power steps" + (", aligned" if aligned else "")
+            calls[name] = functools.partial(
+                randomised, x, rank, 1, power_steps=steps, aligned=aligned
             )
         seconds = common.interleave(calls, args.repeats)
         best = float(np.sum(np.linalg.svd(x, compute_uv=False)[:rank] ** 2))

@@ -7,6 +7,7 @@ from nanochat_jax.codecs import (
     Int4 as Int4,
     Int8 as Int8,
     MuLaw8 as MuLaw8,
+    Normal2 as Normal2,
     Normal4 as Normal4,
     Quantized as Quantized,
 )
@@ -23,6 +24,12 @@ from nanochat_jax.memory import (
     memory_report as memory_report,
 )
 from nanochat_jax.optimizer import build_optimizer as build_optimizer
+from nanochat_jax.sharding import (
+    bytes_per_device as bytes_per_device,
+    distribute as distribute,
+    init_sharded as init_sharded,
+    state_sharding as state_sharding,
+)
 from nanochat_jax.transforms import (
     Adaptive as Adaptive,
     AdaptiveState as AdaptiveState,

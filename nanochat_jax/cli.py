@@ -1,6 +1,7 @@
 """The command line, `nanochat-jax COMMAND`.
 
-Exit codes: 0 done, 2 bad usage, settings or data, 1 anything else.
+Exit codes: 0 done, 2 bad usage, settings or data, 130 training that Ctrl-C stopped, 1
+anything else.
 """
 
 import argparse
@@ -14,6 +15,7 @@ from typing import Annotated, Any
 
 import tyro
 
+from nanochat_jax.commands import tables
 from nanochat_jax.commands.compare import Compare
 from nanochat_jax.commands.doctor import Doctor
 from nanochat_jax.commands.export import Export
@@ -70,6 +72,7 @@ def _parse(args: Sequence[str]) -> Command:
         args=args,
         prog="nanochat-jax",
         description="Trains GPTs with Muon, 8-bit momentum and GaLore.",
+        registry=tables.REGISTRY,
     )
 
 

@@ -7,7 +7,7 @@ Axis letters: `m` rows, `n` columns.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -25,6 +25,8 @@ GRAM_GROWTH = 490.0
 
 NewtonSchulzDtype = Literal["auto", "float32", "bfloat16", "float16"]
 
+_GramOf = Callable[[Array], Array]
+
 _NATIVE_BF16 = ("amx_bf16", "avx512_bf16", "bf16")
 
 GRAM_RATIO = 1.5
@@ -37,6 +39,7 @@ def newton_schulz(
     *,
     dtype: DTypeLike = jnp.float32,
     form: Form = "auto",
+    axis_name: tuple[str, ...] = (),
 ) -> Float[Array, "*batch m n"]:
     """Returns an approximate polar factor of `x` by Newton-Schulz iteration.
 
@@ -64,6 +67,9 @@ def newton_schulz(
       dtype: Type of the iterate. Products accumulate in float32 whatever it is.
       form: `"standard"`, `"gram"`, or `"auto"` for that with fewer operations of those
         that are safe in `dtype`; see `resolve_form`.
+      axis_name: Mesh axes over which the columns are spread, under `jax.shard_map`. No
+        matrix may then have more rows than columns in all. Gram matrices are added up
+        over these devices, and nothing else of the size of a matrix is sent.
 
     Returns:
       An array of the shape and type of `x`, with singular values near one.
@@ -71,16 +77,16 @@ def newton_schulz(
     Raises:
       ValueError: If `form` is `"gram"` and `dtype` is bfloat16.
     """
-    wide = x.shape[-2] <= x.shape[-1]
-    y = normalize(x, polynomials.margin).astype(dtype)
-    gram = _gram(y, wide)
+    columns = x.shape[-1] * (jax.lax.axis_size(axis_name) if axis_name else 1)
+    wide = x.shape[-2] <= columns
+    gram_of = lambda y: _sum_over(axis_name, _gram(y, wide))
+    y = normalize(x, polynomials.margin, axis_name).astype(dtype)
+    gram = gram_of(y)
     if polynomials.rescaling == "aol":
         y, gram = _rescale_rows(y, gram, wide)
-    if resolve_form(x.shape, dtype, form) == "standard":
-        y = _iterate(y, gram, polynomials, wide)
-    else:
-        y = _iterate_gram(y, gram, polynomials, wide)
-    return y.astype(x.dtype)
+    form = resolve_form((x.shape[-2], columns), dtype, form)
+    iterate = _iterate if form == "standard" else _iterate_gram
+    return iterate(y, gram, polynomials, wide, gram_of).astype(x.dtype)
 
 
 def resolve_form(
@@ -141,10 +147,12 @@ def newton_schulz_flops(
     return count * (starts * 4 * short**2 * long + small)
 
 
-def _iterate(y: Array, gram: Array, polynomials: Polynomials, wide: bool) -> Array:
+def _iterate(
+    y: Array, gram: Array, polynomials: Polynomials, wide: bool, gram_of: _GramOf
+) -> Array:
     """Applies the polynomials to `y`, whose Gram matrix is `gram`."""
     for i, (a, b, c) in enumerate(polynomials.coefficients):
-        gram = _gram(y, wide) if i else gram
+        gram = gram_of(y) if i else gram
         small = gram.astype(y.dtype)
         square = product("...ij,...jk->...ik", small, small)
         applied = _apply((b * gram + c * square).astype(y.dtype), y, wide)
@@ -152,10 +160,12 @@ def _iterate(y: Array, gram: Array, polynomials: Polynomials, wide: bool) -> Arr
     return y
 
 
-def _iterate_gram(y: Array, gram: Array, polynomials: Polynomials, wide: bool) -> Array:
+def _iterate_gram(
+    y: Array, gram: Array, polynomials: Polynomials, wide: bool, gram_of: _GramOf
+) -> Array:
     """Applies the polynomials to `y` through its Gram matrix."""
     for i, steps in enumerate(_segments(polynomials, y.dtype)):
-        gram = _gram(y, wide) if i else gram
+        gram = gram_of(y) if i else gram
         factor = _gram_polynomial(gram, steps, y.dtype)
         y = _apply(factor, y, wide).astype(y.dtype)
     return y
@@ -215,17 +225,27 @@ def _rescale_rows(y: Array, gram: Array, wide: bool) -> tuple[Array, Array]:
 
 
 def normalize(
-    x: Float[Array, "*batch m n"], margin: float = 1.0
+    x: Float[Array, "*batch m n"],
+    margin: float = 1.0,
+    axis_name: tuple[str, ...] = (),
 ) -> Float32[Array, "*batch m n"]:
     """Returns `x` in float32 with Frobenius norm `1 / margin`; zero stays zero.
 
     The largest entry is divided out first, so that no square over- or underflows.
+    Columns may be spread over mesh axes, as for `newton_schulz`.
     """
     x = x.astype(jnp.float32)
     largest = jnp.max(jnp.abs(x), axis=(-2, -1), keepdims=True)
+    largest = jax.lax.pmax(largest, axis_name) if axis_name else largest
     x = x / jnp.where(largest > 0, largest, 1.0)
-    norm = jnp.sqrt(jnp.sum(x * x, axis=(-2, -1), keepdims=True))
+    squares = _sum_over(axis_name, jnp.sum(x * x, axis=(-2, -1), keepdims=True))
+    norm = jnp.sqrt(squares)
     return x / jnp.where(norm > 0, margin * norm, 1.0)
+
+
+def _sum_over(axis_name: tuple[str, ...], x: Array) -> Array:
+    """Returns the sum of `x` over devices along mesh axes, if there are any."""
+    return jax.lax.psum(x, axis_name) if axis_name else x
 
 
 def product(axes: str, x: Array, y: Array) -> Array:

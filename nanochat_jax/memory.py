@@ -158,11 +158,29 @@ def compiled_bytes(
         return state, updates
 
     step = jax.jit(update, donate_argnums=0).lower(state, params, params)
-    plan: Any = step.compile().memory_analysis()
-    return {
-        "temp_bytes": int(plan.temp_size_in_bytes),
-        "argument_bytes": int(plan.argument_size_in_bytes),
-        "output_bytes": int(plan.output_size_in_bytes),
+    planned = planned_bytes(step.compile())
+    return {k: planned[k] for k in ("temp_bytes", "argument_bytes", "output_bytes")}
+
+
+def planned_bytes(compiled: jax.stages.Compiled) -> dict[str, int]:
+    """Returns the bytes that the compiler planned for a program, on each device.
+
+    Args:
+      compiled: A compiled program.
+
+    Returns:
+      `argument_bytes` and `output_bytes`; `alias_bytes` of outputs that are written
+      over donated arguments; `temp_bytes` of what lives only while it runs; and
+      `peak_bytes`, arguments and outputs, those in one place once, and temporaries.
+    """
+    plan: Any = compiled.memory_analysis()
+    sizes = {
+        name: int(getattr(plan, f"{name}_size_in_bytes"))
+        for name in ("argument", "output", "alias", "temp")
+    }
+    peak = sum(sizes.values()) - 2 * sizes["alias"]
+    return {f"{name}_bytes": size for name, size in sizes.items()} | {
+        "peak_bytes": peak
     }
 
 

@@ -12,11 +12,21 @@ from typing import Any
 
 import optax
 
-from nanochat_jax.codecs import Codec, Dynamic8, Float8, Int4, Int8, MuLaw8, Normal4
+from nanochat_jax.codecs import (
+    Codec,
+    Dynamic8,
+    Float8,
+    Int4,
+    Int8,
+    MuLaw8,
+    Normal2,
+    Normal4,
+)
 from nanochat_jax.coefficients import POLYNOMIALS
 from nanochat_jax.config import OptimizerConfig
 from nanochat_jax.labels import label_params
 from nanochat_jax.linalg import resolve_dtype
+from nanochat_jax.sharding import distribute, shardings_of
 from nanochat_jax.transforms import (
     Adaptive,
     galore,
@@ -34,6 +44,7 @@ _CODECS: dict[str, Any] = {
     "float8": Float8,
 }
 _PROJECTOR_CODECS = {8: Int8, 4: Int4}
+_REST_CODECS = {8: Int8, 4: Normal4, 2: Normal2}
 
 # Rows of a quantised embedding that are decoded at a time, in float32: 2 MiB.
 _ROW_BYTES = 1 << 21
@@ -54,7 +65,8 @@ def build_optimizer(
 
     Args:
       config: What to build.
-      params: Parameters, as arrays or `jax.ShapeDtypeStruct`s.
+      params: Parameters, as arrays or `jax.ShapeDtypeStruct`s. If they are sharded over
+        several devices, the optimizer is made to `distribute` its work over these.
       labels: A tree like `params` of `"matrix"`, `"embedding"`, `"head"` and
         `"vector"`; by `label_params` if not given.
 
@@ -71,12 +83,15 @@ def build_optimizer(
                 _fallback(config, 0.0), fallback_codecs(config), config
             ),
         },
-        labels,
+        # A tree that is an Equinox module can be called, and `partition` would do so.
+        lambda _: labels,
     )
-    if not config.grad_clip:
-        return by_label
-    clip = optax.clip_by_global_norm(config.grad_clip)
-    return optax.named_chain(("clip", clip), ("by_label", by_label))
+    tx = by_label
+    if config.grad_clip:
+        clip = optax.clip_by_global_norm(config.grad_clip)
+        tx = optax.named_chain(("clip", clip), ("by_label", by_label))
+    shardings = shardings_of(params)
+    return tx if shardings is None else distribute(tx, shardings)
 
 
 def matrix_optimizer(config: OptimizerConfig) -> optax.GradientTransformationExtraArgs:
@@ -87,7 +102,9 @@ def matrix_optimizer(config: OptimizerConfig) -> optax.GradientTransformationExt
             ("shape", scale_by_shape(config.muon_scale)),
             ("decay", optax.add_decayed_weights(config.weight_decay)),
             ("rate", optax.scale_by_learning_rate(schedule(config, config.lr))),
-        )
+        ),
+        # Adaptive GaLore decides for all matrices of a leaf together.
+        core_ndim=None if config.use_galore and config.galore_adaptive else 2,
     )
 
 
@@ -95,14 +112,20 @@ def state_codecs(config: OptimizerConfig) -> dict[str, Codec]:
     """Returns the codecs of the state of the matrices, by field."""
     codecs: dict[str, Codec] = {}
     if config.use_8bit_optim:
-        four = Int4 if config.stochastic_rounding else Normal4
-        codec = _CODECS[config.quant_codec] if config.quant_bits == 8 else four
-        codecs["momentum"] = _first_moment(config, codec)
+        by_bits = {
+            8: _CODECS[config.quant_codec],
+            4: Int4 if config.stochastic_rounding else Normal4,
+            2: Normal2,
+        }
+        codecs["momentum"] = _first_moment(config, by_bits[config.quant_bits])
     if config.use_galore and config.stored_projector_bits in _PROJECTOR_CODECS:
         codec = _PROJECTOR_CODECS[config.stored_projector_bits]
         codecs["projector"] = codec(
             config.quant_block_size, scale_dtype=config.quant_scale_dtype
         )
+    if config.use_galore and config.galore_rest_bits in _REST_CODECS:
+        codec = _REST_CODECS[config.galore_rest_bits]
+        codecs["rest"] = _blocks(config, codec)
     return codecs
 
 
@@ -123,10 +146,22 @@ def fallback_codecs(config: OptimizerConfig) -> dict[str, Codec]:
 
 
 def schedule(config: OptimizerConfig, peak: float) -> optax.Schedule:
-    """Builds the learning rate by step: linear warm-up, plateau, linear decay to 0."""
-    warmup, start, total = config.warmup_steps, config.decay_start, config.total_steps
+    """Builds the learning rate by step: linear warm-up, plateau if any, decay.
+
+    Step `s` of `w` of warm-up has `(s + 1) / w` of the peak. The decay would reach
+    `min_lr_frac` of it at `total_steps`, one step after the last.
+
+    Args:
+      config: Which course it takes.
+      peak: Highest rate.
+    """
+    warmup, start, floor = config.warmup_steps, config.decay_start, config.min_lr_frac
+    length = max(config.total_steps - start, 1)
     rise = optax.linear_schedule(peak / max(warmup, 1), peak, max(warmup - 1, 1))
-    fall = optax.linear_schedule(peak, 0.0, max(total - start, 1))
+    if config.schedule == "cosine":
+        fall = optax.cosine_decay_schedule(peak, length, alpha=floor)
+    else:
+        fall = optax.linear_schedule(peak, floor * peak, length)
     stages = [rise, optax.constant_schedule(peak), fall]
     return optax.join_schedules(stages, [warmup, start])
 
@@ -158,10 +193,15 @@ def _quantized(
 def _first_moment(config: OptimizerConfig, codec: Any) -> Codec:
     """Returns a codec of that kind, as the configuration has it."""
     rounding = {"stochastic_rounding": True} if config.stochastic_rounding else {}
-    # Half as many entries to a scale are what makes four bits accurate.
+    return _blocks(config, codec, **rounding)
+
+
+def _blocks(config: OptimizerConfig, codec: Any, **kwargs: Any) -> Codec:
+    """Returns a codec of that kind with the blocks and scales of the configuration."""
+    # Half as many entries to a scale are what makes few bits accurate.
     block = config.quant_block_size
-    block = max(1, block // 2) if codec is Normal4 else block
-    return codec(block, scale_dtype=config.quant_scale_dtype, **rounding)
+    block = max(1, block // 2) if codec in (Normal2, Normal4) else block
+    return codec(block, scale_dtype=config.quant_scale_dtype, **kwargs)
 
 
 def projector_cost(config: OptimizerConfig) -> float:
@@ -189,7 +229,11 @@ def _galore(
         refresh_stagger=config.galore_stagger,
         adaptive=Adaptive() if config.galore_adaptive else None,
         warm_start=config.galore_warm_start,
+        momentum_share=config.galore_momentum_share,
+        # Turning a basis changes float32 momentum of matrices in nothing but time.
+        aligned=config.use_8bit_optim,
         residual=config.galore_residual,
+        rest=momentum(config.galore_rest_momentum) if config.galore_rest_bits else None,
         match_norm=config.galore_match_norm,
         scale=config.galore_scale,
         projector_dtype="bfloat16" if config.stored_projector_bits == 16 else "float32",
@@ -205,7 +249,7 @@ def _table_optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
     if not codecs or not config.quantize_embeddings:
         return tx
     tx = _quantized(tx, codecs, config)
-    return sequence(tx, max_bytes=_ROW_BYTES, by_rows=True)
+    return sequence(tx, max_bytes=_ROW_BYTES, core_ndim=1)
 
 
 def _fallback(

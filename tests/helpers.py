@@ -20,11 +20,16 @@ def muon():
 
 def low_rank(inner, **kwargs):
     """GaLore as the tests use it: a rank below every short side, two refreshes soon."""
-    return nj.galore(inner, 5, refresh_every=2, oversample=2, power_steps=1, **kwargs)
+    return nj.galore(inner, 5, refresh_every=2, power_steps=2, **kwargs)
 
 
 def joint():
     return optax.chain(low_rank(nj.momentum(), residual=1.0), nj.orthogonalize())
+
+
+def two_speed():
+    inner = low_rank(nj.momentum(), residual=1.0, rest=nj.momentum(0.7))
+    return optax.chain(inner, nj.orthogonalize())
 
 
 def quantized(inner, codecs):
@@ -54,6 +59,9 @@ TRANSFORMS = {
     ),
     "int8(galore(muon))": lambda: quantized(low_rank(muon()), BOTH),
     "int8(joint)": lambda: quantized(joint(), BOTH),
+    "int8, 2 bits(two speeds)": lambda: quantized(
+        two_speed(), BOTH | {"rest": nj.Normal2(16)}
+    ),
     "sequence(int8(joint))": lambda: nj.sequence(quantized(joint(), BOTH), max_bytes=1),
     "built, both flags": lambda: built(use_8bit_optim=True, use_galore=True),
 }

@@ -141,7 +141,7 @@ def ocp_struct(x):
 def test_hyperparameters_can_be_injected():
     params, grads = helpers.params(), helpers.gradients(0)
     static = (
-        "rank", "refresh_every", "oversample", "power_steps", "projector_dtype",
+        "rank", "refresh_every", "power_steps", "projector_dtype",
         "projector_cost", "min_saving", "seed", "reproject",
     )  # fmt: skip
     tx = optax.inject_hyperparams(nj.galore, static_args=static)(

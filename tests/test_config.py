@@ -141,8 +141,8 @@ def test_unknown_keys_are_all_named_with_the_nearest_known_one(write):
         ("lion_betas = 0.9", "must be a list of 2 values, got 0.9"),
         ("fallback = 'sgd'", "must be one of ['adamw', 'lion'], got 'sgd'"),
         ("hardware = 'd'", "must be one of ['a', 'b', 'c'], got 'd'"),
-        ("quant_bits = 16", "must be one of [8, 4], got 16"),
-        ("quant_bits = true", "must be one of [8, 4], got True"),
+        ("quant_bits = 16", "must be one of [8, 4, 2], got 16"),
+        ("quant_bits = true", "must be one of [8, 4, 2], got True"),
         (
             "quant_codec = 'int4'",
             "must be one of ['int8', 'dynamic8', 'mulaw8', 'float8'], got 'int4'",
@@ -163,6 +163,8 @@ def test_unknown_keys_are_all_named_with_the_nearest_known_one(write):
         ("adam_betas = [0.9, 1.0]", "must lie in [0, 1), got (0.9, 1.0)"),
         ("lion_betas = [-0.1, 0.9]", "must lie in [0, 1), got (-0.1, 0.9)"),
         ("decay_start_frac = 1.5", "must lie in [0, 1], got 1.5"),
+        ("min_lr_frac = -0.5", "must lie in [0, 1], got -0.5"),
+        ("schedule = 'step'", "must be one of ['wsd', 'cosine', 'linear'], got 'step'"),
     ],
 )
 @pytest.mark.parametrize("cls", [OptimizerConfig, Config])
@@ -189,6 +191,11 @@ def test_a_value_that_is_not_allowed_names_file_and_key(cls, line, said, write):
         ("batch_size = 0", "`batch_size` must be at least 1, got 0"),
         ("grad_accum_steps = 0", "`grad_accum_steps` must be at least 1, got 0"),
         ("eval_interval = -1", "`eval_interval` must be at least 0, got -1"),
+        ("max_skipped_steps = 0", "`max_skipped_steps` must be at least 1, got 0"),
+        ("spike_skip = -1", "`spike_skip` must be at least 0, got -1.0"),
+        ("sample_interval = -1", "`sample_interval` must be at least 0, got -1"),
+        ("keep_checkpoint_every = 0", "`keep_checkpoint_every` must be at least 1"),
+        ("keep_checkpoint_every = 750", "of `checkpoint_interval`, got 750 and 500"),
         ("dataset = 'web'", "must be one of ['stdlib', 'text', 'tokens', 'synthetic']"),
         ("data_path = ['a', 3]", "`data_path` must be of type str, got 3 (int)"),
     ],
@@ -333,20 +340,27 @@ def test_the_fallback_has_a_rate_of_its_own():
     assert OptimizerConfig(fallback_lr=0.0).fallback_peak_lr == 0.0
 
 
+@pytest.mark.parametrize("floor", [0.0, 0.1])
+@pytest.mark.parametrize("kind", ["wsd", "cosine", "linear"])
 @pytest.mark.parametrize(
     ("warmup", "total", "frac"),
     [(0, 10, 0.8), (1, 10, 0.5), (5, 20, 0.5), (5, 10, 0.5), (4, 10, 1.0), (0, 8, 0.0),
      (0, 1, 0.8)],
 )  # fmt: skip
-def test_the_rate_rises_stays_and_falls(warmup, total, frac):
+def test_the_rate_rises_stays_and_falls(warmup, total, frac, kind, floor):
     config = OptimizerConfig(
-        warmup_steps=warmup, total_steps=total, decay_start_frac=frac
-    )
+        warmup_steps=warmup, total_steps=total, decay_start_frac=frac, schedule=kind,
+        min_lr_frac=floor,
+    )  # fmt: skip
     steps = np.arange(total)
     rates = jax.vmap(schedule(config, 0.5))(jnp.arange(total))
     rise = (steps + 1) / max(warmup, 1)
-    fall = (total - steps) / max(total - config.decay_start, 1)
-    np.testing.assert_allclose(rates, 0.5 * np.minimum(1, np.minimum(rise, fall)), 1e-5)
+    start = round(frac * total) if kind == "wsd" else warmup
+    left = np.clip((total - steps) / max(total - start, 1), 0, 1)
+    if kind == "cosine":
+        left = (1 - np.cos(np.pi * left)) / 2
+    fall = floor + (1 - floor) * left
+    np.testing.assert_allclose(rates, 0.5 * np.minimum(rise, fall), 1e-5)
     assert rates[0] > 0
     assert rates[-1] > 0
 
@@ -357,6 +371,11 @@ def test_the_warm_up_must_end_before_the_decay_begins(write):
     assert "`warmup_steps` must end before" in said
     assert "at step 80" in said
     OptimizerConfig(warmup_steps=80, total_steps=100)
+    said = message(
+        Config.from_toml, write("schedule = 'linear'\nwarmup_steps = 2000\n")
+    )
+    assert "`warmup_steps` must end before the run does, at step 1000" in said
+    OptimizerConfig(warmup_steps=81, total_steps=100, schedule="cosine")
 
 
 def test_loading_a_file_without_foreign_keys_warns_of_nothing(write):

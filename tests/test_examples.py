@@ -1,7 +1,10 @@
 """The examples run, and show what they say."""
 
 import ast
+import os
 import runpy
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -46,6 +49,40 @@ def test_linen_train_state_learns_and_names_what_is_not_projected(capsys):
     printed = capsys.readouterr().out
     assert f"FP32 Muon + AdamW {full:,}" in printed
     assert "left at full rank: ['Dense_0']['kernel']" in printed
+
+
+def test_nnx_optimizer_learns_with_the_state_it_planned(capsys):
+    result = run("nnx_optimizer")
+    assert result["last_loss"] < 0.05 * result["first_loss"]
+    held = f"{result['state_bytes']:,}"
+    assert f"state {held} bytes, as planned: {held}" in capsys.readouterr().out
+    full = 4 * (2 * 64 * 128) + 8 * (128 + 64 + 64 + 64 * 16 + 16)
+    assert result["state_bytes"] < 0.5 * full
+
+
+def test_equinox_train_learns_with_two_of_its_matrices_in_8_bits():
+    pytest.importorskip("equinox", reason="equinox is missing: `make test` has it")
+    result = run("equinox_train")
+    assert result["last_loss"] < 1e-3 * result["first_loss"]
+    stored = 2 * (64 * 64 + 4 * 64) + 4 * (2 * 32 + 64)  # scales are float32
+    adam = 2 * 4 * (64 + 64 + 1)
+    assert result["state_bytes"] == stored + adam + 3 * 4  # and three counts
+
+
+def test_multi_device_learns_the_same_on_eight_devices_with_an_eighth_on_each():
+    [path] = [path for path in FILES if path.stem == "multi_device"]
+    env = os.environ | {"PYTHONPATH": str(path.parents[1])}
+    done = subprocess.run(
+        [sys.executable, path], env=env, capture_output=True, text=True, check=True
+    )
+    one, eight = (line.split() for line in done.stdout.splitlines())
+    assert (one[0], eight[0]) == ("1", "8")
+    first, last = (float(number.strip(",")) for number in (one[3], one[5]))
+    assert last < 0.2 * first
+    assert float(eight[5].strip(",")) == pytest.approx(last, rel=1e-2)
+    held = [int(line[7].replace(",", "")) for line in (one, eight)]
+    counts = 11 * 4
+    assert held[1] == (held[0] - counts) / 8 + counts
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)

@@ -315,12 +315,42 @@ def test_state_is_low_rank():
     assert state.inner.nu["wide"].shape == (3, 40)
 
 
+def test_the_rest_may_have_a_transform_of_its_own():
+    """Momentum in the basis and momentum of the rest are momentum, as bases change."""
+    bias = {"bias": jnp.ones(5)}
+    gradients = [grads(step) | bias for step in range(4)]
+    follow = lambda tx: trajectory(tx, gradients, PARAMS | bias)
+    kwargs = {"rank": 3, "refresh_every": 2, "residual": 1.0}
+    split = nj.galore(nj.momentum(0.8), rest=nj.momentum(0.8), **kwargs)
+    whole, _ = follow(nj.momentum(0.8))
+    updates, state = follow(split)
+    helpers.assert_close(updates, whole)
+    assert state.rest.momentum["tall"].shape == PARAMS["tall"].shape
+    assert state.rest.momentum["bias"] is None
+    kwargs["refresh_every"] = 100
+    short = nj.galore(nj.momentum(0.8), rest=nj.momentum(0.0), **kwargs)
+    none = nj.galore(nj.momentum(0.8), **kwargs)
+    helpers.assert_close(follow(short)[0], follow(none)[0])
+
+
+def test_a_basis_may_be_that_of_the_momentum():
+    """Noise has averaged out of it, where one gradient is mostly noise."""
+    signal = helpers.matrix_with_spectrum((16, 48), np.ones(4))
+    noise = lambda i: 0.15 * jax.random.normal(jax.random.key(i), signal.shape)
+    gradients = [{"w": signal + noise(i)} for i in range(12)]
+
+    def captured(**kwargs):
+        tx = nj.galore(nj.momentum(0.8), 4, refresh_every=1, seed=1, **kwargs)
+        _, state = trajectory(tx, gradients, gradients[0])
+        return float(jnp.sum((state.projector["w"].mT @ signal) ** 2)) / 4
+
+    assert captured(momentum_share=0.8) > captured() + 0.02
+
+
 def test_the_seed_decides_the_sketch():
     g = grads()
     trajectories = [
-        trajectory(
-            nj.galore(optax.identity(), 3, seed=seed, power_steps=0, oversample=0), [g]
-        )[0]
+        trajectory(nj.galore(optax.identity(), 3, seed=seed, power_steps=1), [g])[0]
         for seed in (0, 0, 1)
     ]
     helpers.assert_close(trajectories[0], trajectories[1], atol=0, rtol=0)
@@ -352,9 +382,14 @@ def test_the_seed_decides_the_sketch():
             "refresh_every=0",
         ),
         (
-            lambda: nj.galore(nj.momentum(), 4, oversample=-1),
+            lambda: nj.galore(nj.momentum(), 4, rest=nj.momentum()),
             ValueError,
-            "oversample=-1",
+            "Give a `residual`",
+        ),
+        (
+            lambda: nj.galore(nj.momentum(), 4, power_steps=0),
+            ValueError,
+            "power_steps=0",
         ),
         (
             lambda: nj.galore(

@@ -91,12 +91,14 @@ def test_bfloat16_input_comes_back_bfloat16():
     assert linalg.newton_schulz(x).dtype == jnp.bfloat16
 
 
-@pytest.mark.parametrize("scale", [1e-30, 1.0, 1e30])
+@pytest.mark.parametrize("aligned", [False, True])
+@pytest.mark.parametrize("rank", [6, 23, 24])
 @pytest.mark.parametrize("name", [*SPECTRA, "zero"])
-def test_the_basis_is_orthonormal_whatever_the_matrix(name, scale):
-    x = SPECTRA.get(name, jnp.zeros((24, 64))) * scale
-    p = rangefinder.range_basis(x, 6, 0)
-    helpers.assert_close(p.mT @ p, jnp.eye(6))
+def test_the_basis_is_orthonormal_whatever_the_matrix(name, rank, aligned):
+    x = SPECTRA.get(name, jnp.zeros((24, 64)))
+    x = jnp.stack([1e-30 * x, x, 1e30 * x])
+    p = rangefinder.range_basis(x, rank, 0, aligned=aligned)
+    helpers.assert_close(p.mT @ p, jnp.broadcast_to(jnp.eye(rank), (3, rank, rank)))
 
 
 def test_the_basis_spans_an_exactly_low_rank_matrix():
@@ -105,7 +107,9 @@ def test_the_basis_spans_an_exactly_low_rank_matrix():
     helpers.assert_close(p @ (p.mT @ x), x, atol=1e-4)
 
 
-@pytest.mark.parametrize(("power_steps", "least"), [(1, 0.93), (2, 0.98), (3, 0.99)])
+@pytest.mark.parametrize(
+    ("power_steps", "least"), [(1, 0.90), (2, 0.97), (3, 0.985), (4, 0.99)]
+)
 def test_captured_energy_is_near_that_of_the_exact_decomposition(power_steps, least):
     spectrum = np.arange(1, 129) ** -0.5
     x = helpers.matrix_with_spectrum((128, 160), spectrum)
@@ -114,9 +118,17 @@ def test_captured_energy_is_near_that_of_the_exact_decomposition(power_steps, le
     assert least < captured <= 1 + 1e-5
 
 
+def test_an_unaligned_basis_spans_as_good_a_space():
+    x = helpers.matrix_with_spectrum((128, 160), np.arange(1, 129) ** -0.5)
+    energy = lambda aligned: jnp.sum(
+        (rangefinder.range_basis(x, 32, 0, aligned=aligned).mT @ x) ** 2
+    )
+    np.testing.assert_allclose(energy(False), energy(True), rtol=1e-3)
+
+
 def test_leading_directions_come_first():
     x = helpers.matrix_with_spectrum((24, 64), 2.0 ** -np.arange(24))
-    p = rangefinder.range_basis(x, 6, 0)
+    p = rangefinder.range_basis(x, 6, 0, power_steps=4)
     energies = jnp.linalg.norm(p.mT @ x, axis=-1)
     np.testing.assert_allclose(energies, 2.0 ** -np.arange(6), rtol=1e-3)
 

@@ -12,7 +12,7 @@ import helpers
 import nanochat_jax as nj
 from nanochat_jax.config import Config
 from nanochat_jax.lm import setup
-from nanochat_jax.memory import MemoryRow, compiled_bytes
+from nanochat_jax.memory import MemoryRow, compiled_bytes, planned_bytes
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 BITS8 = {"use_8bit_optim": True}
@@ -274,3 +274,18 @@ def test_a_donated_state_is_updated_in_place():
     """So that it takes no temporaries beside it."""
     tree = {"up": jnp.zeros((64, 256))}
     assert compiled_bytes(nj.momentum(), tree)["temp_bytes"] == 0
+
+
+def test_planned_bytes_count_a_donated_argument_once():
+    add = lambda x, y: x @ y + x
+    x = jax.ShapeDtypeStruct((64, 64), jnp.float32)
+    plans = [
+        planned_bytes(jax.jit(add, donate_argnums=donated).lower(x, x).compile())
+        for donated in ((), (0,))
+    ]
+    size = 4 * 64 * 64
+    assert [plan["argument_bytes"] for plan in plans] == [2 * size, 2 * size]
+    assert [plan["alias_bytes"] for plan in plans] == [0, size]
+    for plan in plans:
+        new = plan["output_bytes"] - plan["alias_bytes"]
+        assert plan["peak_bytes"] == 2 * size + new + plan["temp_bytes"]

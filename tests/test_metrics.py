@@ -1,17 +1,12 @@
-"""The metrics file survives crashes, and the display shows what it is given."""
+"""The metrics file survives crashes, and holds every step once."""
 
-import io
 import json
 import math
-import re
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from rich.console import Console
-from rich.table import Table
 
-from nanochat_jax.lm.display import make_display
 from nanochat_jax.lm.metrics import MetricsWriter, read_metrics
 
 METRICS = {
@@ -137,59 +132,11 @@ def test_a_missing_file_is_refused_and_not_made(path):
     assert not path.parent.exists()
 
 
-def test_writing_outside_the_context_is_refused(path):
-    with pytest.raises(ValueError, match="`with` statement"):
-        MetricsWriter(path).write({"step": 1})
-
-
-def show(console):
-    """Runs a display through a few steps and returns all that was printed."""
-    table = Table("name", "bytes")
-    table.add_row("momentum", "1234")
-    with make_display(1000, start_step=100, console=console) as display:
-        display.print("a [bold] word")
-        display.print(table)
-        for step in range(101, 121):
-            display.update(step)
-        display.log(METRICS)
-        display.log({"step": 121, "loss": math.nan, "lr": None})
-    return console.file.getvalue()
-
-
-def test_plain_lines_show_the_numbers_given():
-    console = Console(file=io.StringIO(), width=40)
-    lines = show(console).splitlines()
-    assert lines[0] == "a [bold] word"
-    assert "1234" in "".join(lines[1:-2])
-    assert lines[-2].startswith(
-        "step  120/1000 | loss 2.3457 | lr 3.00e-04 | grad norm 0.912 | 123.5k tok/s | "
-        "val loss 2.5000 | bpb 1.7500 | elapsed 1:02:03 | eta 0:00:"
-    )
-    assert lines[-1].startswith("step  121/1000 | loss nan | elapsed 0:00:0")
-
-
-@pytest.mark.parametrize("width", [80, 140])
-def test_the_bar_shows_the_numbers_given(width):
-    console = Console(
-        file=io.StringIO(), record=True, width=width, force_terminal=True, _environ={}
-    )
-    show(console)
-    text = console.export_text()
-    assert "a [bold] word" in text
-    assert "1234" in text
-    assert "step 120 | val loss 2.5000 | bpb 1.7500" in text
-    frames = re.findall(r" *\d+/1000 .*?eta \S+", text.splitlines()[-1])
-    assert {len(frame) for frame in frames} == {width}  # one line, all of it
-    for part in (" 121/1000 ", "━━", "loss nan", "bpb 1.7500", "123.5k tok/s"):
-        assert part in frames[-1]
-
-
-def test_a_run_without_a_step_shows_no_time_left():
-    console = Console(file=io.StringIO(), width=200)
-    with make_display(10, console=console) as display:
-        display.log({"step": 0, "val_loss": 1.0})
-    line = console.file.getvalue()
-    assert line.startswith(
-        "step  0/10 | val loss 1.0000 | elapsed 0:00:00 | eta -:--:--"
-    )
-    assert line.count("\n") == 1
+def test_a_closed_writer_goes_on_where_it_stopped(path):
+    writer = MetricsWriter(path)
+    writer.close()
+    assert not path.parent.exists()
+    for step in (1, 2):
+        writer.write({"step": step})
+        writer.close()
+    assert steps(path) == [1, 2]

@@ -16,7 +16,7 @@ from jax.tree_util import keystr
 
 from nanochat_jax import label_params
 from nanochat_jax.config import ModelConfig
-from nanochat_jax.lm import model
+from nanochat_jax.lm import layers, model
 from nanochat_jax.lm.generate import _next_token, generate, sample
 
 CONFIG = ModelConfig(
@@ -193,7 +193,7 @@ def test_logits_do_not_depend_on_later_tokens(t):
     assert (jnp.abs(a[:, t:] - b[:, t:]).max(axis=-1) > 1e-4).all()
 
 
-rotate = jax.jit(functools.partial(model.rotate, theta=10_000.0))
+rotate = jax.jit(functools.partial(layers.rotate, theta=10_000.0))
 
 
 def test_rotation_makes_scores_depend_on_distance_only():

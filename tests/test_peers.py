@@ -40,7 +40,7 @@ def galore_torch():
 
 def low_rank(inner, **kwargs):
     """GaLore as its authors wrote it: an exact basis, moments kept in the old one."""
-    return nj.galore(inner, RANK, oversample=100, reproject=(), **kwargs)
+    return nj.galore(inner, RANK, power_steps=30, reproject=(), **kwargs)
 
 
 def gradients(shape, step=0):

@@ -66,6 +66,26 @@ def test_runs_are_drawn_together_into_a_png(x, tmp_path, capsys):
     assert str(output) in capsys.readouterr().out
 
 
+def test_the_figure_has_a_name_if_none_is_given(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["plot", write(tmp_path / "run", LINES)]) == 0
+    assert (tmp_path / "loss.png").exists()
+
+
+def test_a_figure_that_cannot_be_written_leaves_the_one_before(tmp_path):
+    class Broken:
+        def savefig(self, path, **_):
+            path.write_bytes(b"half of it")
+            raise OSError("disk full")
+
+    before = tmp_path / "loss.png"
+    before.write_bytes(b"whole")
+    with pytest.raises(OSError, match="disk full"):
+        plot.save(Broken(), before)
+    assert before.read_bytes() == b"whole"
+    assert list(tmp_path.iterdir()) == [before]
+
+
 def test_the_legend_has_folder_names_or_paths_where_they_are_the_same(
     tmp_path, monkeypatch
 ):

@@ -10,9 +10,11 @@ import numpy as np
 import pytest
 
 import nanochat_jax as nj
+from nanochat_jax.commands.train import Train
 from nanochat_jax.config import Config
 from nanochat_jax.lm import resume, setup, trainer
 from nanochat_jax.lm.checkpoint import Checkpoints
+from nanochat_jax.lm.tokenfile import write_tokens
 
 TINY = Config(
     dim=32, n_layers=1, n_heads=2, ffn_mult=2.0, vocab_size=64, max_seq_len=32,
@@ -40,7 +42,10 @@ def some_state(run):
     store = jax.jit(lambda state: nj.quantize(run.tx, state, run.params, 1))
     opt_state = store(jax.tree.map(fill, shapes))
     return trainer.TrainState(
-        fill(like.step), jax.tree.map(fill, run.params), opt_state
+        fill(like.step),
+        jax.tree.map(fill, run.params),
+        opt_state,
+        jax.tree.map(fill, like.guard),
     )
 
 
@@ -66,7 +71,7 @@ def saved(tmp_path):
 def restore(run, checkpoints):
     """Restores with another storage; returns the state and what was said."""
     said = []
-    state = trainer.restore(run, checkpoints, allow_codec_change=True, say=said.append)
+    state = resume.restore(run, checkpoints, allow=["codec"], say=said.append)
     chex.assert_trees_all_equal_shapes_and_dtypes(state, trainer.abstract_state(run))
     return state, said
 
@@ -133,7 +138,7 @@ def test_one_storage_goes_to_another(saved, old, new, most):
 def test_without_the_flag_another_storage_is_refused_and_the_flag_named(saved):
     _, checkpoints = saved(prepare())
     with pytest.raises(ValueError, match="other settings") as error:
-        trainer.restore(prepare(**BITS8, lr=0.5), checkpoints)
+        resume.restore(prepare(**BITS8, lr=0.5), checkpoints)
     assert "config.use_8bit_optim: stored False, now True" in str(error.value)
     assert "config.lr: stored 0.02, now 0.5" in str(error.value)
     [hint] = [line for line in str(error.value).splitlines() if "--allow" in line]
@@ -161,7 +166,97 @@ def test_a_storage_under_which_other_matrices_are_projected_is_refused(saved):
     assert "`projector_bits`" in str(error.value)
 
 
+@pytest.fixture
+def tokens(tmp_path):
+    """Returns a function that prepares a run on a file of its own tokens."""
+
+    def run(seed, **kwargs):
+        path = tmp_path / f"{seed}.bin"
+        ids = np.random.default_rng(seed).integers(0, 64, 4000, dtype=np.uint16)
+        write_tokens(path, ids, vocab_size=64)
+        return prepare(dataset="tokens", data_path=(str(path),), **kwargs)
+
+    return run
+
+
+def test_other_data_are_refused_unless_that_is_asked_for_and_then_told(saved, tokens):
+    state, checkpoints = saved(tokens(0))
+    run = tokens(1)
+    with pytest.raises(ValueError, match=r"data: stored '.*', now '.*'") as error:
+        resume.restore(run, checkpoints)
+    assert "`--allow-data-change` lets these differ: data." in str(error.value)
+    said = []
+    restored = resume.restore(run, checkpoints, allow=["data"], say=said.append)
+    chex.assert_trees_all_equal(restored, state)
+    [line] = said
+    assert "trained from here on other data: data " in line
+    assert tokens(0).corpus.fingerprint in line
+    assert run.corpus.fingerprint in line
+    other = prepare(dataset="synthetic")
+    resume.restore(other, checkpoints, allow=["data"], say=said.append)
+    assert "config.dataset 'tokens' -> 'synthetic'" in said[-1]
+    with pytest.raises(ValueError, match=r"config\.lr: stored 0.02, now 0.5") as error:
+        resume.restore(tokens(1, lr=0.5), checkpoints, allow=["data"])
+    assert "data:" not in str(error.value)
+
+
+def test_another_tokenizer_is_refused_unless_that_is_asked_for(saved):
+    run = prepare()
+    state, checkpoints = saved(run)
+    corpus = dataclasses.replace(run.corpus, tokenizer="other")
+    other = dataclasses.replace(run, corpus=corpus)
+    with pytest.raises(
+        ValueError, match=r"tokenizer: stored '.*', now 'other'"
+    ) as error:
+        resume.restore(other, checkpoints, allow=["data", "codec"])
+    assert "`--allow-tokenizer-change` lets these differ: tokeni" in str(error.value)
+    said = []
+    restored = resume.restore(other, checkpoints, allow=["tokenizer"], say=said.append)
+    chex.assert_trees_all_equal(restored, state)
+    assert len(said) == 1
+    assert "under another tokenizer: tokenizer " in said[0]
+
+
+def save_meta(folder, run, **changed):
+    with Checkpoints(folder) as checkpoints:
+        checkpoints.save(1, some_state(run), run.meta | changed)
+    return checkpoints
+
+
+def test_other_versions_are_told_and_another_format_is_refused(tmp_path):
+    run, said = prepare(), []
+    versions = run.meta["versions"]
+    assert versions.keys() == {
+        "python", "jax", "flax", "optax", "orbax-checkpoint", "nanochat-jax"
+    }  # fmt: skip
+    old = {"versions": versions | {"jax": "0.0.1", "nanochat-jax": "0.0.2"}}
+    resume.restore(run, save_meta(tmp_path / "a", run, **old), say=said.append)
+    [line] = said
+    assert f"versions.jax '0.0.1' -> '{versions['jax']}'" in line
+    other = save_meta(tmp_path / "b", run, format=99, **old)
+    with pytest.raises(ValueError, match=r"has format 99.*nanochat-jax 0\.0\.2"):
+        resume.restore(run, other)
+
+
+def test_a_setting_that_is_new_since_the_checkpoint_had_its_default(tmp_path):
+    run = prepare()
+    config = {k: v for k, v in run.meta["config"].items() if k != "min_lr_frac"}
+    checkpoints = save_meta(tmp_path, run, config=config)
+    assert int(resume.restore(run, checkpoints).step) == 1
+    with pytest.raises(ValueError, match=r"min_lr_frac: stored 0\.0, now 0\.1"):
+        resume.restore(prepare(min_lr_frac=0.1), checkpoints)
+
+
+def test_the_record_says_what_the_checkpoint_is_of():
+    eight, same, other = prepare(**BITS8), prepare(**BITS8), prepare(log_interval=7)
+    assert eight.meta["variant"] == "muon_8bit"
+    assert eight.meta["config_hash"] == same.meta["config_hash"]
+    assert other.meta["config_hash"] != prepare().meta["config_hash"]
+
+
 def test_what_may_differ_is_a_setting():
     names = {field.name for field in dataclasses.fields(Config)}
     assert {*resume.RESUMABLE, *resume.STORAGE} <= names
     assert not {*resume.RESUMABLE} & {*resume.STORAGE}
+    flags = {field.name for field in dataclasses.fields(Train)}
+    assert {f"allow_{change}_change" for change in resume.CHANGES} <= flags

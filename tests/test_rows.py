@@ -48,7 +48,7 @@ def run(tx, params, grads):
 )
 def test_by_rows_and_whole_give_the_same(name, max_bytes):
     inner = TRANSFORMS[name]()
-    tx = nj.sequence(inner, max_bytes=max_bytes, by_rows=True)
+    tx = nj.sequence(inner, max_bytes=max_bytes, core_ndim=1)
     grads = [tree(step) for step in range(3)]
     updates, state = run(tx, tree(9), grads)
     expected, reference = run(inner, tree(9), grads)
@@ -59,16 +59,49 @@ def test_by_rows_and_whole_give_the_same(name, max_bytes):
 
 
 def test_short_floats_keep_their_type():
-    tx = nj.sequence(TRANSFORMS["stored adamw"](), max_bytes=1000, by_rows=True)
+    tx = nj.sequence(TRANSFORMS["stored adamw"](), max_bytes=1000, core_ndim=1)
     params = tree(0, jnp.bfloat16)
     [updates], state = run(tx, params, [tree(1, jnp.bfloat16)])
     chex.assert_trees_all_equal_shapes_and_dtypes(updates, params)
     chex.assert_trees_all_equal_shapes_and_dtypes(state, tx.init(params))
 
 
+def stacked_muon():
+    inner = optax.chain(nj.momentum(), nj.orthogonalize(), nj.scale_by_shape())
+    return helpers.quantized(inner, {"momentum": nj.Int8(16)})
+
+
+def test_the_matrices_of_a_stack_are_worked_on_one_by_one_and_others_whole():
+    shapes = {"stack": (5, 6, 24), "matrix": (37, 24)}
+    draw = lambda step: {
+        name: jax.random.normal(jax.random.key(step), shape)
+        for name, shape in shapes.items()
+    }
+    grads = [draw(step) for step in range(2)]
+    tx = nj.sequence(stacked_muon(), max_bytes=1, core_ndim=2)
+    updates, state = run(tx, draw(9), grads)
+    expected, reference = run(stacked_muon(), draw(9), grads)
+    helpers.assert_close(updates, expected, atol=1e-5)
+    chex.assert_trees_all_equal_shapes_and_dtypes(state, reference)
+
+
+def test_updates_that_change_their_shape_are_worked_on_whole():
+    """As gradients that come projected do."""
+    inner = nj.galore(nj.momentum(), 2, refresh_every=9)
+    tx = nj.sequence(inner, max_bytes=1, core_ndim=2)
+    params = {"stack": jnp.zeros((5, 6, 24)), "other": jnp.zeros((3, 7, 24))}
+    grads = jax.tree.map(
+        lambda x: jax.random.normal(jax.random.key(x.size), x.shape), params
+    )
+    _, state = jax.jit(tx.update)(grads, tx.init(params), params)
+    low_rank = nj.project_gradients(tx, state, grads, params)
+    step = lambda tx: tx.update(low_rank, state, params, projected=True)[0]
+    helpers.assert_close(step(tx), step(inner))
+
+
 def test_a_bare_array_is_worked_on_by_rows_too():
     inner = TRANSFORMS["stored adamw"]()
-    tx = nj.sequence(inner, max_bytes=1000, by_rows=True)
+    tx = nj.sequence(inner, max_bytes=1000, core_ndim=1)
     [updates], _ = run(tx, tree(0)["table"], [tree(1)["table"]])
     [expected], _ = run(inner, tree(0)["table"], [tree(1)["table"]])
     helpers.assert_close(updates, expected, atol=1e-6)
@@ -79,7 +112,7 @@ def test_temporaries_are_those_of_the_rows(clip):
     """The bound holds for any number of rows; without it they are several copies."""
     table = jax.ShapeDtypeStruct((20_000, 64), jnp.float32)
     inner, max_bytes = TRANSFORMS["stored adamw"](), 1 << 16
-    by_rows = nj.sequence(inner, max_bytes=max_bytes, by_rows=True)
+    by_rows = nj.sequence(inner, max_bytes=max_bytes, core_ndim=1)
     if clip:  # a gradient that is scaled first is not kept beside the updates
         by_rows = optax.chain(optax.clip_by_global_norm(1.0), by_rows)
     assert compiled_bytes(by_rows, table)["temp_bytes"] <= 12 * max_bytes

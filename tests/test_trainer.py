@@ -1,22 +1,27 @@
 """The training step and the loop around it."""
 
 import dataclasses
+import functools
 import io
+import types
 
 import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from rich.console import Console
 
 import helpers
 from nanochat_jax.config import Config
-from nanochat_jax.lm import setup, trainer
-from nanochat_jax.lm.accumulate import accumulator_bytes
+from nanochat_jax.lm import model, resume, setup, trainer
+from nanochat_jax.lm.accumulate import accumulator_bytes, mean_gradient
 from nanochat_jax.lm.checkpoint import Checkpoints
 from nanochat_jax.lm.display import make_display
+from nanochat_jax.lm.evaluation import Evaluator
 from nanochat_jax.lm.metrics import MetricsWriter, read_metrics
+from nanochat_jax.optimizer import schedule
 
 TINY = Config(
     dim=32, n_layers=1, n_heads=2, ffn_mult=2.0, vocab_size=64, max_seq_len=32,
@@ -33,25 +38,33 @@ VARIANTS = {
 }
 
 
-def quiet(config, start=0):
-    console = Console(file=io.StringIO())
+COMPILED = {}
+
+
+def compiled(config):
+    """Compiles the step of some settings once for all tests."""
+    key = repr(config)
+    if key not in COMPILED:
+        COMPILED[key] = trainer.compile_train_step(setup.prepare(config))
+    return COMPILED[key]
+
+
+def quiet(config, start=0, file=None):
+    console = Console(file=file or io.StringIO())
     return make_display(config.total_steps, start_step=start, console=console)
 
 
-def train(run, *, state=None, folder=None):
+def train(run, *, state=None, folder=None, step=None):
     state = trainer.init_state(run) if state is None else state
-    step = trainer.compile_train_step(run)
+    fit = functools.partial(trainer.fit, run, state, step or compiled(run.config))
     with quiet(run.config, int(state.step)) as display:
         if folder is None:
-            return trainer.fit(run, state, step, display=display)
+            return fit(display=display)
         with (
             Checkpoints(folder) as checkpoints,
             MetricsWriter(folder / "metrics.jsonl") as metrics,
         ):
-            return trainer.fit(
-                run, state, step, display=display, metrics=metrics,
-                checkpoints=checkpoints,
-            )  # fmt: skip
+            return fit(display=display, sinks=[metrics], checkpoints=checkpoints)
 
 
 @pytest.fixture(scope="module")
@@ -66,8 +79,7 @@ def test_one_step_gives_the_numbers_it_gave_before(run):
     """
     shape = (1, TINY.batch_size, TINY.sequence + 1)
     batch = (jnp.arange(np.prod(shape)).reshape(shape) * 7) % TINY.vocab_size
-    step = jax.jit(trainer.make_train_step(run.graphdef, run.tx))
-    state, metrics = step(trainer.init_state(run), batch)
+    state, metrics = compiled(TINY)(trainer.init_state(run), batch)
     moved = jax.tree.map(
         lambda a, b: jnp.abs(a - b).mean(), state.params, trainer.init_state(run).params
     )
@@ -85,7 +97,7 @@ def test_one_step_gives_the_numbers_it_gave_before(run):
 def test_microbatches_give_the_step_of_the_whole_batch(run):
     step = jax.jit(trainer.make_train_step(run.graphdef, run.tx))
     batch = jax.random.randint(jax.random.key(0), (1, 4, TINY.sequence + 1), 0, 64)
-    whole, metrics = step(trainer.init_state(run), batch)
+    whole, metrics = compiled(TINY)(trainer.init_state(run), batch)
     parts, same = step(trainer.init_state(run), batch.reshape(2, 2, -1))
     chex.assert_trees_all_close(same, metrics, rtol=1e-5)
     chex.assert_trees_all_close(parts.params, whole.params, atol=1e-4)
@@ -94,9 +106,9 @@ def test_microbatches_give_the_step_of_the_whole_batch(run):
 def test_the_state_keeps_its_types_and_its_memory(run):
     state = trainer.abstract_state(run)
     chex.assert_trees_all_equal_shapes_and_dtypes(trainer.init_state(run), state)
-    compiled = trainer.compile_train_step(run).memory_analysis()
+    planned = compiled(TINY).memory_analysis()
     held = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state))
-    assert compiled.alias_size_in_bytes >= held  # donated, so updated in place
+    assert planned.alias_size_in_bytes >= held  # donated, so updated in place
 
 
 @pytest.mark.parametrize("name", VARIANTS)
@@ -105,7 +117,7 @@ def test_a_resumed_run_ends_with_the_same_bits(name, tmp_path):
     run = setup.prepare(config)
     straight = train(run, folder=tmp_path / "a")
     stored = Checkpoints(tmp_path / "a" / "10")
-    resumed = train(run, state=trainer.restore(run, stored), folder=tmp_path / "b")
+    resumed = train(run, state=resume.restore(run, stored), folder=tmp_path / "b")
     chex.assert_trees_all_equal(resumed, straight)
     assert run.config.variant == name
     dtypes = {x.dtype.name for x in jax.tree.leaves(straight.opt_state)}
@@ -126,17 +138,124 @@ def test_metrics_have_a_line_an_interval_and_the_validation_loss_falls(run, tmp_
 
 
 def test_no_model_beats_the_entropy_of_the_chain(run):
-    evaluate = trainer.Evaluator(run)
+    evaluate = Evaluator(run)
     state = train(run)
     loss = evaluate(state.params)["val_loss"]
     assert run.corpus.entropy_rate < loss < np.log(64) + 0.5
 
 
-def test_a_loss_that_is_not_finite_stops_the_run_and_says_so(run):
+def spoilt(state):
+    """Parameters of which one entry is infinite."""
+    gate = state.params["blocks"][0]["ffn"]["gate"]
+    gate["kernel"] = gate["kernel"].at[0, 0].set(jnp.inf)
+    return state
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_a_step_that_is_not_finite_changes_nothing_but_the_counts(name):
+    config = dataclasses.replace(TINY, **VARIANTS[name])
+    run, step = setup.prepare(config), compiled(config)
+    batch = setup.train_batches(config, run.corpus)(0)[None]
+    state, _ = step(trainer.init_state(run), batch)
+    state = spoilt(state)
+    before = jax.tree.map(np.array, state)
+    after, values = step(state, batch)
+    chex.assert_trees_all_equal(after.params, before.params)
+    chex.assert_trees_all_equal(after.opt_state, before.opt_state)
+    assert not np.isfinite(values["loss"]) or not np.isfinite(values["grad_norm"])
+    assert (int(after.step), int(values["skipped"]), int(values["in_a_row"])) == (
+        2,
+        1,
+        1,
+    )
+    chex.assert_trees_all_equal(after.guard.mean, before.guard.mean)
+
+
+def test_the_guard_takes_no_second_copy_of_parameters_or_gradients():
+    """Beside the same step without it; under `lax.cond` it would take one."""
+    config = dataclasses.replace(TINY, dim=128, n_layers=3, batch_size=1, seq_len=8)
+    run = setup.prepare(config)
+    loss_fn = lambda params, batch: model.next_token_loss(run.graphdef, params, batch)
+
+    def unguarded(state, batch):
+        loss, grads = mean_gradient(loss_fn, state.params, batch)
+        updates, opt_state = run.tx.update(grads, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        return state._replace(params=params, opt_state=opt_state), loss
+
+    batch = jax.ShapeDtypeStruct((1, 1, 9), jnp.int32)
+    step = jax.jit(unguarded, donate_argnums=0)
+    plain = step.lower(trainer.abstract_state(run), batch).compile().memory_analysis()
+    guarded = trainer.compile_train_step(run).memory_analysis()
+    held = sum(4 * x.size for x in jax.tree.leaves(run.params))
+    assert guarded.temp_size_in_bytes < plain.temp_size_in_bytes + 0.75 * held
+
+
+def test_a_loss_that_stays_not_finite_stops_the_run_and_says_so(run, tmp_path):
+    config = dataclasses.replace(TINY, eval_interval=0)
+    state = spoilt(trainer.init_state(run))._replace(step=jnp.int32(1))
+    run, step = dataclasses.replace(run, config=config), compiled(TINY)
+    with pytest.raises(FloatingPointError, match=r"step 11: the loss is nan and the "):
+        train(run, state=state, folder=tmp_path, step=step)
+    lines = read_metrics(tmp_path / "metrics.jsonl")
+    assert [(x["step"], x["loss"], x["skipped"]) for x in lines] == [
+        (5, None, 4), (10, None, 9),
+    ]  # fmt: skip
+
+
+def test_a_validation_loss_that_is_not_finite_stops_the_run_unsaved(run, tmp_path):
+    state = spoilt(trainer.init_state(run))._replace(step=jnp.int32(5))
+    with pytest.raises(
+        FloatingPointError, match=r"step 10: the validation loss is nan"
+    ):
+        train(run, state=state, folder=tmp_path)
+    assert read_metrics(tmp_path / "metrics.jsonl")[-1]["val_loss"] is None
+    assert Checkpoints(tmp_path).steps() == []
+
+
+def test_the_rate_that_is_logged_is_that_of_the_optimizer(run, tmp_path):
+    """Which has not counted three steps that were skipped."""
     state = trainer.init_state(run)
-    state = state._replace(params=jax.tree.map(lambda x: x * jnp.nan, state.params))
-    with pytest.raises(FloatingPointError, match=r"step 5: the loss is nan\. Resume"):
-        train(run, state=state)
+    state = state._replace(guard=state.guard._replace(skipped=jnp.int32(3)))
+    train(run, state=state, folder=tmp_path)
+    rate = schedule(TINY, TINY.lr)
+    for line in read_metrics(tmp_path / "metrics.jsonl")[1:]:
+        assert line["lr"] == pytest.approx(float(rate(line["step"] - 1 - 3)))
+        assert line["skipped"] == 3
+
+
+@pytest.mark.parametrize("freq", [1, 2, 5])
+def test_the_steps_that_change_bases_are_those_galore_counts(freq):
+    rng, taken, known, skipped = np.random.default_rng(0), 0, 0, 0
+    config = dataclasses.replace(TINY, galore_update_freq=freq)
+    for step in range(200):
+        guard = types.SimpleNamespace(skipped=skipped)
+        state = types.SimpleNamespace(guard=guard)
+        changes = trainer.changes_bases(config, state, step, known)
+        assert changes == (taken % freq == 0)
+        known, skips = skipped, rng.random() < 0.3  # the host knows a step later
+        skipped, taken = skipped + skips, taken + (not skips)
+
+
+def test_a_run_that_is_told_to_stop_saves_that_step_and_goes_on_as_if_it_had_not(
+    run, tmp_path
+):
+    straight, asked, shown = train(run), [], io.StringIO()
+    stop = lambda step: asked.append(step) or step == 7
+    config = dataclasses.replace(TINY, sample_interval=3)
+    sample = lambda params, step: f"text of step {step}"
+    early = trainer.fit(
+        dataclasses.replace(run, config=config), trainer.init_state(run),
+        compiled(TINY), display=quiet(TINY, file=shown), sample=sample, stop=stop,
+        checkpoints=(checkpoints := Checkpoints(tmp_path)),
+    )  # fmt: skip
+    with checkpoints:
+        assert asked == list(range(1, 8))
+        assert int(early.step) == 7
+    assert checkpoints.steps() == [7]
+    assert [n for n in range(21) if f"text of step {n}\n" in shown.getvalue()] == [3, 6]
+    resumed = train(run, state=resume.restore(run, Checkpoints(tmp_path)))
+    chex.assert_trees_all_equal(resumed, straight)
 
 
 def test_a_checkpoint_of_another_run_is_refused_with_the_difference(run, tmp_path):
@@ -146,9 +265,9 @@ def test_a_checkpoint_of_another_run_is_refused_with_the_difference(run, tmp_pat
     with pytest.raises(
         ValueError, match=r"config.lr: stored 0.02, now 0.01(.|\n)*galo"
     ):
-        trainer.restore(other, Checkpoints(tmp_path))
+        resume.restore(other, Checkpoints(tmp_path))
     longer = setup.prepare(dataclasses.replace(TINY, log_interval=7))
-    assert int(trainer.restore(longer, Checkpoints(tmp_path)).step) == 0
+    assert int(resume.restore(longer, Checkpoints(tmp_path)).step) == 0
 
 
 def test_epochs_set_the_number_of_steps():
@@ -181,5 +300,5 @@ def test_accumulating_in_the_low_rank_space_trains_the_same_and_holds_less():
     matrices = run.params["blocks"][0]["ffn"]
     saved = sum(4 * x.size for x in jax.tree.leaves(matrices))
     assert held["usual"] < held["refresh"] - saved / 2
-    clipped = dataclasses.replace(config, grad_clip=1.0)
-    assert trainer.compile_low_rank_step(setup.prepare(clipped)) is None
+    for norm in ({"grad_clip": 1.0}, {"spike_skip": 6.0}):  # of the whole gradient
+        assert not dataclasses.replace(config, **norm).accumulates_low_rank

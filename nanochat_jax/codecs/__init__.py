@@ -3,7 +3,7 @@
 A codec is a pair `encode`, `decode` with three laws:
 
   * `decode(encode(x))` is within half the gap between the codec's levels around `x`
-    (a whole gap if the rounding is stochastic);
+    (a whole gap if the rounding is stochastic; more beyond the levels of `Normal2`);
   * `encode(decode(q)) == q` if the rounding is to nearest: storing again what was
     stored changes nothing;
   * zero is stored as zero, and a block with an entry that is not finite comes back
@@ -19,6 +19,7 @@ the array they stand for. The last block of a row may be shorter than the others
 | `MuLaw8` | evenly spaced logarithms, linear near zero | scales mixed within a block |
 | `Float8` | of the type `float8_e4m3fn` | where hardware has it |
 | `Normal4` | for normal entries, of rotated blocks | momentum in 4 bits |
+| `Normal2` | likewise, without a zero, and cut | momentum of short memory in 2 bits |
 """
 
 from nanochat_jax.codecs.base import (
@@ -30,4 +31,4 @@ from nanochat_jax.codecs.dynamic import Dynamic8 as Dynamic8
 from nanochat_jax.codecs.float8 import Float8 as Float8
 from nanochat_jax.codecs.linear import Int4 as Int4, Int8 as Int8
 from nanochat_jax.codecs.mulaw import MuLaw8 as MuLaw8
-from nanochat_jax.codecs.normal import Normal4 as Normal4
+from nanochat_jax.codecs.normal import Normal2 as Normal2, Normal4 as Normal4

@@ -16,7 +16,7 @@ class Quantized(NamedTuple):
     """An array kept as short codes, with one scale for each block of its last axis.
 
     Attributes:
-      codes: `[*rows, n]`, or `[*rows, ceil(n / 2)]` where a byte holds two codes.
+      codes: `[*rows, n]`, or `[*rows, ceil(n / k)]` where a byte holds `k` codes.
       scales: `[*rows, ceil(n / block_size)]`, what the level of a code is multiplied
         by.
     """

@@ -1,4 +1,6 @@
-"""Blocks of the last axis, and two codes to a byte."""
+"""Blocks of the last axis, and several codes to a byte."""
+
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -24,20 +26,23 @@ def join(
     return x.reshape(*x.shape[:-2], -1)[..., :size]
 
 
-def pack(codes: Shaped[Array, "*rows n"]) -> UInt8[Array, "*rows half"]:
-    """Returns the low halves of bytes, two to a byte, the even one in its low half.
+def pack(codes: Shaped[Array, "*rows n"], bits: int = 4) -> UInt8[Array, "*rows bytes"]:
+    """Returns the low `bits` of bytes, as many to a byte as fit, the first lowest.
 
-    An odd last axis leaves the last half byte zero.
+    A last axis that does not fill its last byte leaves the rest of it zero.
     """
-    halves = jax.lax.bitcast_convert_type(codes, jnp.uint8) & 0xF
-    if codes.shape[-1] == 1:
-        return halves
-    pairs = split(halves, 2)
-    return pairs[..., 0] | (pairs[..., 1] << 4)
+    per_byte = 8 // bits
+    low = jax.lax.bitcast_convert_type(codes, jnp.uint8) & (2**bits - 1)
+    widths = [(0, 0)] * (codes.ndim - 1) + [(0, -codes.shape[-1] % per_byte)]
+    parts = split(jnp.pad(low, widths), per_byte)
+    shifted = (parts[..., i] << (bits * i) for i in range(per_byte))
+    return functools.reduce(jnp.bitwise_or, shifted)
 
 
 def unpack(
-    packed: UInt8[Array, "*rows half"], size: int
+    packed: UInt8[Array, "*rows bytes"], size: int, bits: int = 4
 ) -> UInt8[Array, "*rows {size}"]:
     """Undoes `pack` of an array with a last axis of `size`."""
-    return join(jnp.stack([packed & 0xF, packed >> 4], axis=-1), size)
+    shifts = range(0, 8, bits)
+    parts = [packed >> shift & (2**bits - 1) for shift in shifts]
+    return join(jnp.stack(parts, axis=-1), size)

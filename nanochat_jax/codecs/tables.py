@@ -80,7 +80,7 @@ def _bins(levels: Levels) -> _Bins:
     # Midpoints are in one bin if they differ only in the bits that are left out.
     same_side = np.sign(midpoints[1:]) == np.sign(midpoints[:-1])
     differing = (bits[1:] ^ bits[:-1])[same_side]
-    shift = int(differing.min()).bit_length() - 1
+    shift = int(differing.min(initial=1 << 23)).bit_length() - 1  # at most a mantissa
     low, high = int(bits.min()) >> shift, int(np.float32(1).view(np.uint32)) >> shift
     leading = np.arange(low, high + 1, dtype=np.uint32) << shift
     nearer = leading.view(np.float32)

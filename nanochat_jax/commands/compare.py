@@ -29,10 +29,11 @@ class CompareFlags(Flags):
       output: Folder for `report.json`, figures, and the metrics and result of each run;
         started again, it goes on where it stopped.
       steps: Steps of each run, in place of `total_steps`.
-      variants: Variants by name: muon, muon_8bit, muon_4bit, galore, galore_8bit,
-        galore_4bit, galore_plain, galore_plain_8bit (without residual), adamw and
-        adamw_galore (AdamW for all parameters). Settings of the optimizer may follow
-        a name, as in `galore_8bit:galore_rank=32,quant_block_size=64`.
+      variants: Variants by name: muon, muon_8bit, muon_4bit, muon_2bit, galore,
+        galore_8bit, galore_4bit, galore_2bit, galore_plain, galore_plain_8bit (without
+        residual), adamw and adamw_galore (AdamW for all parameters). Settings of the
+        optimizer may follow a name, as in
+        `galore_8bit:galore_rank=32,quant_block_size=64`.
       seeds: Seeds to train each variant with, from `seed` on.
       adamw_lr: Peak learning rate of the AdamW variants; if not given, that of
         embeddings and vectors in the Muon variants, `fallback_lr`.

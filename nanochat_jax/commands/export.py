@@ -14,7 +14,8 @@ class Export:
     """Writes the weights of a checkpoint as safetensors, a JSON file beside them.
 
     The JSON file, with `.json` for `.safetensors`, has the settings of the model, the
-    fingerprint of its tokenizer, its step, and the versions that wrote it.
+    fingerprint of its tokenizer, its step, and the versions that wrote it. Of a ternary
+    model the latent weights are written, which it rounds in use.
 
     Attributes:
       checkpoint: Checkpoint folder of a run, or the folder of one of its steps.
@@ -42,3 +43,5 @@ class Export:
             f"Wrote {self.output}, {count:,} parameters of step {trained.step}, and "
             f"{export.config_path(self.output)}, their settings."
         )
+        if trained.config.ternary:
+            print("The kernels are the latent weights, which the model rounds itself.")

@@ -14,10 +14,9 @@ from nanochat_jax.commands.shared import (
 )
 from nanochat_jax.config import Config
 from nanochat_jax.config.depth import derive
-from nanochat_jax.lm import device, report, setup
+from nanochat_jax.lm import device, planning, report, trainer
 from nanochat_jax.lm.accumulate import accumulator_bytes
 from nanochat_jax.memory import compiled_bytes, memory_report
-from nanochat_jax.optimizer import build_optimizer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,23 +32,27 @@ class PlanFlags(Flags):
 
 @dataclasses.dataclass(frozen=True)
 class Plan(Config, PlanFlags):
-    """Trains nothing: groups, exact bytes of state, the compiled update's memory."""
+    """Trains nothing: groups, exact bytes of state, peak memory of a compiled step."""
 
     def run(self) -> None:
         """Prints the plan."""
         with usage_errors():
             device.use(self.device, self.threads)
         config = settings_of(self)
-        _, params = setup.abstract_model(config)
-        tx = build_optimizer(config, params)
+        run = planning.abstract_run(config)
+        params, tx = run.params, run.tx
         held = memory_report(tx, params)
         groups = report.parameter_groups(config, params, held)
+        low_rank = trainer.compile_low_rank_step(run)
+        steps = [trainer.compile_train_step(run), *([low_rank] if low_rank else [])]
+        peak = planning.plan_run(run, steps)
         update = compiled_bytes(tx, params)
         flops = report.step_flops(config, params)
         accumulator = accumulator_bytes(config, tx, params)
         if self.json:
             plan = {"variant": config.variant, **held.to_dict(), "update": update}
-            plan |= {"flops": flops, "groups": groups, "accumulator": accumulator}
+            plan |= {"run": peak._asdict(), "flops": flops}
+            plan |= {"groups": groups, "accumulator": accumulator}
             if self.depth is not None:
                 plan["depth"] = {k: getattr(self, k) for k in derive(self.depth)}
             print(json.dumps(plan, indent=2))
@@ -65,7 +68,9 @@ class Plan(Config, PlanFlags):
             f"Compiled update on {device.describe()}: "
             f"{report.megabytes(update['temp_bytes'])} of temporaries beside "
             f"{report.megabytes(update['argument_bytes'])} of gradients, state and "
-            "what it reads of the parameters.\n" + report.flops_summary(config, flops),
+            "what it reads of the parameters.\n"
+            f"{planning.plan_summary(config, peak)}\n"
+            f"{report.flops_summary(config, flops)}",
         )
         if config.grad_accum_steps > 1:
             say(console, report.accumulator_summary(config, accumulator))

@@ -24,7 +24,7 @@ class Plot:
     """
 
     runs: tyro.conf.Positional[tuple[str, ...]]
-    output: str
+    output: str = "loss.png"
     x: plot.Axis = "step"
 
     def run(self) -> None:

@@ -3,12 +3,17 @@
 import contextlib
 import dataclasses
 import functools
+import signal
+import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import jax
 from rich.console import Console
 
+from nanochat_jax import settings
 from nanochat_jax.commands.shared import (
     Flags,
     say,
@@ -17,12 +22,24 @@ from nanochat_jax.commands.shared import (
     usage_errors,
 )
 from nanochat_jax.config import Config
-from nanochat_jax.lm import device, report, setup, trainer
+from nanochat_jax.lm import (
+    device,
+    mesh,
+    processes,
+    report,
+    resume,
+    setup,
+    trainer,
+)
+from nanochat_jax.lm.agreement import stopping
 from nanochat_jax.lm.checkpoint import Checkpoints
 from nanochat_jax.lm.display import make_display
-from nanochat_jax.lm.generate import generate
 from nanochat_jax.lm.metrics import MetricsWriter
+from nanochat_jax.lm.profiler import StepProfiler, parse_steps
+from nanochat_jax.lm.samples import Sampler, make_sampler
+from nanochat_jax.lm.sinks import Sink, TensorBoardSink, WandbSink
 from nanochat_jax.memory import memory_report
+from nanochat_jax.sharding import bytes_per_device
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,115 +53,209 @@ class TrainFlags(Flags):
       resume: Checkpoint folder, or the folder of one step, to go on from.
       allow_codec_change: Whether the resumed state may be stored with other codecs, or
         none, than it was: it is then decoded and stored anew.
+      allow_data_change: Whether the resumed run may go on with other data.
+      allow_tokenizer_change: Whether it may go on with another tokenizer, whose ids
+        are taken to mean what they did.
+      tensorboard: Whether metrics also go to the folder `tensorboard` beside them.
+      wandb: Project of Weights & Biases that metrics also go to; offline, unless
+        `WANDB_MODE` is `online`.
+      profile_steps: Steps to write a trace of, to the folder `profile` beside them:
+        `A:B` for those from A up to, and without, B.
+      coordinator: Where process 0 listens, `HOST:PORT`, for one of several processes
+        that train together. SLURM and Open MPI tell it without this flag.
+      num_processes: How many processes these are.
+      process_id: Which of them this one is, from 0.
     """
 
     epochs: int | None = None
     checkpoint_dir: str | None = None
     resume: str | None = None
     allow_codec_change: bool = False
+    allow_data_change: bool = False
+    allow_tokenizer_change: bool = False
+    tensorboard: bool = False
+    wandb: str | None = None
+    profile_steps: str | None = None
+    coordinator: str | None = None
+    num_processes: int | None = None
+    process_id: int | None = None
+
+
+class _Job(NamedTuple):
+    """What is settled before anything is compiled.
+
+    Attributes:
+      run: What to train.
+      restored: State to go on from, if any.
+      folder: Where to write, if anywhere.
+      sinks: Where metrics go.
+      profiler: What traces some of the steps, if any.
+      sampler: What makes text, if any can be made.
+    """
+
+    run: setup.Run
+    restored: trainer.TrainState | None
+    folder: Path | None
+    sinks: list[Sink]
+    profiler: StepProfiler | None
+    sampler: Sampler | None
 
 
 # The flags come last among the bases, so that `--help` shows them first.
 @dataclasses.dataclass(frozen=True)
 class Train(Config, TrainFlags):
-    """Trains a GPT; every setting of the TOML file is also a flag."""
+    """Trains a GPT; every setting of the TOML file is also a flag.
+
+    SIGTERM and Ctrl-C stop the run after the step it is at, with a checkpoint. The exit
+    code is then 0 and 130. A second signal stops it at once.
+    """
 
     def run(self) -> None:
         """Trains, prints what it does, and ends with a sample of text."""
-        console = Console()
+        with contextlib.ExitStack() as stack:
+            with usage_errors():
+                who = (self.coordinator, self.num_processes, self.process_id)
+                stack.enter_context(processes.joined(*who))
+                device.use(self.device, self.threads)
+            received = self._train(Console(quiet=not processes.is_first()))
+        if received:
+            sys.exit(0 if received == signal.SIGTERM else 128 + received)
+
+    def _train(self, console: Console) -> signal.Signals | None:
+        """Trains; returns the signal that ended it early, if one did."""
         tell = functools.partial(say, console)
         with usage_errors():
-            device.use(self.device, self.threads)
-            run = setup.prepare(settings_of(self), self.epochs)
-            source = Checkpoints(self.resume) if self.resume else None
-            restored = source and trainer.restore(
-                run, source, allow_codec_change=self.allow_codec_change, say=tell
-            )
-            folder = self.checkpoint_dir or (source and source.directory)
-            first = int(restored.step) if restored else 0
-            _check_folder(folder, first, run.config.total_steps)
+            job = self._prepare(tell)
+        run = job.run
         say_depth(console, self)
         tell(report.optimizer_summary(run.config, memory_report(run.tx, run.params)))
         tell()
         tell(f"Data:   {run.corpus.description}, {len(run.corpus.train):,} tokens")
         tell(f"Model:  {_count(run.params):,} parameters on {device.describe()}")
-        started = time.perf_counter()
-        step = trainer.compile_train_step(run)
-        low_rank_step = trainer.compile_low_rank_step(run)
-        tell(_compiled(step, time.perf_counter() - started))
-        state = restored or trainer.init_state(run)
-        if restored:
-            tell(f"Resumed from step {first} of {self.resume}.")
-        state = _fit(run, state, (step, low_rank_step), folder, console)
-        held = sum(x.nbytes for x in jax.tree.leaves(state.opt_state))
-        baseline = memory_report(run.tx, run.params).fp32_muon_adamw_bytes
-        tell(
-            f"\nOptimizer state: {report.megabytes(held)}; "
-            f"FP32 Muon + AdamW: {report.megabytes(baseline)}."
-        )
-        _print_sample(run, state, console)
+        if spread := mesh.describe(run.params, run.config):
+            tell(spread)
+        state, received = _fit(job, console, tell)
+        if received:
+            tell(_stopped(received, int(state.step), job.folder))
+            return received
+        tell(f"\n{_held(run, state)}")
+        if job.sampler:
+            text = job.sampler(state.params, int(state.step))
+            tell(f"\nA sample:\n{text}")
+        return None
+
+    def _prepare(self, tell: Callable[[str], object]) -> _Job:
+        """Loads what is needed, and refuses what will not do; nothing is written."""
+        run = setup.prepare(settings_of(self), self.epochs)
+        source = Checkpoints(self.resume) if self.resume else None
+        allow: list[resume.Change] = [
+            change
+            for change in resume.CHANGES
+            if getattr(self, f"allow_{change}_change")
+        ]
+        restored = source and resume.restore(run, source, allow=allow, say=tell)
+        given = self.checkpoint_dir or (source and source.directory)
+        folder = Path(given) if given else None
+        first = int(restored.step) if restored else 0
+        _check_folder(folder, first, run.config.total_steps)
+        profiler = None
+        if self.profile_steps:
+            steps = parse_steps(self.profile_steps)
+            profiler = StepProfiler(*steps, self._beside(folder) / "profile")
+        sinks, sampler = self._sinks(run, folder), make_sampler(run)
+        if not processes.is_first():
+            sinks, profiler = [], None
+        if jax.process_count() > 1:
+            sampler = None  # its tokens are on one process, the parameters on all
+        return _Job(run, restored, folder, sinks, profiler, sampler)
+
+    def _sinks(self, run: setup.Run, folder: Path | None) -> list[Sink]:
+        """Returns where metrics go."""
+        sinks: list[Sink] = []
+        if folder:
+            sinks.append(MetricsWriter(folder / "metrics.jsonl"))
+        if self.tensorboard:
+            sinks.append(TensorBoardSink(self._beside(folder) / "tensorboard"))
+        if self.wandb:
+            config = dataclasses.asdict(run.config)
+            sinks.append(WandbSink(self.wandb, config, self._beside(folder)))
+        return sinks
+
+    def _beside(self, folder: Path | None) -> Path:
+        if folder is None:
+            raise ValueError(
+                "`--tensorboard`, `--wandb` and `--profile-steps` write beside the "
+                "checkpoints. Give a folder by `--checkpoint-dir`."
+            )
+        return folder
 
 
-def _check_folder(folder: str | Path | None, first: int, total: int) -> None:
+def _check_folder(folder: Path | None, first: int, total: int) -> None:
     """Refuses, before anything is written, a run that could not be saved."""
     if folder:
         Checkpoints(folder).check_start(first)
-    if first >= total:
-        raise ValueError(
+    settings.require(
+        (
+            first < total,
             f"the checkpoint is of step {first}, and the run has {total} steps: there "
-            "is nothing left to train. Raise `--total-steps`."
+            "is nothing left to train. Raise `--total-steps`.",
         )
+    )
 
 
 def _fit(
-    run: setup.Run,
-    state: trainer.TrainState,
-    steps: tuple[jax.stages.Compiled, jax.stages.Compiled | None],
-    folder: str | Path | None,
-    console: Console,
-) -> trainer.TrainState:
-    """Trains, with checkpoints and metrics if there is a folder for them."""
-    config, first = run.config, int(state.step)
+    job: _Job, console: Console, tell: Callable[[str], object]
+) -> tuple[trainer.TrainState, signal.Signals | None]:
+    """Trains; returns the state, and the signal that ended it early, if one did."""
+    run, config = job.run, job.run.config
+    started = time.perf_counter()
+    step = trainer.compile_train_step(run)
+    low_rank_step = trainer.compile_low_rank_step(run)
+    processes.meet("compiled")
+    tell(_compiled(step, time.perf_counter() - started))
+    state = job.restored or trainer.init_state(run)
+    first = int(state.step)
+    if job.restored:
+        tell(f"Resumed from step {first}.")
     with contextlib.ExitStack() as stack:
-        checkpoints = metrics = None
-        if folder:
-            keep = config.keep_last_checkpoints
-            checkpoints = stack.enter_context(Checkpoints(folder, keep_last=keep))
-            metrics = stack.enter_context(MetricsWriter(Path(folder) / "metrics.jsonl"))
-            metrics.resume(first or -1)
+        stop = stack.enter_context(stopping(run.mesh))
+        checkpoints = None
+        if job.folder:
+            checkpoints = Checkpoints(
+                job.folder,
+                keep_last=config.keep_last_checkpoints,
+                keep_every=config.keep_checkpoint_every,
+            )
+            stack.enter_context(checkpoints)
+        for sink in job.sinks:
+            stack.callback(sink.close)
+            sink.resume(first or -1)
+        if job.profiler:
+            stack.callback(job.profiler.close)
         display = stack.enter_context(
             make_display(config.total_steps, start_step=first, console=console)
         )
-        return trainer.fit(
+        state = trainer.fit(
             run,
             state,
-            steps[0],
-            low_rank_step=steps[1],
+            step,
+            low_rank_step=low_rank_step,
             display=display,
-            metrics=metrics,
+            sinks=job.sinks,
             checkpoints=checkpoints,
+            sample=job.sampler,
+            profiler=job.profiler,
+            stop=stop,
         )
+    return state, stop.received
 
 
-def _print_sample(run: setup.Run, state: trainer.TrainState, console: Console) -> None:
-    """Prints text the model continues, if its ids are known to be of the tokenizer."""
-    config = run.config
-    known = run.corpus.tokenizer == run.tokenizer.fingerprint
-    if not known or not config.sample_tokens:
-        return
-    prompt = run.tokenizer.encode(config.sample_prompt).tolist()
-    tokens = generate(
-        run.graphdef,
-        state.params,
-        config,
-        prompt,
-        max_tokens=min(config.sample_tokens, config.max_seq_len - len(prompt)),
-        temperature=0.8,
-        seed=config.seed,
-        stop=[run.tokenizer.separator],
-    )
-    text = run.tokenizer.decode([*prompt, *tokens])
-    say(console, f"\nA sample:\n{text}")
+def _stopped(received: signal.Signals, step: int, folder: Path | None) -> str:
+    """Returns what became of a run that a signal ended."""
+    line = f"\n{received.name}: stopped after step {step}"
+    if folder is None:
+        return f"{line}. Nothing was saved, for want of `--checkpoint-dir`."
+    return f"{line}, which is saved. Go on with `--resume {folder}`."
 
 
 def _compiled(step: jax.stages.Compiled, seconds: float) -> str:
@@ -154,6 +265,18 @@ def _compiled(step: jax.stages.Compiled, seconds: float) -> str:
         return line
     peak = planned.argument_size_in_bytes + planned.temp_size_in_bytes
     return f"{line}; it plans {report.megabytes(peak)} with parameters and state."
+
+
+def _held(run: setup.Run, state: trainer.TrainState) -> str:
+    """Returns the bytes of an optimizer's state, beside those of the baseline."""
+    held = sum(x.nbytes for x in jax.tree.leaves(state.opt_state))
+    baseline = memory_report(run.tx, run.params).fp32_muon_adamw_bytes
+    each = report.megabytes(bytes_per_device(state.opt_state))
+    return (
+        f"Optimizer state: {report.megabytes(held)}"
+        f"{f', {each} on each device' if run.mesh else ''}; "
+        f"FP32 Muon + AdamW: {report.megabytes(baseline)}."
+    )
 
 
 def _count(params: object) -> int:

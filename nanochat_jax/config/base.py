@@ -11,7 +11,6 @@ from nanochat_jax.config.depth import derive
 # Keys of the parent project, nanochat-rs-ternary, for parts that are not built here.
 PARENT_ONLY = (
     "distill_kl_weight",
-    "group_size",
     "loop_scale_penalty",
     "mhc_lr",
     "mhc_n_streams",
@@ -49,7 +48,7 @@ class Settings:
         Raises:
           ValueError: If the file cannot be read, or a key or value is not allowed.
         """
-        values = settings.read_toml(path, tables=("galore_rank",))
+        values = settings.read_toml(path, tables=("galore_rank", "mesh"))
         unbuilt = [key for key in PARENT_ONLY if key in values]
         if unbuilt:
             warnings.warn(

@@ -22,7 +22,16 @@ class ModelConfig(Settings):
       weight_tied: Whether the head is the transposed embedding.
       rope_theta: Base of the rotary frequencies.
       compute_dtype: Type of activations and products; parameters are float32.
-      remat: Whether blocks are recomputed in the backward pass.
+      remat: Whether blocks are recomputed in the backward pass. Before JAX 0.11 it
+        takes `scan_layers` too for this to save memory on CPUs.
+      scan_layers: Whether the parameters of all blocks are stacked and run by one loop,
+        which compiles faster the more blocks there are.
+      loss_chunk: Tokens whose logits stand at a time, at least one position of every
+        sequence; 0 for all. Fewer take less memory, but a large vocabulary and a fast
+        device want more.
+      ternary: Whether the kernels of blocks are rounded to -1, 0 and 1 times a scale,
+        and what they multiply to 8 bits, as in BitNet b1.58; trained are float weights.
+      group_size: Entries of a column of such a kernel that share a scale.
     """
 
     dim: int = 256
@@ -36,12 +45,18 @@ class ModelConfig(Settings):
     rope_theta: float = 10_000.0
     compute_dtype: Literal["float32", "bfloat16"] = "float32"
     remat: bool = False
+    scan_layers: bool = False
+    loss_chunk: int = 512
+    ternary: bool = False
+    group_size: int = 128
 
     def _checks(self) -> list[settings.Check]:
-        sizes = ("dim", "n_layers", "n_heads", "vocab_size", "max_seq_len")
+        sizes = (
+            "dim", "n_layers", "n_heads", "vocab_size", "max_seq_len", "group_size",
+        )  # fmt: skip
         heads = max(self.n_heads, 1)
         return [
-            *settings.lower_bounds(self, dict.fromkeys(sizes, 1)),
+            *settings.lower_bounds(self, dict.fromkeys(sizes, 1) | {"loss_chunk": 0}),
             (
                 self.dim % heads == 0 and self.dim // heads % 2 == 0,
                 "`dim` must be an even multiple of `n_heads`, got "

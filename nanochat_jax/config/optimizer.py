@@ -30,7 +30,11 @@ class OptimizerConfig(Settings):
       weight_decay: Decoupled weight decay of everything but vectors.
       warmup_steps: Steps of linear warm-up.
       total_steps: Steps of the schedule.
-      decay_start_frac: Fraction of the steps after which the rate falls linearly to 0.
+      schedule: Course of the rate after its warm-up: "wsd" (warm-up, stable, decay; Hu
+        et al. 2024, "MiniCPM") stays and then falls linearly, "cosine" falls along half
+        a cosine (Loshchilov and Hutter 2017, "SGDR"), and "linear" along a line.
+      decay_start_frac: Fraction of the steps after which "wsd" begins to fall.
+      min_lr_frac: What the rate falls to, as a fraction of its peak.
       grad_clip: Largest global norm of the gradient; 0 does not clip.
       muon_momentum: Decay of the momentum of matrices.
       muon_scale: Shape rule of their updates, as in `scale_by_shape`.
@@ -41,7 +45,7 @@ class OptimizerConfig(Settings):
         and with it the moments of AdamW or Lion in 8 bits.
       quantize_embeddings: Whether that holds for embeddings and head too.
       quant_bits: Bits of the momentum of matrices. 4 are `Normal4`, or `Int4` if
-        rounding is stochastic.
+        rounding is stochastic; 2 are `Normal2`.
       quant_codec: How first moments are stored in 8 bits. Second moments, which are
         divided by, are always in the dynamic map without zero.
       quant_block_size: Entries that share a scale; half as many with `Normal4`.
@@ -60,7 +64,12 @@ class OptimizerConfig(Settings):
         of the gradient, and later when it stands still; see `Adaptive`.
       galore_warm_start: Whether a basis is looked for from the one before, not from a
         random sketch.
+      galore_momentum_share: Share of the momentum in the matrix whose leading
+        directions a basis is of; the rest of it is the gradient.
       galore_residual: Weight of the rest of the gradient; 0 is the published method.
+      galore_rest_bits: Bits in which the rest has a momentum of its own: 2 and 4 are
+        `Normal2` and `Normal4`, 8 `Int8`, 32 not quantised; 0 for none.
+      galore_rest_momentum: Decay of that momentum; short, as few bits ask for.
       galore_match_norm: Whether the rest is scaled as the momentum is to the gradient.
       galore_scale: Factor on what comes back from the low-rank space.
       projector_bits: Bits of the stored basis; 4 with `use_8bit_optim`, else 8, if not
@@ -76,7 +85,9 @@ class OptimizerConfig(Settings):
     weight_decay: float = 0.0
     warmup_steps: int = 0
     total_steps: int = 1000
+    schedule: Literal["wsd", "cosine", "linear"] = "wsd"
     decay_start_frac: float = 0.8
+    min_lr_frac: float = 0.0
     grad_clip: float = 1.0
     muon_momentum: float = 0.95
     muon_scale: Literal["width", "rms", "none"] = "width"
@@ -85,7 +96,7 @@ class OptimizerConfig(Settings):
     ns_dtype: NewtonSchulzDtype = "auto"
     use_8bit_optim: bool = False
     quantize_embeddings: bool = True
-    quant_bits: Literal[8, 4] = 8
+    quant_bits: Literal[8, 4, 2] = 8
     quant_codec: CodecName = "int8"
     quant_block_size: int = 128
     quant_scale_dtype: Literal["float32", "bfloat16"] = "bfloat16"
@@ -98,7 +109,10 @@ class OptimizerConfig(Settings):
     galore_stagger: bool = False
     galore_adaptive: bool = False
     galore_warm_start: bool = False
+    galore_momentum_share: float = 0.0
     galore_residual: float = 1.0
+    galore_rest_bits: Literal[0, 2, 4, 8, 32] = 0
+    galore_rest_momentum: float = 0.7
     galore_match_norm: bool = False
     galore_scale: float = 1.0
     projector_bits: Literal[32, 16, 8, 4] | None = None
@@ -115,6 +129,8 @@ class OptimizerConfig(Settings):
         }  # fmt: skip
         fractions = {
             "muon_momentum": [self.muon_momentum],
+            "galore_rest_momentum": [self.galore_rest_momentum],
+            "galore_momentum_share": [self.galore_momentum_share],
             "adam_betas": self.adam_betas,
             "lion_betas": self.lion_betas,
         }
@@ -130,6 +146,11 @@ class OptimizerConfig(Settings):
             *_method_checks(self.ns_method, self.ns_steps),
             *_rank_checks(self.galore_rank),
             (
+                self.galore_residual > 0 or not self.galore_rest_bits,
+                "`galore_rest_bits` stores a momentum of what `galore_residual = 0` "
+                "leaves out. Set one of them otherwise.",
+            ),
+            (
                 not (self.galore_stagger and self.galore_adaptive),
                 "`galore_stagger` and `galore_adaptive` both decide when a matrix "
                 "changes its basis. Set one of them.",
@@ -139,22 +160,19 @@ class OptimizerConfig(Settings):
                 '`stochastic_rounding` needs `quant_codec` to be "int8", got '
                 f'"{self.quant_codec}".',
             ),
+            (
+                not self.stochastic_rounding or self.quant_bits != 2,
+                "`stochastic_rounding` needs `quant_bits` to be 8 or 4, got 2.",
+            ),
             (self.seed < 2**32, f"`seed` must be below 2**32, got {self.seed}."),
-            (
-                0 <= self.decay_start_frac <= 1,
-                f"`decay_start_frac` must lie in [0, 1], got {self.decay_start_frac}.",
-            ),
-            (
-                self.warmup_steps <= self.decay_start,
-                f"`warmup_steps` must end before the decay begins, at step "
-                f"{self.decay_start} = decay_start_frac x total_steps, got "
-                f"{self.warmup_steps}.",
-            ),
+            *_schedule_checks(self),
         ]
 
     @property
     def decay_start(self) -> int:
         """Step at which the learning rate begins to fall."""
+        if self.schedule != "wsd":
+            return self.warmup_steps
         return round(self.decay_start_frac * self.total_steps)
 
     @property
@@ -181,6 +199,27 @@ class OptimizerConfig(Settings):
         if self.use_galore:
             base = "galore" if self.galore_residual else "galore_plain"
         return f"{base}_{self.quant_bits}bit" if self.use_8bit_optim else base
+
+
+def _schedule_checks(config: OptimizerConfig) -> list[settings.Check]:
+    last, end = config.total_steps, "the run does, at step {} = total_steps"
+    if config.schedule == "wsd":
+        last = config.decay_start
+        end = "the decay begins, at step {} = decay_start_frac x total_steps"
+    fractions = {
+        name: getattr(config, name) for name in ("decay_start_frac", "min_lr_frac")
+    }
+    return [
+        *(
+            (0 <= value <= 1, f"`{name}` must lie in [0, 1], got {value}.")
+            for name, value in fractions.items()
+        ),
+        (
+            config.warmup_steps <= last,
+            f"`warmup_steps` must end before {end.format(last)}, got "
+            f"{config.warmup_steps}.",
+        ),
+    ]
 
 
 def _rank_checks(rank: Rank | None) -> list[settings.Check]:

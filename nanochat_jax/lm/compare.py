@@ -28,7 +28,9 @@ from nanochat_jax.memory import memory_report
 _WITHOUT_EFFECT = (
     "checkpoint_interval",
     "data_path",  # the ids themselves are compared
+    "keep_checkpoint_every",
     "keep_last_checkpoints",
+    "sample_interval",
     "sample_prompt",
     "sample_tokens",
     "tokenizer",
@@ -149,7 +151,7 @@ def run_trial(trial: Trial, display: Display) -> dict[str, Any]:
                 step,
                 low_rank_step=low_rank_step,
                 display=display,
-                metrics=metrics,
+                sinks=[metrics],
             )
         except FloatingPointError as diverged:
             error = str(diverged)

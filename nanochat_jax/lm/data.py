@@ -28,13 +28,21 @@ class Batches:
       batch_size: Sequences of a batch, B.
       seq_len: Tokens of a sequence, T.
       seed: Seed of the order, from 0 to 2**32 - 1.
+      rows: Which sequences of each batch to read, for one of several processes that
+        share it; all if not given.
 
     Raises:
       ValueError: If there is no window, or a number is out of range.
     """
 
     def __init__(
-        self, tokens: np.ndarray, *, batch_size: int, seq_len: int, seed: int
+        self,
+        tokens: np.ndarray,
+        *,
+        batch_size: int,
+        seq_len: int,
+        seed: int,
+        rows: np.ndarray | None = None,
     ) -> None:
         settings.require(
             (batch_size >= 1, f"`batch_size` must be at least 1, got {batch_size}."),
@@ -42,10 +50,11 @@ class Batches:
         )
         windows = _windows(tokens, seq_len)
         self.steps_per_epoch = -(-len(windows) // batch_size)
+        chosen = slice(None) if rows is None else rows
         order = grain.MapDataset.range(len(windows)).seed(seed).shuffle().repeat()
         # Whole batches are gathered at once: several times faster than one by one.
         self._dataset = order.batch(batch_size).map(
-            lambda indices: windows[indices].astype(np.int32)
+            lambda indices: windows[indices[chosen]].astype(np.int32)
         )
 
     def __call__(self, step: int) -> np.ndarray:

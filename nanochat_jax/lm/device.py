@@ -33,14 +33,13 @@ def use(device: str, threads: int | None = None) -> None:
 
 
 def describe() -> str:
-    """Returns the devices in words, such as `"1 cpu device (cpu), 2 threads"`."""
+    """Returns the devices in words, such as `"1 CPU device, 2 threads"`."""
     devices = jax.devices()
-    kind = devices[0].device_kind
-    plural = "s" if len(devices) > 1 else ""
-    text = f"{len(devices)} {devices[0].platform} device{plural} ({kind})"
-    if devices[0].platform == "cpu":
-        text += f", {available_threads()} threads"
-    return text
+    platform, plural = devices[0].platform, "s" if len(devices) > 1 else ""
+    text = f"{len(devices)} {platform.upper()} device{plural}"
+    if platform == "cpu":
+        return f"{text}, {available_threads()} threads"
+    return f"{text} ({devices[0].device_kind})"
 
 
 def available_threads() -> int:

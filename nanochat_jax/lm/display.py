@@ -1,4 +1,4 @@
-"""What a run shows while it trains: a progress bar on a terminal, lines elsewhere.
+"""What a run shows while it trains: a progress display on a terminal, lines elsewhere.
 
 Both take metrics by the names they have in `metrics.jsonl`. The numbers should be on
 the host already: turning a device array into text waits for the device.
@@ -9,28 +9,35 @@ import datetime
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Self
 
-from rich.console import Console, RenderableType
+from rich.console import Console, ConsoleOptions, RenderableType
 from rich.progress import (
     BarColumn,
-    MofNCompleteColumn,
     Progress,
     ProgressColumn,
     Task,
+    TaskProgressColumn,
     TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
 )
 from rich.table import Column
 from rich.text import Text
 
+# The order in which they are shown; where there is no room for all, the first are kept.
 _TEXTS: dict[str, Callable[[float], str]] = {
     "loss": "loss {:.4f}".format,
+    "val_loss": "val loss {:.4f}".format,
+    "val_bpb": "val bpb {:.4f}".format,
+    "skipped": "skipped {:.0f}".format,
+    "tokens_per_s": lambda rate: f"{_short(rate)} tok/s",
     "lr": "lr {:.2e}".format,
     "grad_norm": "grad norm {:.3g}".format,
-    "tokens_per_s": lambda rate: f"{rate / 1000:.1f}k tok/s",
-    "val_loss": "val loss {:.4f}".format,
-    "val_bpb": "bpb {:.4f}".format,
+    "memory_bytes": lambda count: f"{count / 1e9:.2f} GB in use",
+    "mfu": "MFU {:.1%}".format,
+    "optimizer_share": "optimizer {:.0%}".format,
+    "tokens": lambda count: f"{_short(count)} tokens",
 }
+_EVALUATED = ("val_loss", "val_bpb")
+_COUNTS = ("skipped", "tokens")
+_GAP = "   "
 
 
 class Display(abc.ABC):
@@ -82,35 +89,67 @@ class _Lines(Display):
         total = f"{self._task.total:.0f}"
         parts = [
             f"step {metrics['step']:>{len(total)}}/{total}",
-            *_texts(metrics, _TEXTS),
+            *_texts(metrics, [name for name in _TEXTS if name not in _EVALUATED]),
             f"elapsed {_clock(metrics.get('elapsed_s') or self._task.elapsed)}",
             f"eta {_clock(self._task.time_remaining)}",
+            *_texts(metrics, _EVALUATED),
         ]
         self.print(" | ".join(parts))
 
 
 class _Bar(Display):
-    """Keeps the latest metrics beside a bar; evaluations leave a line above it."""
+    """Keeps the latest metrics below a bar; evaluations leave a line above it."""
 
     def log(self, metrics: Mapping[str, Any]) -> None:
         self.update(metrics["step"], metrics)
-        evaluated = _texts(metrics, ("val_loss", "val_bpb"))
+        evaluated = _texts(metrics, _EVALUATED)
         if evaluated:
-            self.print(" | ".join([f"step {metrics['step']}", *evaluated]))
+            step = f"step {metrics['step']:>{len(f'{self._task.total:.0f}')}}"
+            self.print(_styled(_GAP.join([step, *evaluated])))
 
 
-class _MetricsColumn(ProgressColumn):
-    """The loss, the bits per byte of the last evaluation, and the speed."""
+class _Panel(Progress):
+    """A bar, and below it the metrics."""
+
+    def get_renderables(self) -> Iterable[RenderableType]:
+        """Yields the bar, and the metrics once there are any."""
+        yield from super().get_renderables()
+        if self.tasks and self.tasks[0].fields["metrics"]:
+            yield _Metrics(self.tasks[0].fields["metrics"])
+
+
+class _Metrics:
+    """As many of the metrics as fit on two lines."""
+
+    def __init__(self, metrics: Mapping[str, Any]):
+        # The loss of the last evaluation stands above the bar.
+        self._texts = _texts(metrics, [name for name in _TEXTS if name != "val_loss"])
+
+    def __rich_console__(
+        self, console: Console, options: ConsoleOptions
+    ) -> Iterable[RenderableType]:
+        lines = [""]
+        for text in self._texts:
+            longer = f"{lines[-1]}{_GAP}{text}" if lines[-1] else text
+            if len(longer) <= options.max_width or not lines[-1]:
+                lines[-1] = longer
+            else:
+                lines.append(text)
+        yield from map(_styled, lines[:2])
+
+
+class _TimeColumn(ProgressColumn):
+    """The time since the start, and the time left."""
 
     def render(self, task: Task) -> Text:
-        shown = ("loss", "val_bpb", "tokens_per_s")
-        return Text("  ".join(_texts(task.fields["metrics"], shown)))
+        left = "" if task.finished else f" eta {_clock(task.time_remaining)}"
+        return Text(f"elapsed {_clock(task.elapsed)}{left}", style="dim")
 
 
 def make_display(
     total_steps: int, *, start_step: int = 0, console: Console | None = None
 ) -> Display:
-    """Returns a progress bar if the console is a terminal, otherwise plain lines.
+    """Returns a progress display if the console is a terminal, otherwise plain lines.
 
     Args:
       total_steps: Steps of the whole run, including those before a resumption.
@@ -122,13 +161,11 @@ def make_display(
     """
     console = console or Console()
     on_terminal = console.is_terminal and not console.is_dumb_terminal
-    progress = Progress(
-        MofNCompleteColumn(),
+    progress = _Panel(
+        TextColumn("step {task.completed:.0f}/{task.total:.0f}"),
         BarColumn(bar_width=None),
-        _MetricsColumn(Column(no_wrap=True)),
-        TimeElapsedColumn(),
-        TextColumn("eta"),
-        TimeRemainingColumn(),
+        TaskProgressColumn(),
+        _TimeColumn(Column(no_wrap=True)),
         console=console,
         expand=True,
         disable=not on_terminal,
@@ -139,9 +176,26 @@ def make_display(
 
 
 def _texts(metrics: Mapping[str, Any], names: Iterable[str]) -> list[str]:
-    """Returns the texts of those metrics that have a value."""
+    """Returns the texts of those metrics that have a value; counts of 0 are none."""
     known = [name for name in names if metrics.get(name) is not None]
-    return [_TEXTS[name](float(metrics[name])) for name in known]
+    shown = [name for name in known if name not in _COUNTS or metrics[name]]
+    return [_TEXTS[name](float(metrics[name])) for name in shown]
+
+
+def _styled(line: str) -> Text:
+    """Returns a line with its numbers standing out from their names."""
+    text = Text(line, style="dim", no_wrap=True)
+    text.highlight_regex(r"(?<!\S)(nan|[-+]?(inf|\d\S*))(?= |$)", "not dim bold")
+    return text
+
+
+def _short(count: float) -> str:
+    """Returns a number with at most four digits and a decimal prefix, as `12.3k`."""
+    for prefix in ("", "k", "M", "G"):
+        if abs(count) < 999.95:
+            return f"{count:.0f}" if not prefix else f"{count:.1f}{prefix}"
+        count /= 1000
+    return f"{count:.1f}T"
 
 
 def _clock(seconds: float | None) -> str:

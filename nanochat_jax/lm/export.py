@@ -1,8 +1,10 @@
 """Weights for other tools: safetensors, and a JSON file beside them.
 
 `F.safetensors` has each parameter under its path, `blocks.0.attention.query.kernel`;
-kernels are `[in, out]`. `F.json` has `config`, the fields of `ModelConfig`, the
-fingerprint of the `tokenizer`, the `step`, `versions`, and the `sha256` of the weights.
+kernels are `[in, out]`, and blocks are apart also where training had them stacked.
+`F.json` has `config`, the fields of `ModelConfig`, the fingerprint of the `tokenizer`,
+the `step`, `versions`, and the `sha256` of the weights. Its `kernels` are `"latent"` if
+the model rounds those of its blocks before use, by `ternary.ternarize`, else `"plain"`.
 """
 
 import dataclasses
@@ -19,7 +21,7 @@ from jax.tree_util import keystr
 from nanochat_jax import settings
 from nanochat_jax.config import ModelConfig
 from nanochat_jax.lm import checksums, files, machine, records, setup
-from nanochat_jax.lm.model import Params
+from nanochat_jax.lm.stacking import Params, unstack_layers
 
 
 def save(
@@ -38,7 +40,7 @@ def save(
     Args:
       path: File to write, `F.safetensors`; its folder is made.
       config: Settings of the model.
-      params: Its parameters.
+      params: Its parameters, as `config` has them.
       step: Steps it was trained for.
       tokenizer: Fingerprint of its tokenizer.
 
@@ -47,15 +49,20 @@ def save(
     """
     path = check_path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    # In a fixed order, so that equal weights make equal files.
-    weights = {name: np.asarray(x) for name, x in sorted(_named(params).items())}
+    params = jax.tree.map(np.asarray, params)
+    if config.scan_layers:
+        params = unstack_layers(params)
     fields = [field.name for field in dataclasses.fields(ModelConfig)]
+    settings_used = {name: getattr(config, name) for name in fields}
     record = {
-        "config": {name: getattr(config, name) for name in fields},
+        "config": {**settings_used, "scan_layers": False},
+        "kernels": "latent" if config.ternary else "plain",
         "tokenizer": tokenizer,
         "step": step,
         "versions": machine.versions(),
     }
+    # In a fixed order, so that equal weights make equal files.
+    weights = dict(sorted(_named(params).items()))
     with files.replacing(path) as temporary:
         safetensors.numpy.save_file(weights, temporary, {"format": "flax"})
         record["sha256"] = checksums.digest(temporary)
@@ -70,7 +77,8 @@ def load(path: str | Path) -> tuple[ModelConfig, Params]:
       path: File of the weights; its JSON file must lie beside it.
 
     Returns:
-      The settings of the model, and its parameters on the default device.
+      The settings of the model, without `scan_layers`, and its parameters on the
+      default device.
 
     Raises:
       ValueError: If a file is missing or damaged, they are not of one model, or the

@@ -5,15 +5,17 @@ evaluations, `val_loss, val_bpb`. JSON has no infinities and no NaN, so a number
 not finite is written as `null`; a value that is not there at all is left out.
 """
 
+import contextlib
 import json
 import math
-import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import IO, Any, Self
+from typing import IO, Any
+
+from nanochat_jax.lm.files import replacing
 
 
-class MetricsWriter:
+class MetricsWriter(contextlib.AbstractContextManager["MetricsWriter", None]):
     """Appends to a metrics file.
 
     Every line is handed to the system when `write` returns: a run that is killed loses
@@ -24,7 +26,7 @@ class MetricsWriter:
     """
 
     def __init__(self, path: str | Path):
-        """Settles the path; the file and its folder are made on entering the context.
+        """Settles the path; file and folder are made when something is written.
 
         Args:
           path: File to append to.
@@ -32,28 +34,25 @@ class MetricsWriter:
         self.path = Path(path)
         self._file: IO[str] | None = None
 
-    def __enter__(self) -> Self:
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = self.path.open("a", encoding="utf-8")
-        return self
-
     def __exit__(self, *exc_info: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Closes the file; another `write` opens it again."""
         if self._file is not None:
             self._file.close()
             self._file = None
 
-    def write(self, metrics: Mapping[str, Any]) -> None:
+    def write(self, values: Mapping[str, Any]) -> None:
         """Appends one line.
 
         Args:
-          metrics: Numbers, or arrays of one number, by name; `None` is left out.
-
-        Raises:
-          ValueError: If the writer is used outside its context.
+          values: Numbers, or arrays of one number, by name; `None` is left out.
         """
         if self._file is None:
-            raise ValueError(f"{self.path}: use the writer in a `with` statement.")
-        record = {k: _as_json(v) for k, v in metrics.items() if v is not None}
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self._file = self.path.open("a", encoding="utf-8")
+        record = {name: _as_json(x) for name, x in numbers(values).items()}
         self._file.write(json.dumps(record, allow_nan=False) + "\n")
         self._file.flush()
 
@@ -71,14 +70,20 @@ class MetricsWriter:
         if not self.path.exists():
             return
         kept = [record for record in read_metrics(self.path) if record["step"] <= step]
-        was_open = self._file is not None
-        self.__exit__()
-        temporary = self.path.with_name(self.path.name + ".tmp")
+        self.close()
         lines = [json.dumps(record) + "\n" for record in kept]
-        temporary.write_text("".join(lines), encoding="utf-8")
-        os.replace(temporary, self.path)
-        if was_open:
-            self.__enter__()
+        with replacing(self.path) as temporary:
+            temporary.write_text("".join(lines), encoding="utf-8")
+
+
+def numbers(values: Mapping[str, Any]) -> dict[str, int | float]:
+    """Returns the numbers of Python among metrics.
+
+    Args:
+      values: Numbers, or arrays of one number, by name; `None` is left out.
+    """
+    as_number = lambda value: value.item() if hasattr(value, "item") else value
+    return {name: as_number(x) for name, x in values.items() if x is not None}
 
 
 def read_metrics(path: str | Path) -> list[dict[str, Any]]:
@@ -119,7 +124,6 @@ def _record(line: str) -> dict[str, Any] | None:
     return record if isinstance(record, dict) and "step" in record else None
 
 
-def _as_json(value: Any) -> int | float | None:
-    """Returns a number of Python, or nothing for one that JSON cannot hold."""
-    number = value.item() if hasattr(value, "item") else value
+def _as_json(number: int | float) -> int | float | None:
+    """Returns a number, or nothing for one that JSON cannot hold."""
     return number if math.isfinite(number) else None

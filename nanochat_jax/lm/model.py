@@ -1,122 +1,42 @@
 """A GPT decoder in Flax NNX, used through pure functions of its parameters.
 
 Pre-norm blocks with rotary positions, normalised queries and keys, grouped-query
-attention and a SwiGLU feed-forward layer. Every kernel is a matrix `(in, out)` without
-bias, so that a matrix optimizer sees matrices. The only state is `nnx.Param`.
+attention and a SwiGLU feed-forward layer; `layers.py` has the block. With `scan_layers`
+the parameters of all blocks are stacked, `[L, ...]`, and run by one loop.
 
-Axes: B batch, S sequence, T cache, D model, L layers, N query heads, K key and value
-heads, H head size, F feed-forward, V vocabulary.
+Axes: B batch, S sequence, T cache, D model, L layers, K key and value heads, H head
+size, V vocabulary.
 """
 
-import functools
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import optax
 from flax import nnx
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Float32, Int, Int32
 
 from nanochat_jax.config import ModelConfig
+from nanochat_jax.lm.layers import Block, LayerCache, norm
+from nanochat_jax.lm.loss import cross_entropy
+from nanochat_jax.lm.spread import spread
+from nanochat_jax.lm.stacking import Params, stack_trees
 
-Params = dict[str, Any]
-
-
-class LayerCache(NamedTuple):
-    """Keys, normalised and rotated, and values that one layer has computed."""
-
-    keys: Float[Array, "B T K H"]
-    values: Float[Array, "B T K H"]
+# Small, so that the first logits are near zero whether the table is tied or not.
+_table_init = nnx.initializers.normal(0.02)
 
 
 class Cache(NamedTuple):
     """What the model keeps of the tokens it has read.
 
     Attributes:
-      layers: One `LayerCache` a block, each with room for T tokens.
+      layers: One `LayerCache` a block, each with room for T tokens; or one for all,
+        its arrays `[L, B, T, K, H]`, if the blocks are stacked.
       length: Tokens read. Slots from there on are never attended to.
     """
 
-    layers: tuple[LayerCache, ...]
+    layers: tuple[LayerCache, ...] | LayerCache
     length: Int32[Array, ""]
-
-
-class Attention(nnx.Module):
-    """Causal grouped-query attention with rotary positions and QK-norm."""
-
-    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs) -> None:
-        key_dim = config.kv_heads * config.head_dim
-        linear, norm = _linear(config, rngs), _norm(config, rngs)
-        self.query = linear(config.dim, config.dim)
-        self.key = linear(config.dim, key_dim)
-        self.value = linear(config.dim, key_dim)
-        self.out = linear(config.dim, config.dim, kernel_init=_residual_init)
-        # Without a gain the logits stay within sqrt(H), which is what QK-norm is for.
-        self.head_norm = norm(config.head_dim, use_scale=False)
-        self.head_dim = config.head_dim
-        self.rope_theta = config.rope_theta
-
-    def __call__(
-        self,
-        x: Float[Array, "B S D"],
-        positions: Int[Array, "S"],
-        cache: LayerCache | None = None,
-    ) -> tuple[Float[Array, "B S D"], LayerCache | None]:
-        """Returns what each position gathers, and the cache with `x` added to it."""
-        query, key, value = (
-            linear(x).reshape(*x.shape[:-1], -1, self.head_dim)
-            for linear in (self.query, self.key, self.value)
-        )
-        query = rotate(self.head_norm(query), positions, self.rope_theta)
-        key = rotate(self.head_norm(key), positions, self.rope_theta)
-        if cache is None:
-            y = jax.nn.dot_product_attention(query, key, value, is_causal=True)
-        else:
-            put = lambda old, new: jax.lax.dynamic_update_slice_in_dim(
-                old, new, positions[0], axis=1
-            )
-            cache = LayerCache(put(cache.keys, key), put(cache.values, value))
-            seen = jnp.arange(cache.keys.shape[1])[None, :] <= positions[:, None]
-            y = jax.nn.dot_product_attention(query, *cache, mask=seen[None, None])
-        return self.out(y.reshape(*x.shape[:-1], -1)), cache
-
-
-class FeedForward(nnx.Module):
-    """SwiGLU: `down(silu(gate(x)) * up(x))`."""
-
-    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs) -> None:
-        linear = _linear(config, rngs)
-        self.gate = linear(config.dim, config.ffn_dim)
-        self.up = linear(config.dim, config.ffn_dim)
-        self.down = linear(config.ffn_dim, config.dim, kernel_init=_residual_init)
-
-    def __call__(self, x: Float[Array, "B S D"]) -> Float[Array, "B S D"]:
-        """Returns the transformed positions."""
-        return self.down(jax.nn.silu(self.gate(x)) * self.up(x))
-
-
-class Block(nnx.Module):
-    """Attention and feed-forward, each on a normalised copy of the residual stream."""
-
-    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs) -> None:
-        norm = _norm(config, rngs)
-        self.attention_norm = norm(config.dim)
-        self.attention = Attention(config, rngs=rngs)
-        self.ffn_norm = norm(config.dim)
-        self.ffn = FeedForward(config, rngs=rngs)
-
-    def __call__(
-        self,
-        x: Float[Array, "B S D"],
-        positions: Int[Array, "S"],
-        cache: LayerCache | None = None,
-    ) -> tuple[Float[Array, "B S D"], LayerCache | None]:
-        """Returns the residual stream after this block, and the cache."""
-        y, cache = self.attention(self.attention_norm(x), positions, cache)
-        x = x + y
-        return x + self.ffn(self.ffn_norm(x)), cache
 
 
 class GPT(nnx.Module):
@@ -124,24 +44,37 @@ class GPT(nnx.Module):
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs) -> None:
         self.remat, self.weight_tied = config.remat, config.weight_tied
+        self.n_layers, self.loss_chunk = config.n_layers, config.loss_chunk
+        dtype = jnp.dtype(config.compute_dtype)
         self.embed = nnx.Embed(
             config.vocab_size,
             config.dim,
-            dtype=_dtype(config),
+            dtype=dtype,
             embedding_init=_table_init,
             rngs=rngs,
         )
-        self.blocks = nnx.List(Block(config, rngs=rngs) for _ in range(config.n_layers))
-        self.final_norm = _norm(config, rngs)(config.dim)
+        blocks = [Block(config, rngs=rngs) for _ in range(config.n_layers)]
+        self.blocks = _stack(blocks) if config.scan_layers else nnx.List(blocks)
+        self.final_norm = norm(config, config.dim, rngs)
         if not config.weight_tied:
-            linear = _linear(config, rngs)
-            self.head = linear(config.dim, config.vocab_size, kernel_init=_table_init)
+            self.head = nnx.Linear(
+                config.dim,
+                config.vocab_size,
+                use_bias=False,
+                dtype=dtype,
+                kernel_init=_table_init,
+                rngs=rngs,
+            )
 
     def __call__(self, tokens: Int[Array, "B S"]) -> Float32[Array, "B S V"]:
         """Returns the logits of the token after each of `tokens`."""
+        return self.logits(self.features(tokens))
+
+    def features(self, tokens: Int[Array, "B S"]) -> Float[Array, "B S D"]:
+        """Returns the hidden states of `tokens`, which `logits` reads out."""
         positions = jnp.arange(tokens.shape[1])
-        x, _ = self._run_blocks(tokens, positions, [None] * len(self.blocks))
-        return self.logits(x)
+        caches = None if self.scans else [None] * self.n_layers
+        return self._run_blocks(tokens, positions, caches)[0]
 
     def extend(
         self, tokens: Int[Array, "B S"], cache: Cache
@@ -157,20 +90,57 @@ class GPT(nnx.Module):
         """
         positions = cache.length + jnp.arange(tokens.shape[1])
         x, layers = self._run_blocks(tokens, positions, cache.layers)
-        return x, Cache(tuple(layers), cache.length + tokens.shape[1])
+        return x, Cache(layers, cache.length + tokens.shape[1])
 
     def logits(self, x: Float[Array, "*batch D"]) -> Float32[Array, "*batch V"]:
         """Returns the logits of hidden states."""
-        head = self.embed.attend if self.weight_tied else self.head
-        return head(x).astype(jnp.float32)
+        return self._read_out(self._table, x)
 
-    def _run_blocks(self, tokens, positions, layers):
-        run = nnx.remat(Block.__call__) if self.remat else Block.__call__
-        x, new_layers = self.embed(tokens), []
-        for block, layer in zip(self.blocks, layers, strict=True):
-            x, layer = run(block, x, positions, layer)
-            new_layers.append(layer)
-        return self.final_norm(x), new_layers
+    def mean_loss(
+        self, x: Float[Array, "B S D"], labels: Int[Array, "B S"]
+    ) -> Float32[Array, ""]:
+        """Returns the mean cross-entropy of `labels`, in nats; `x` as for `logits`."""
+        return cross_entropy(self._read_out, self._table, x, labels, self.loss_chunk)
+
+    @property
+    def scans(self) -> bool:
+        """Whether the parameters of the blocks are stacked."""
+        return isinstance(self.blocks, Block)
+
+    @property
+    def _table(self) -> Array:
+        return (self.embed.embedding if self.weight_tied else self.head.kernel)[...]
+
+    def _read_out(self, table: Array, x: Array) -> Array:
+        kernel = table.T if self.weight_tied else table
+        return jnp.dot(x, kernel.astype(x.dtype)).astype(jnp.float32)
+
+    def _run_blocks(self, tokens: Array, positions: Array, caches: Any) -> Any:
+        """Returns the normalised residual stream, and the caches of the blocks."""
+        blocks: Any = self.blocks
+        graphdef = nnx.graphdef(blocks if self.scans else blocks[0])
+
+        def run(x: Array, layer: Any) -> tuple[Array, LayerCache | None]:
+            params, cache = layer
+            x, cache = nnx.merge(graphdef, params)(x, positions, cache)
+            return spread(x), cache
+
+        if self.remat or self.scans:
+            # A loop stores what it keeps of every block; of that only the products by
+            # kernels take longer to compute than to store.
+            kept = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+            policy = None if self.remat else kept
+            # Nothing outside a loop can be reused in place of recomputing it.
+            run = jax.checkpoint(run, policy=policy, prevent_cse=not self.scans)
+        x = spread(self.embed(tokens), looked_up=True)
+        if self.scans:
+            x, caches = jax.lax.scan(run, x, (nnx.state(blocks), caches))
+            return self.final_norm(x), caches
+        new_caches = []
+        for block, cache in zip(blocks, caches, strict=True):
+            x, cache = run(x, (nnx.state(block), cache))
+            new_caches.append(cache)
+        return self.final_norm(x), tuple(new_caches)
 
 
 def init(config: ModelConfig, seed: ArrayLike) -> tuple[nnx.GraphDef[GPT], Params]:
@@ -193,8 +163,11 @@ def init(config: ModelConfig, seed: ArrayLike) -> tuple[nnx.GraphDef[GPT], Param
 def init_cache(config: ModelConfig, batch_size: int, max_len: int) -> Cache:
     """Returns an empty cache for `batch_size` sequences of up to `max_len` tokens."""
     shape = (batch_size, max_len, config.kv_heads, config.head_dim)
-    empty = lambda: jnp.zeros(shape, _dtype(config))
-    layers = tuple(LayerCache(empty(), empty()) for _ in range(config.n_layers))
+    empty = lambda *stack: jnp.zeros((*stack, *shape), config.compute_dtype)
+    if config.scan_layers:
+        layers = LayerCache(empty(config.n_layers), empty(config.n_layers))
+    else:
+        layers = tuple(LayerCache(empty(), empty()) for _ in range(config.n_layers))
     return Cache(layers, jnp.zeros([], jnp.int32))
 
 
@@ -228,9 +201,8 @@ def next_token_loss(
     Returns:
       The mean over B times S predictions.
     """
-    logits = apply(graphdef, params, batch[:, :-1])
-    losses = optax.softmax_cross_entropy_with_integer_labels(logits, batch[:, 1:])
-    return losses.mean()
+    gpt = nnx.merge(graphdef, params)
+    return gpt.mean_loss(gpt.features(batch[:, :-1]), batch[:, 1:])
 
 
 def count_flops_per_token(config: ModelConfig, seq_len: int | None = None) -> int:
@@ -252,49 +224,7 @@ def count_flops_per_token(config: ModelConfig, seq_len: int | None = None) -> in
     return 6 * kernels + 12 * config.n_layers * config.dim * seq_len
 
 
-def rotate(
-    x: Float[Array, "B S heads H"], positions: Int[Array, "S"], theta: float
-) -> Float[Array, "B S heads H"]:
-    """Returns heads with rotary positions (Su et al., 2021).
-
-    Turns the pair `(x[i], x[i + H/2])` by the angle `position * theta^(-2i/H)`, so that
-    the product of two turned heads depends on the distance of their positions only.
-
-    Args:
-      x: Queries or keys, with an even H.
-      positions: Position of each element of the sequence.
-      theta: Base of the frequencies.
-
-    Returns:
-      The turned heads, in the dtype of `x`.
-    """
-    half = x.shape[-1] // 2
-    frequencies = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
-    angles = jnp.outer(positions, frequencies)[None, :, None, :]
-    cos, sin = jnp.cos(angles), jnp.sin(angles)
-    a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    turned = jnp.concatenate([a * cos - b * sin, a * sin + b * cos], axis=-1)
-    return turned.astype(x.dtype)
-
-
-# Small, so that the first logits are near zero whether the table is tied or not.
-_table_init = nnx.initializers.normal(0.02)
-# Kernels that add to the residual stream start near zero, so that at first it carries
-# the embedding: worth 0.08 nats over scaling by depth in 200 steps of Muon on bytes.
-# Not at zero, as the first gradients of the other kernels would be zero too, and a
-# low-rank basis taken from them arbitrary.
-_residual_init = nnx.initializers.variance_scaling(1e-4, "fan_in", "normal")
-
-
-def _linear(config: ModelConfig, rngs: nnx.Rngs) -> Callable[..., nnx.Linear]:
-    return functools.partial(
-        nnx.Linear, use_bias=False, dtype=_dtype(config), rngs=rngs
-    )
-
-
-def _norm(config: ModelConfig, rngs: nnx.Rngs) -> Callable[..., nnx.RMSNorm]:
-    return functools.partial(nnx.RMSNorm, dtype=_dtype(config), rngs=rngs)
-
-
-def _dtype(config: ModelConfig) -> jnp.dtype:
-    return jnp.dtype(config.compute_dtype)
+def _stack(blocks: list[Block]) -> Block:
+    """Returns one block whose arrays are those of all blocks, `[L, ...]`."""
+    states = [nnx.state(block) for block in blocks]
+    return nnx.merge(nnx.graphdef(blocks[0]), stack_trees(states))

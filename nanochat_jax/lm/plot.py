@@ -2,12 +2,13 @@
 
 import importlib.util
 import math
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
+
+from nanochat_jax.lm.files import replacing
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -52,11 +53,16 @@ def draw_runs(runs: Mapping[str, Curve], x: Axis) -> "Figure":
             f"these runs have no losses by {x}: {empty}. Draw them by step, or leave "
             "them out."
         )
+    from matplotlib.ticker import EngFormatter
+
     figure, axes = _figure(_TITLES[x], "loss (nats per token)")
+    if x == "tokens":
+        axes.xaxis.set_major_formatter(EngFormatter(sep=""))  # 2M, not 2.0 and 1e6
     for name in runs:
-        (line,) = axes.plot(*losses[name], alpha=0.5, linewidth=1)
-        axes.plot(*evaluated[name], marker="o", color=line.get_color(), label=name)
-    axes.legend(title="line: training, points: validation")
+        (line,) = axes.plot(*losses[name], alpha=0.4, linewidth=1)
+        style = {"marker": "o", "markersize": 4, "color": line.get_color()}
+        axes.plot(*evaluated[name], **style, label=name)
+    axes.legend(title="thin: training, points: validation", frameon=False)
     return figure
 
 
@@ -102,9 +108,8 @@ def save(figure: "Figure", path: Path) -> None:
       path: File to write; its folder is made.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
-    figure.savefig(temporary, format="png", dpi=150)
-    os.replace(temporary, path)
+    with replacing(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=150)
 
 
 def _figure(x: str, y: str) -> tuple["Figure", "Axes"]:
@@ -114,6 +119,7 @@ def _figure(x: str, y: str) -> tuple["Figure", "Axes"]:
     axes = figure.subplots()
     axes.set(xlabel=x, ylabel=y)
     axes.grid(alpha=0.3)
+    axes.spines[["top", "right"]].set_visible(False)
     return figure, axes
 
 

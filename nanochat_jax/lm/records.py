@@ -22,14 +22,19 @@ def check_meta(
     Args:
       stored: Record of the checkpoint, from `Checkpoints.read_meta`.
       current: The same record of this run. Keys of nested records are joined by dots.
-      ignore: Keys that may differ, with their dots.
+      ignore: Keys that may differ, with their dots, and what is below them.
       flags: Options that let keys differ, for the message.
 
     Raises:
       ValueError: If values differ, or a key is in one record only. All are listed.
     """
     changed = changes(flat(stored), flat(current))
-    offending = {key: both for key, both in changed.items() if key not in ignore}
+    below = tuple(f"{key}." for key in ignore)
+    offending = {
+        key: both
+        for key, both in changed.items()
+        if key not in ignore and not key.startswith(below)
+    }
     if not offending:
         return
     hints = [

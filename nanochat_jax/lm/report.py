@@ -8,6 +8,8 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax.tree_util import keystr
+from rich.box import SIMPLE_HEAD
+from rich.console import Group
 from rich.table import Table
 
 from nanochat_jax.config import HARDWARE_RANKS, Config
@@ -112,31 +114,33 @@ def parameter_groups(
     return groups
 
 
-def group_table(groups: list[dict[str, Any]]) -> Table:
-    """Returns the parameter groups as a table."""
-    table = Table(title="Parameter groups", title_justify="left")
-    table.add_column("label")
-    table.add_column("optimizer")
+def group_table(groups: list[dict[str, Any]]) -> Group:
+    """Returns the parameter groups as a table, and below it what is in each."""
+    table = Table(title="Parameter groups", title_justify="left", box=SIMPLE_HEAD)
+    for name in ("label", "optimizer"):
+        table.add_column(name)
     for name in ("peak lr", "params", "state"):
         table.add_column(name, justify="right")
     table.add_column("stored as")
-    table.add_column("paths")
+    members = Table.grid(padding=(0, 2))
     for group in groups:
+        stored = (f"{field} {name}" for field, name in group["storage"].items())
         table.add_row(
             group["label"],
             group["optimizer"],
             f"{group['lr']:g}",
             f"{group['params']:,}",
             megabytes(group["state_bytes"]),
-            "\n".join(f"{field} {name}" for field, name in group["storage"].items()),
-            "\n".join(group["paths"]),
+            "\n".join(stored),
         )
-    return table
+        members.add_row(f"  {group['label']}", "\n".join(group["paths"]))
+    return Group(table, members, "")
 
 
 def rank_table(config: Config, params: optax.Params) -> Table:
     """Returns what the ranks of the hardware presets would hold for the matrices."""
-    table = Table(title="Matrix state by GaLore rank", title_justify="left")
+    title = "Matrix state by GaLore rank"
+    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD)
     for name in ("hardware", "rank", "state", "of FP32 Muon", "left at full rank"):
         table.add_column(name, justify="right")
     total = jax.tree.leaves(label_params(params)).count("matrix")

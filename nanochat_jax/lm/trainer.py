@@ -8,27 +8,29 @@ it to the parameters.
 Axes: A microbatches, B sequences, S tokens of a sequence.
 """
 
-import math
-import time
-from collections.abc import Callable
+import contextlib
+import functools
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from flax import nnx
-from jaxtyping import Array, Float32, Int32
+from jax.sharding import NamedSharding, PartitionSpec
+from jaxtyping import Array, Int32
 
-from nanochat_jax.lm import model
+from nanochat_jax.config import Config
+from nanochat_jax.lm import guard, model, spread
 from nanochat_jax.lm.accumulate import mean_gradient
 from nanochat_jax.lm.checkpoint import Checkpoints
-from nanochat_jax.lm.data import eval_batches
 from nanochat_jax.lm.display import Display
-from nanochat_jax.lm.metrics import MetricsWriter
-from nanochat_jax.lm.resume import convert_state, describe_change, stored_run
-from nanochat_jax.lm.setup import Run, train_batches
-from nanochat_jax.optimizer import schedule
+from nanochat_jax.lm.feed import feed
+from nanochat_jax.lm.profiler import StepProfiler
+from nanochat_jax.lm.reporter import Reporter, Sample, due
+from nanochat_jax.lm.setup import Run
+from nanochat_jax.lm.sinks import Sink
+from nanochat_jax.sharding import state_sharding
 from nanochat_jax.transforms import project_gradients
 
 TrainStep = Callable[["TrainState", Array], tuple["TrainState", dict[str, Array]]]
@@ -38,50 +40,67 @@ class TrainState(NamedTuple):
     """All that changes in training; data and random keys follow from the step.
 
     Attributes:
-      step: Steps taken.
+      step: Steps done, those that were skipped among them.
       params: Parameters of the model, float32.
       opt_state: State of the optimizer.
+      guard: What is remembered of these, and of the usual loss.
     """
 
     step: Int32[Array, ""]
     params: model.Params
     opt_state: optax.OptState
+    guard: guard.Guard
 
 
 def init_state(run: Run) -> TrainState:
-    """Returns the state before the first step."""
-    _, params = jax.jit(lambda: (None, model.init(run.config, run.config.seed)[1]))()
-    return TrainState(jnp.zeros([], jnp.int32), params, jax.jit(run.tx.init)(params))
+    """Returns the state before the first step, each array made where it belongs."""
+    where = state_places(run)
+    init_params = lambda: model.init(run.config, run.config.seed)[1]
+    params = jax.jit(init_params, out_shardings=where and where.params)()
+    init_opt_state = jax.jit(run.tx.init, out_shardings=where and where.opt_state)
+    init_guard = jax.jit(guard.init, out_shardings=where and where.guard)
+    step = jnp.zeros([], jnp.int32, device=where and where.step)
+    return TrainState(step, params, init_opt_state(params), init_guard())
 
 
 def make_train_step(
     graphdef: nnx.GraphDef[model.GPT],
     tx: optax.GradientTransformationExtraArgs,
     *,
+    spike_skip: float = 0.0,
     low_rank: bool = False,
 ) -> TrainStep:
     """Returns the pure function of one step, to be jitted with its state donated.
 
     It takes a state and a batch, int32 `[A, B, S + 1]`, and returns the next state and
-    the metrics `loss`, in nats a token, and `grad_norm`, before clipping. With
-    `low_rank`, for steps that change none of GaLore's bases, gradients are added up as
-    it projects them, and the norm is of these.
+    the metrics `loss`, in nats a token, `grad_norm`, before clipping, `skipped`, steps
+    in all that were skipped, and `in_a_row`, of these the last ones without a break.
+
+    Args:
+      graphdef: Structure of the model.
+      tx: The optimizer.
+      spike_skip: As for `guard.judge`.
+      low_rank: For steps that change none of GaLore's bases: gradients are added up as
+        it projects them, and the norm is of these.
     """
     loss_fn = lambda params, batch: model.next_token_loss(graphdef, params, batch)
 
     def train_step(
         state: TrainState, batch: Int32[Array, "A B S+1"]
     ) -> tuple[TrainState, dict[str, Array]]:
-        opt_state, params = state.opt_state, state.params
+        step, params, opt_state, watched = state
         extra: dict[str, Any] = {"projected": True} if low_rank else {}
         project = lambda grads: (
             project_gradients(tx, opt_state, grads, params) if low_rank else grads
         )
         loss, grads = mean_gradient(loss_fn, params, batch, project)
-        updates, opt_state = tx.update(grads, opt_state, params, value=loss, **extra)
-        params: Any = optax.apply_updates(params, updates)
-        metrics = {"loss": loss, "grad_norm": optax.tree.norm(grads)}
-        return TrainState(state.step + 1, params, opt_state), metrics
+        norm = optax.tree.norm(grads)
+        take, watched = guard.judge(watched, loss, norm, spike_skip)
+        update = functools.partial(tx.update, value=loss, **extra)
+        params, opt_state = guard.update_if(take, update, grads, opt_state, params)
+        metrics = {"loss": loss, "grad_norm": norm}
+        metrics |= {"skipped": watched.skipped, "in_a_row": watched.in_a_row}
+        return TrainState(step + 1, params, opt_state, watched), metrics
 
     return train_step
 
@@ -93,10 +112,15 @@ def compile_train_step(run: Run, *, low_rank: bool = False) -> jax.stages.Compil
       run: The run.
       low_rank: As for `make_train_step`.
     """
-    config, step = run.config, make_train_step(run.graphdef, run.tx, low_rank=low_rank)
-    shape = (config.grad_accum_steps, config.batch_size, config.sequence + 1)
-    batch = jax.ShapeDtypeStruct(shape, jnp.int32)
-    return jax.jit(step, donate_argnums=0).lower(abstract_state(run), batch).compile()
+    spike_skip = run.config.spike_skip
+    step = make_train_step(
+        run.graphdef, run.tx, spike_skip=spike_skip, low_rank=low_rank
+    )
+    where = state_places(run)
+    out = where and (where, where.step)  # metrics are whole on every device
+    jitted = jax.jit(step, donate_argnums=0, out_shardings=out)
+    with spread.using(run.mesh):
+        return jitted.lower(abstract_state(run), _abstract_batch(run)).compile()
 
 
 def compile_low_rank_step(run: Run) -> jax.stages.Compiled | None:
@@ -107,68 +131,24 @@ def compile_low_rank_step(run: Run) -> jax.stages.Compiled | None:
 
 
 def abstract_state(run: Run) -> TrainState:
-    """Returns shapes and types of the state of a run."""
+    """Returns shapes and types of the state of a run, and where it is on a mesh."""
     count: Any = jax.ShapeDtypeStruct((), jnp.int32)
-    return TrainState(count, run.params, jax.eval_shape(run.tx.init, run.params))
+    opt_state = jax.eval_shape(run.tx.init, run.params)
+    state = TrainState(count, run.params, opt_state, jax.eval_shape(guard.init))
+    at = lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+    where = state_places(run)
+    return state if where is None else jax.tree.map(at, state, where)
 
 
-class Evaluator:
-    """Validation loss of a run, on the same windows each time."""
-
-    def __init__(self, run: Run):
-        """Cuts the windows; nothing is compiled yet."""
-        config = run.config
-        self._bytes_per_token = run.corpus.bytes_per_token
-        self._batches = eval_batches(
-            run.corpus.val,
-            batch_size=config.batch_size,
-            seq_len=config.sequence,
-            limit=config.eval_batches,
-        )
-        self._loss: Callable[[model.Params, np.ndarray], Float32[Array, ""]] = jax.jit(
-            lambda params, batch: model.next_token_loss(run.graphdef, params, batch)
-        )
-
-    def __call__(self, params: model.Params) -> dict[str, float]:
-        """Returns `val_loss`, and `val_bpb` if the bytes of a token are known."""
-        loss = float(np.mean([self._loss(params, batch) for batch in self._batches]))
-        if self._bytes_per_token is None:
-            return {"val_loss": loss}
-        return {
-            "val_loss": loss,
-            "val_bpb": loss / math.log(2) / self._bytes_per_token,
-        }
-
-
-def restore(
-    run: Run,
-    checkpoints: Checkpoints,
-    *,
-    allow_codec_change: bool = False,
-    say: Callable[[str], object] = print,
-) -> TrainState:
-    """Restores the latest state, if it is one of this run.
-
-    Args:
-      run: The run to resume.
-      checkpoints: Where its states are.
-      allow_codec_change: Whether the optimizer's state may have been stored with other
-        codecs, or none: it is then decoded, stored anew, and a line says so.
-      say: What that line is given to.
-
-    Returns:
-      The state, bit for bit as it was saved if it is stored as it was.
-
-    Raises:
-      ValueError: If there is none, or it was saved with other settings or data.
-    """
-    old = stored_run(run, checkpoints.read_meta(), allow_codec_change)
-    state = checkpoints.restore(abstract_state(old))
-    if old is run:
-        return state
-    opt_state = convert_state(old, run, state.opt_state, state.step)
-    say(f"{checkpoints.directory}: {describe_change(old, run)}.")
-    return state._replace(opt_state=opt_state)
+def state_places(run: Run) -> Any:
+    """Returns a `TrainState` of shardings, or `None` without a mesh."""
+    if run.mesh is None:
+        return None
+    whole = NamedSharding(run.mesh, PartitionSpec())
+    params: Any = jax.tree.map(lambda x: x.sharding, run.params)
+    watched: Any = jax.tree.map(lambda _: whole, jax.eval_shape(guard.init))
+    count: Any = whole
+    return TrainState(count, params, state_sharding(run.tx, run.params), watched)
 
 
 def fit(
@@ -178,10 +158,13 @@ def fit(
     *,
     low_rank_step: jax.stages.Compiled | None = None,
     display: Display,
-    metrics: MetricsWriter | None = None,
+    sinks: Sequence[Sink] = (),
     checkpoints: Checkpoints | None = None,
+    sample: Sample | None = None,
+    profiler: StepProfiler | None = None,
+    stop: Callable[[int], bool] = lambda step: False,
 ) -> TrainState:
-    """Trains from `state` to the last step of the run.
+    """Trains from `state` to the last step of the run, or until it is to stop.
 
     Args:
       run: What to train.
@@ -189,70 +172,61 @@ def fit(
       train_step: The compiled step, from `compile_train_step`.
       low_rank_step: The step for when no basis changes, from `compile_low_rank_step`.
       display: Where progress is shown.
-      metrics: Where metrics are written, if anywhere.
+      sinks: Where metrics are written.
       checkpoints: Where states are saved, if anywhere.
+      sample: Returns text for parameters and step, shown every `sample_interval` steps.
+      profiler: What traces some of the steps.
+      stop: Asked after each step, with the steps done, whether to save and stop there.
 
     Returns:
       The state after the last step.
 
     Raises:
-      FloatingPointError: If the loss is not finite when it is logged.
+      FloatingPointError: If `max_skipped_steps` in a row were skipped, or a validation
+        loss is not finite. No checkpoint of that step is left.
     """
-    config, evaluate = run.config, Evaluator(run)
-    rate = schedule(config, config.lr)
-    first, total = int(state.step), config.total_steps
-    shape = (config.grad_accum_steps, config.batch_size, config.sequence + 1)
-
-    def report(values: dict[str, Any]) -> None:
-        values["tokens"] = values["step"] * config.tokens_per_step
-        display.log(values)
-        if metrics is not None:
-            metrics.write(values)
-
+    config, first = run.config, int(state.step)
+    reporter = Reporter(run, first, display, sinks, sample)
     if first == 0:
-        report({"step": 0, **evaluate(state.params)})
-    started = logged = time.perf_counter()
-    since = first  # step of the last report, from which the speed is counted
-    previous = None
-    for step, batch in train_batches(config, run.corpus).prefetch(first, total):
-        changes = step % config.galore_update_freq == 0
-        take_step = train_step if changes or not low_rank_step else low_rank_step
-        state, values = take_step(state, batch.reshape(shape))
-        # One step stays in flight while the host prepares the next.
-        jax.block_until_ready(previous)
-        previous, done = values, step + 1
-        display.update(done)
-        line: dict[str, Any] = {"step": done}
-        if _due(done, config.log_interval, total):
-            line |= {"loss": _finite(float(values["loss"]), done)}
-            now = time.perf_counter()
-            line |= {
-                "lr": float(jnp.asarray(rate(step))),
-                "grad_norm": float(values["grad_norm"]),
-                "tokens_per_s": (done - since)
-                * config.tokens_per_step
-                / (now - logged),
-                "elapsed_s": now - started,
-            }
-        if _due(done, config.eval_interval, total):
-            line |= evaluate(state.params)
-        if len(line) > 1:
-            report(line)
-            since, logged = done, time.perf_counter()
-        if checkpoints and _due(done, config.checkpoint_interval, total):
-            checkpoints.save(done, state, run.meta)
+        reporter.start(state.params)
+    skipped, previous = int(state.guard.skipped), None
+    with contextlib.closing(feed(run, first, config.total_steps)) as batches:
+        for step, batch in batches:
+            if profiler:
+                profiler.at(step)
+            take_step = train_step
+            if low_rank_step and not changes_bases(config, state, step, skipped):
+                take_step = low_rank_step
+            state, values = take_step(state, batch)
+            if previous:
+                # One step stays in flight while the host looks at the one before.
+                skipped = guard.check(previous, step, config.max_skipped_steps)
+            previous, done = values, step + 1
+            reporter.step(done, state.params, values)
+            stopping = stop(done) or done == config.total_steps
+            if checkpoints and (stopping or due(done, config.checkpoint_interval)):
+                checkpoints.save(done, state, run.meta)
+            if stopping:
+                break
+    if previous:
+        guard.check(previous, int(state.step), config.max_skipped_steps)
     return state
 
 
-def _due(step: int, interval: int, total: int) -> bool:
-    """Returns whether something done every `interval` steps, and last, is due."""
-    return step == total or (interval > 0 and step % interval == 0)
+def _abstract_batch(run: Run) -> jax.ShapeDtypeStruct:
+    """Returns shape and type of a batch, and where it is on a mesh."""
+    config = run.config
+    shape = (config.grad_accum_steps, config.batch_size, config.sequence + 1)
+    where = run.mesh and spread.batch_sharding(run.mesh, shape)
+    return jax.ShapeDtypeStruct(shape, jnp.int32, sharding=where)
 
 
-def _finite(loss: float, step: int) -> float:
-    if not math.isfinite(loss):
-        raise FloatingPointError(
-            f"step {step}: the loss is {loss}. Resume from an earlier checkpoint, or "
-            "train with a lower `lr` or `fallback_lr`."
-        )
-    return loss
+def changes_bases(config: Config, state: TrainState, step: int, skipped: int) -> bool:
+    """Returns whether GaLore, which counts the steps taken, changes its bases on one.
+
+    Whether the step before, still in flight, is among the `skipped` is waited for only
+    if the answer hangs on it.
+    """
+    if (step - skipped) % config.galore_update_freq > 1:
+        return False
+    return (step - int(state.guard.skipped)) % config.galore_update_freq == 0

@@ -24,15 +24,18 @@ BASELINE = "muon"
 _PLAIN = {"use_8bit_optim": False, "use_galore": False}
 _INT8 = {"use_8bit_optim": True, "quant_bits": 8}
 _INT4 = {"use_8bit_optim": True, "quant_bits": 4}
+_INT2 = {"use_8bit_optim": True, "quant_bits": 2}
 _GALORE = {"use_galore": True}
-_NO_RESIDUAL = {"use_galore": True, "galore_residual": 0.0}
+_NO_RESIDUAL = _GALORE | {"galore_residual": 0.0, "galore_rest_bits": 0}
 _MUON: dict[str, dict[str, Any]] = {
     BASELINE: {},
     "muon_8bit": _INT8,
     "muon_4bit": _INT4,
+    "muon_2bit": _INT2,
     "galore": _GALORE,
     "galore_8bit": _GALORE | _INT8,
     "galore_4bit": _GALORE | _INT4,
+    "galore_2bit": _GALORE | _INT2,
     "galore_plain": _NO_RESIDUAL,
     "galore_plain_8bit": _NO_RESIDUAL | _INT8,
 }
@@ -45,9 +48,13 @@ NAMES = (*_MUON, *_ADAMW)
 _MUON_KEYS = {f.name for f in dataclasses.fields(OptimizerConfig)}
 _MUON_KEYS -= {"total_steps", "seed"}
 _ADAMW_KEYS = {
-    "lr", "weight_decay", "warmup_steps", "decay_start_frac", "grad_clip", "adam_betas",
-    "galore_rank", "galore_update_freq",
+    "lr", "weight_decay", "schedule", "min_lr_frac", "warmup_steps", "decay_start_frac",
+    "grad_clip", "adam_betas", "galore_rank", "galore_update_freq",
 }  # fmt: skip
+_LOW_RANK_KEYS = {key for key in _MUON_KEYS if key.startswith("galore_")}
+_LOW_RANK_KEYS |= {"hardware", "projector_bits"}
+_STORAGE_KEYS = {key for key in _MUON_KEYS if key.startswith("quant")}
+_STORAGE_KEYS |= {"stochastic_rounding"}
 
 
 class Variant(NamedTuple):
@@ -101,14 +108,25 @@ def _variant(text: str, config: Config, adamw_lr: float) -> Variant:
     if name in _ADAMW:
         values["lr"] = adamw_lr
     built = settings.build(Config, values | given, source)
+    idle = sorted(_idle_keys(built) & given.keys())
     settings.require(
+        (not idle, f"{source}: {idle} have no effect on it. Leave them out."),
         (
             name in _ADAMW or built.variant == name,
             f"{source}: its settings are those of `{built.variant}`. Name that one, or "
             "leave out what makes the difference, such as `galore_residual = 0`.",
-        )
+        ),
     )
     return Variant(text, built, build_adamw if name in _ADAMW else build_optimizer)
+
+
+def _idle_keys(config: Config) -> set[str]:
+    """Returns the settings that change nothing of this variant."""
+    idle = set() if config.use_galore else _LOW_RANK_KEYS
+    if config.use_8bit_optim:
+        return idle
+    basis = {"quant_block_size", "quant_scale_dtype", "quant_min_size"}
+    return idle | (_STORAGE_KEYS - basis if config.use_galore else _STORAGE_KEYS)
 
 
 def _read(text: str, source: str) -> dict[str, Any]:

@@ -1,6 +1,6 @@
 """The bases of all leaves of a tree: which are renewed at a step, and what follows."""
 
-from collections.abc import Collection
+from collections.abc import Collection, Hashable, Sequence
 from typing import Any
 
 import jax
@@ -9,26 +9,30 @@ import optax
 from jax.tree_util import keystr
 from jaxtyping import Array
 
-from nanochat_jax.transforms import trees
+from nanochat_jax.transforms import placement, trees
 from nanochat_jax.transforms.adaptive import AdaptiveState
 from nanochat_jax.transforms.refresh import Leaf, Refresh
 
 
 def change_bases(
     refresh: Refresh, reproject: Collection[str], updates: Any, state: Any
-) -> tuple[Any, optax.OptState, dict[str, tuple[Array, Array]]]:
+) -> tuple[Any, dict[str, tuple[Array, Array]]]:
     """Renews the bases of the leaves that are due.
 
     Returns:
-      Projectors, inner state, and by path whether a basis was renewed and how much of
-      the one before it spans.
+      The state of `galore` with other bases, and first moments moved to these; and by
+      path whether a basis was renewed and how much of the one before it spans.
     """
     flat, treedef = jax.tree.flatten_with_path(updates)
     names = [keystr(path) for path, _ in flat]
     bases = treedef.flatten_up_to(state.projector)
     memories = _by_leaf(treedef, state.adaptive)
     inner, inner_def = jax.tree.flatten(state.inner)
+    rest, rest_def = jax.tree.flatten(state.rest)
     owned = _moments_by_parameter(state.inner, reproject)
+    owned_rest = _moments_by_parameter(state.rest, reproject)
+    if not all(len(owned[x]) == len(of_rest) for x, of_rest in owned_rest.items()):
+        owned_rest = {}  # They are not of one kind, so they stay apart.
     leaves = {
         i: Leaf(
             g,
@@ -36,27 +40,35 @@ def change_bases(
             refresh.sketch_seed(state.count, names[i]),
             bases[i],
             tuple(inner[j] for j in owned.get(names[i], ())),
+            tuple(rest[j] for j in owned_rest.get(names[i], ())),
         )
         for i, (_, g) in enumerate(flat)
         if bases[i] is not None
     }
-    renewal = {}
-    for group in _alike(leaves):
-        renewed = refresh.renew([leaves[i] for i in group])
+    renewal, places = {}, [placement.of(*leaf) for leaf in flat]
+    for group in _alike(leaves, places):
+        renewed = refresh.renew([leaves[i] for i in group], places[group[0]])
         for i, new in zip(group, renewed, strict=True):
             bases[i], renewal[names[i]] = new.basis, (leaves[i].due, new.overlap)
             for j, m in zip(owned.get(names[i], ()), new.moments, strict=True):
                 inner[j] = m
-    return treedef.unflatten(bases), inner_def.unflatten(inner), renewal
+            for j, m in zip(owned_rest.get(names[i], ()), new.rests, strict=True):
+                rest[j] = m
+    state = state._replace(
+        projector=treedef.unflatten(bases),
+        inner=inner_def.unflatten(inner),
+        rest=rest_def.unflatten(rest),
+    )
+    return state, renewal
 
 
-def _alike(leaves: dict[int, Leaf]) -> list[list[int]]:
-    """Groups leaves whose gradients and bases have one shape."""
+def _alike(leaves: dict[int, Leaf], places: Sequence[Hashable]) -> list[list[int]]:
+    """Groups leaves whose gradients and bases have one shape, in one place."""
     ids = list(leaves)
     groups = trees.group_by_shape(
         [leaves[i].gradient for i in ids],
         trees.GROUP_BYTES,
-        kinds=[leaves[i].basis.shape for i in ids],
+        kinds=[(leaves[i].basis.shape, places[i]) for i in ids],
     )
     return [[ids[k] for k in group] for group in groups]
 

@@ -18,10 +18,11 @@ from jaxtyping import Array, Int32
 
 from nanochat_jax import rangefinder
 from nanochat_jax.codecs import Quantized
-from nanochat_jax.transforms import bases, projection, trees
+from nanochat_jax.transforms import bases, placement, projection, trees
 from nanochat_jax.transforms.adaptive import Adaptive
 from nanochat_jax.transforms.projection import Rank
 from nanochat_jax.transforms.refresh import Refresh
+from nanochat_jax.transforms.residual import Residual
 
 
 class GaloreState(NamedTuple):
@@ -33,12 +34,15 @@ class GaloreState(NamedTuple):
       inner: State of the wrapped transform, shaped by the projected gradients.
       adaptive: What adaptive refreshing remembers of each projected leaf; `None` if
         refreshing is not adaptive.
+      rest: State of the transform of what the projector cuts off, shaped by the
+        parameters that are projected; `None` without one.
     """
 
     count: Int32[Array, ""]  # pyright: ignore[reportIncompatibleMethodOverride]
     projector: Any
     inner: optax.OptState
     adaptive: Any = None
+    rest: Any = None
 
 
 def galore(
@@ -49,11 +53,13 @@ def galore(
     refresh_stagger: bool = False,
     adaptive: Adaptive | None = None,
     warm_start: bool = False,
+    momentum_share: ArrayLike = 0.0,
     residual: ArrayLike = 0.0,
+    rest: optax.GradientTransformation | None = None,
     match_norm: bool = False,
     scale: ArrayLike = 1.0,
-    oversample: int = rangefinder.OVERSAMPLE,
     power_steps: int = rangefinder.POWER_STEPS,
+    aligned: bool = True,
     reproject: Collection[str] = ("momentum", "trace", "mu"),
     projector_dtype: str = "float32",
     projector_cost: float | None = None,
@@ -62,7 +68,8 @@ def galore(
 ) -> optax.GradientTransformationExtraArgs:
     """Runs `inner` on gradients projected to `rank` dimensions.
 
-    For each matrix `G` the result is `scale·P·inner(PᵀG) + residual·(I - PPᵀ)G`. The
+    For each matrix `G` the result is `scale·P·inner(PᵀG) + residual·(I - PPᵀ)G`, the
+    second part by way of `rest` if there is one. The
     basis `P` spans the leading directions of the gradient on the shorter axis (Zhao et
     al. 2024, GaLore, algorithm 2), found by a randomised singular value decomposition
     (GaLore 2, Su et al. 2025). On a change of basis first moments move along,
@@ -79,6 +86,10 @@ def galore(
     Example:
       >>> plain = galore(optax.chain(momentum(), orthogonalize()), rank=64)
       >>> joint = optax.chain(galore(momentum(), 64, residual=1.0), orthogonalize())
+      >>> two_speed = quantize_state(
+      ...     galore(momentum(0.95), 64, residual=1.0, rest=momentum(0.7)),
+      ...     {"momentum": Int8(), "rest": Normal2()},
+      ... )
       >>> state = joint.init({"kernel": jnp.zeros((256, 1024))})
       >>> state[0].projector["kernel"].shape, state[0].inner.momentum["kernel"].shape
       ((256, 64), (64, 1024))
@@ -93,15 +104,26 @@ def galore(
         all are computed on one step. On the first step all are.
       adaptive: Rule to renew a basis early or late, by what its gradients do.
       warm_start: Whether to look for a basis from the one before, in place of a fresh
-        random sketch. One of `power_steps`, or none, will then do.
+        random sketch. One of `power_steps` will then do.
+      momentum_share: Share of the first moment, beside that of the gradient, in the
+        matrix whose leading directions the basis is of. 0 is the published method;
+        more of it depends less on the noise of one batch.
       residual: Weight of what the projector cuts off. 0 is the published method; 1
         passes the rest of the gradient on as it is, without state.
+      rest: Transform of what the projector cuts off, such as `momentum(0.7)`. What it
+        returns within the basis is cut off again; on a change of basis its first
+        moments take up what `inner`'s lose, and give what these gain. Its state is as
+        large as the parameters: wrap the whole in `quantize_state` with few bits for
+        the field `rest`.
       match_norm: Whether the rest is also scaled by `‖inner(PᵀG)‖ / ‖PᵀG‖` of its
         matrix, as in Fira (Chen et al. 2024, section 4.2): for an `inner` like Adam,
         whose updates are not of the size of gradients.
       scale: Factor on the projected updates, `α` in the paper.
-      oversample: Columns of the random sketch beyond `rank`.
-      power_steps: Subspace iterations, as in `range_basis`.
+      power_steps: Products with `GGᵀ` from sketch to basis, as in `range_basis`.
+      aligned: Whether the basis consists of singular directions, as in the paper, and
+        not of any that span the same space, which takes less time to find. To an
+        `inner` that acts on entries, like Adam, or whose state is stored quantised, it
+        makes a difference; to plain momentum and orthogonalisation none.
       reproject: Fields of `inner`'s state that hold first moments. Others stay as they
         are on a change of basis; none, `()`, is the published method.
       projector_dtype: Type of the stored projector.
@@ -123,15 +145,20 @@ def galore(
         `update`, if `projected` gradients will not do.
     """
     projection.check_rank(rank)
-    _check_arguments(refresh_every, refresh_stagger, adaptive, oversample, power_steps)
+    _check_arguments(refresh_every, refresh_stagger, adaptive, power_steps)
+    if isinstance(momentum_share, int | float) and not 0 <= momentum_share < 1:
+        raise ValueError(f"`momentum_share` must lie in [0, 1), got {momentum_share}.")
     inner = optax.with_extra_args_support(inner)
+    rest = optax.with_extra_args_support(rest) if rest else None
+    combined = Residual(residual, rest, match_norm, scale)
     refresh = Refresh(
         refresh_every,
         refresh_stagger,
         adaptive,
         warm_start,
-        oversample,
+        momentum_share,
         power_steps,
+        aligned,
         seed,
     )
     if projector_cost is None:
@@ -153,7 +180,8 @@ def galore(
         inner_state = inner.init(jax.tree.map(zeros, params, projector))
         _require_plain(inner_state, reproject)
         memory = adaptive.init(projector, refresh_every) if adaptive else None
-        return GaloreState(jnp.zeros([], jnp.int32), projector, inner_state, memory)
+        count, rest_state = jnp.zeros([], jnp.int32), combined.init(params, projector)
+        return GaloreState(count, projector, inner_state, memory, rest_state)
 
     def update_fn(
         updates: optax.Updates,
@@ -163,42 +191,37 @@ def galore(
         projected: bool = False,
         **extra_args: Any,
     ) -> tuple[optax.Updates, GaloreState]:
-        whole, renewal = updates, {}
+        whole: Any = updates
+        renewal = {}
         if projected:
-            _require_published(residual, adaptive, params)
-            whole, projector, inner_state = params, state.projector, state.inner
-            low_rank = optax.tree.cast(updates, jnp.float32)
+            _require_published(combined, adaptive, params)
+            whole, low_rank = params, optax.tree.cast(updates, jnp.float32)
         else:
-            projector, inner_state, renewal = bases.change_bases(
-                refresh, reproject, updates, state
-            )
-            low_rank = jax.tree.map(projection.project, updates, projector)
+            state, renewal = bases.change_bases(refresh, reproject, updates, state)
+            low_rank = jax.tree.map(projection.project, updates, state.projector)
         inner_updates, inner_state = inner.update(
-            low_rank, inner_state, None, **extra_args
+            low_rank, state.inner, None, **extra_args
         )
+        new_updates, rest_state = combined.combine(
+            whole, low_rank, inner_updates, state.projector, state.rest, extra_args
+        )
+        new_state = state._replace(
+            count=jnp.asarray(optax.safe_increment(state.count)),
+            inner=inner_state,
+            adaptive=bases.observe(refresh, state, updates, low_rank, renewal),
+            rest=rest_state,
+        )
+        return optax.tree.cast_like(new_updates, updates), new_state
 
-        def back(g: Array, low: Array, u: Array, p: Array | None) -> Array:
-            if p is None:
-                return u
-            rest = residual
-            if match_norm and not projection.is_zero(residual):
-                rest = residual * projection.norm_ratio(u, low)
-            return projection.project_back(g, low, u, p, scale, rest)
-
-        new_updates = jax.tree.map(back, whole, low_rank, inner_updates, projector)
-        new_updates = optax.tree.cast_like(new_updates, updates)
-        memory = bases.observe(refresh, state, updates, low_rank, renewal)
-        count = jnp.asarray(optax.safe_increment(state.count))
-        return new_updates, GaloreState(count, projector, inner_state, memory)
-
-    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+    return optax.GradientTransformationExtraArgs(
+        init_fn, placement.in_auto_mode(update_fn)
+    )
 
 
 def _check_arguments(
     refresh_every: int,
     refresh_stagger: bool,
     adaptive: Adaptive | None,
-    oversample: int,
     power_steps: int,
 ) -> None:
     if refresh_every < 1:
@@ -208,20 +231,17 @@ def _check_arguments(
             "`refresh_stagger` and `adaptive` both decide when a leaf is refreshed. "
             "Give one of them."
         )
-    if oversample < 0 or power_steps < 0:
-        raise ValueError(
-            "`oversample` and `power_steps` must not be negative, got "
-            f"{oversample=} and {power_steps=}."
-        )
+    if power_steps < 1:
+        raise ValueError(f"`power_steps` must be at least 1, got {power_steps=}.")
 
 
 def _require_published(
-    residual: ArrayLike, adaptive: Adaptive | None, params: optax.Params | None
+    residual: Residual, adaptive: Adaptive | None, params: optax.Params | None
 ) -> None:
-    if not projection.is_zero(residual) or adaptive or params is None:
+    if not residual.is_zero or adaptive or params is None:
         raise ValueError(
             "`galore` takes `projected` gradients with `residual=0`, without "
-            f"`adaptive` and with `params`, got residual={residual}, "
+            f"`adaptive` and with `params`, got residual={residual.weight}, "
             f"adaptive={adaptive}, params {'absent' if params is None else 'given'}. "
             "Give it the whole gradients."
         )

@@ -7,6 +7,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from nanochat_jax.transforms import placement
+
 Step = Callable[[Any, Any, Any], tuple[Any, Any]]
 """An `update` of a transform: updates, state and params to updates and state."""
 
@@ -17,14 +19,15 @@ def in_turn(step: Step, inputs: Any, result: Any = None) -> tuple[Any, Any]:
     """Returns `step(*inputs)`, worked on after `result` is there, and `result`.
 
     Before JAX 0.11 the order is kept by a loop, which reverse-mode differentiation does
-    not pass.
+    not pass. On several devices it is left to the compiler there, so that what they
+    send each other stays out of loops.
 
     Args:
       step: Work to do.
       inputs: Updates, state and params, complete before any of the work is begun.
       result: What has to be there first, if anything.
     """
-    if _BARRIER_HOLDS:
+    if _BARRIER_HOLDS or placement.device_count() > 1:
         inputs, result = jax.lax.optimization_barrier((inputs, result))
         return step(*inputs), result
     # Compilers before JAX 0.11 drop the barrier before they schedule. A loop they keep;

@@ -1,15 +1,19 @@
 """Orthogonalised updates: the step that makes momentum into Muon."""
 
+import functools
 import math
-from typing import Literal
+from collections.abc import Sequence
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import NamedSharding
+from jaxtyping import Array
 
 from nanochat_jax import linalg
 from nanochat_jax.coefficients import QUINTIC, Polynomials
-from nanochat_jax.transforms import trees
+from nanochat_jax.transforms import distributed, placement, trees
 
 ShapeScale = Literal["width", "rms", "none"]
 
@@ -20,12 +24,18 @@ def orthogonalize(
     dtype: str = "float32",
     form: linalg.Form = "auto",
     max_bytes: int = trees.GROUP_BYTES // 2,
+    max_matrix_bytes: int = 1 << 30,
 ) -> optax.GradientTransformation:
     """Replaces each matrix of the updates by the nearest semi-orthogonal one.
 
     The last two axes are the matrix; the axes before them are a batch. Leaves of one
     shape are stacked and iterated on together. Stateless, so Muon is
     `optax.chain(momentum(), orthogonalize(), scale_by_shape("width"), ...)`.
+
+    Where it is known how the parameters are sharded, on a mesh of Explicit axes or
+    under `distribute`, each device iterates on some whole matrices of a stack: one
+    all-to-all brings them there and one takes the results back, in bfloat16 if that is
+    the type of the iteration, and nothing is sent in between.
 
     Example:
       >>> tx = orthogonalize(POLYNOMIALS["polar_express_5"], dtype="bfloat16")
@@ -38,6 +48,10 @@ def orthogonalize(
       form: Form of the iteration; see `linalg.newton_schulz`.
       max_bytes: Most float32 bytes of a stack; a larger leaf is alone. Half of what
         `sequence` takes together, since a square needs four more arrays of its size.
+        On several devices it is for each of them.
+      max_matrix_bytes: Most float32 bytes of a sharded matrix that one device is given
+        whole. All devices iterate on a larger one together, each on some of its
+        columns, and add up a Gram matrix in each step.
 
     Returns:
       A stateless transformation.
@@ -47,21 +61,38 @@ def orthogonalize(
         than two axes.
     """
     linalg.resolve_form((1, 1), dtype, form)
+    iterate = functools.partial(
+        linalg.newton_schulz, polynomials=polynomials, dtype=dtype, form=form
+    )
+
+    def iterate_together(
+        leaves: Sequence[Array], sharding: NamedSharding | None
+    ) -> Sequence[Array]:
+        if sharding is None or sharding.mesh.size == 1:
+            return list(iterate(jnp.stack(leaves)))
+        if 4 * math.prod(leaves[0].shape[-2:]) > max_matrix_bytes:
+            work = lambda x, names: iterate(x, axis_name=names)
+            return [distributed.in_columns(work, x, sharding) for x in leaves]
+        sent = dtype if dtype == "bfloat16" else leaves[0].dtype
+        return distributed.share_out(iterate, leaves, sharding, sent)
 
     def update_fn(
-        updates: optax.Updates, params: optax.Params | None = None
-    ) -> optax.Updates:
+        updates: optax.Updates, state: Any, params: optax.Params | None = None
+    ) -> tuple[optax.Updates, Any]:
         del params
         _require_matrices(updates, "orthogonalize")
-        leaves, treedef = jax.tree.flatten(updates)
-        for group in trees.group_by_shape(leaves, max_bytes):
-            stack = jnp.stack([leaves[i] for i in group])
-            done = linalg.newton_schulz(stack, polynomials, dtype=dtype, form=form)
+        flat, treedef = jax.tree.flatten_with_path(updates)
+        leaves, places = [x for _, x in flat], [placement.of(*leaf) for leaf in flat]
+        devices = placement.device_count()
+        for group in trees.group_by_shape(leaves, max_bytes, places, devices):
+            done = iterate_together([leaves[i] for i in group], places[group[0]])
             for i, x in zip(group, done, strict=True):
                 leaves[i] = x
-        return treedef.unflatten(leaves)
+        return treedef.unflatten(leaves), state
 
-    return optax.stateless(update_fn)
+    return optax.GradientTransformation(
+        optax.init_empty_state, placement.in_auto_mode(update_fn)
+    )
 
 
 def scale_by_shape(mode: ShapeScale = "width") -> optax.GradientTransformation:

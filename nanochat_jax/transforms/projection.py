@@ -145,18 +145,24 @@ def norm_ratio(u: Array, low: Array) -> Float32[Array, "*batch 1 1"]:
     return jnp.where(size > 0, norm(u) / jnp.where(size > 0, size, 1.0), 0.0)
 
 
-def is_zero(residual: ArrayLike) -> bool:
-    """Returns whether a residual's weight is known to be zero, and not traced."""
-    return isinstance(residual, int | float) and residual == 0
+def lift(
+    low: Float[Array, "*batch r long"], basis: Array, shape: tuple[int, ...]
+) -> Float32[Array, "*batch m n"]:
+    """Returns `P·low`, in float32, for a leaf of that shape."""
+    full = matmul(basis, low)
+    return full if shape[-2] <= shape[-1] else full.mT
+
+
+def cut_off(g: Array, low: Array, basis: Array) -> Float32[Array, "*batch m n"]:
+    """Returns `G - P·low`."""
+    return g.astype(jnp.float32) - lift(low, basis, g.shape)
 
 
 def project_back(
     g: Array, low: Array, u: Array, basis: Array, scale: ArrayLike, residual: ArrayLike
 ) -> Array:
     """Returns `scale·P·u + residual·(g - P·low)`, with one product by `P`."""
-    if is_zero(residual):
-        full = matmul(basis, u * scale)
-        return full if g.shape[-2] <= g.shape[-1] else full.mT
-    full = matmul(basis, u * scale - low * residual)
-    full = full if g.shape[-2] <= g.shape[-1] else full.mT
+    if isinstance(residual, int | float) and residual == 0:
+        return lift(u * scale, basis, g.shape)
+    full = lift(u * scale - low * residual, basis, g.shape)
     return full + g.astype(jnp.float32) * residual

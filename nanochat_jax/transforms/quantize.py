@@ -2,6 +2,7 @@
 
 import contextvars
 import dataclasses
+import functools
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -12,7 +13,7 @@ from jax.tree_util import KeyPath, keystr
 from jaxtyping import Array, Float, Float32, Int32
 
 from nanochat_jax.codecs import Codec, Quantized
-from nanochat_jax.transforms import trees
+from nanochat_jax.transforms import placement, trees
 
 SHOWS_STORAGE = contextvars.ContextVar("SHOWS_STORAGE", default=False)
 """Whether `init` says how leaves are stored, by `Stored` nodes, and stores none."""
@@ -58,9 +59,21 @@ class Stored:
             x, trees.leaf_key(self.seed, count, name) if keyed else None
         )
 
+    def stored_shape(self) -> Quantized:
+        """Returns shapes and types of the stored form."""
+        return _stored_shape(self.codec, self.shape)
+
     def decode(self, stored: Quantized) -> Float32[Array, "..."]:
         """Returns the leaf that `stored` stands for, in float32."""
         return self.codec.decode(stored, self.shape[-1])
+
+
+@functools.cache
+def _stored_shape(codec: Codec, shape: tuple[int, ...]) -> Quantized:
+    key = jax.random.key(0) if codec.needs_key else None
+    return jax.eval_shape(
+        lambda x: codec.encode(x, key), jax.ShapeDtypeStruct(shape, jnp.float32)
+    )
 
 
 def is_quantized(node: Any) -> bool:
@@ -128,7 +141,8 @@ def quantize_state(
             if not is_chosen(path, x):
                 return x
             stored = storage(path, x)
-            return stored if shows else stored.encode(x, count)
+            encode = lambda x: stored.encode(x, count)
+            return stored if shows else placement.sharded_as(encode, x)
 
         return QuantizeState(count, jax.tree.map_with_path(store, state))
 
@@ -162,7 +176,9 @@ def quantize_state(
         new_updates = optax.tree.cast_like(new_updates, updates)
         return new_updates, QuantizeState(count, stored)
 
-    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+    return optax.GradientTransformationExtraArgs(
+        init_fn, placement.in_auto_mode(update_fn)
+    )
 
 
 def _require_fields(state: optax.OptState, codecs: Mapping[str, Codec]) -> None:

@@ -6,16 +6,19 @@ leaf would have to be compiled for each.
 """
 
 import dataclasses
+import functools
 import zlib
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import NamedSharding
+from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, Float32, Int32, UInt32
 
 from nanochat_jax import rangefinder
-from nanochat_jax.transforms import projection
+from nanochat_jax.transforms import placement, projection
 from nanochat_jax.transforms.adaptive import Adaptive, AdaptiveState
 
 
@@ -28,6 +31,7 @@ class Leaf(NamedTuple):
       seed: What the sketch hangs on.
       basis: The basis that is there.
       moments: First moments in its coordinates.
+      rests: First moments of the rest that belong to them, one to each, or none.
     """
 
     gradient: Float[Array, "*batch m n"]
@@ -35,6 +39,7 @@ class Leaf(NamedTuple):
     seed: UInt32[Array, ""]
     basis: Float[Array, "*batch short r"]
     moments: tuple[Float[Array, "*batch r long"], ...]
+    rests: tuple[Float[Array, "*batch m n"], ...]
 
 
 class Renewed(NamedTuple):
@@ -43,11 +48,13 @@ class Renewed(NamedTuple):
     Attributes:
       basis: The basis.
       moments: First moments in its coordinates.
+      rests: First moments of the rest.
       overlap: Share of the basis before that it spans; 1 if it is the same.
     """
 
     basis: Float[Array, "*batch short r"]
     moments: tuple[Float[Array, "*batch r long"], ...]
+    rests: tuple[Float[Array, "*batch m n"], ...]
     overlap: Float32[Array, ""]
 
 
@@ -59,8 +66,9 @@ class Refresh:
     stagger: bool
     adaptive: Adaptive | None
     warm_start: bool
-    oversample: int
+    momentum_share: ArrayLike
     power_steps: int
+    aligned: bool
     seed: int
 
     def is_due(
@@ -87,14 +95,22 @@ class Refresh:
             base ^ rangefinder.mix_bits(count.astype(jnp.uint32))
         )
 
-    def renew(self, leaves: Sequence[Leaf]) -> list[Renewed]:
-        """Returns the bases of leaves of one shape, renewed where they are due."""
+    def renew(
+        self, leaves: Sequence[Leaf], sharding: NamedSharding | None = None
+    ) -> list[Renewed]:
+        """Returns the bases of leaves of one shape, renewed where they are due.
+
+        Args:
+          leaves: The leaves.
+          sharding: How the gradient of each is sharded, if that is known.
+        """
+        renew_if_due = functools.partial(self._renew_if_due, sharding=sharding)
         if len(leaves) == 1:
-            return [self._renew_if_due(leaves[0])]
+            return [renew_if_due(leaves[0])]
 
         def renew_due() -> list[Renewed]:
             stack = jax.tree.map(lambda *xs: jnp.stack(xs), *leaves)
-            renewed = jax.lax.map(self._renew_if_due, stack)
+            renewed = jax.lax.map(renew_if_due, stack)
             return [
                 jax.tree.map(lambda x, i=i: x[i], renewed) for i in range(len(leaves))
             ]
@@ -102,27 +118,50 @@ class Refresh:
         any_due = jnp.stack([leaf.due for leaf in leaves]).any()
         return jax.lax.cond(any_due, renew_due, lambda: [_same(x) for x in leaves])
 
-    def _renew_if_due(self, leaf: Leaf) -> Renewed:
-        return jax.lax.cond(leaf.due, lambda: self._renew(leaf), lambda: _same(leaf))
+    def _renew_if_due(self, leaf: Leaf, sharding: NamedSharding | None) -> Renewed:
+        return jax.lax.cond(
+            leaf.due, lambda: self._renew(leaf, sharding), lambda: _same(leaf)
+        )
 
-    def _renew(self, leaf: Leaf) -> Renewed:
+    def _renew(self, leaf: Leaf, sharding: NamedSharding | None) -> Renewed:
         g, old = leaf.gradient, leaf.basis
         usable = jnp.isfinite(g).all((-2, -1), keepdims=True)
         usable &= (g != 0).any((-2, -1), keepdims=True)
+        x = jnp.where(usable, g, 0).astype(jnp.float32)
+        wholes = _whole_moments(leaf)
+        share = self.momentum_share
+        published = isinstance(share, int | float) and share == 0
+        if wholes and not published:
+            x = jnp.asarray((1 - share) * x + share * wholes[0])
         new = rangefinder.range_basis(
-            projection.short_first(jnp.where(usable, g, 0).astype(jnp.float32)),
+            projection.short_first(placement.split_long(x, sharding)),
             old.shape[-1],
             leaf.seed,
             start=old if self.warm_start else None,
-            oversample=self.oversample,
             power_steps=self.power_steps,
+            aligned=self.aligned,
         ).astype(old.dtype)
         new = jnp.where(usable, new, old)
         rotation = projection.matmul(new.mT, old)
-        moved = [projection.matmul(rotation, m).astype(m.dtype) for m in leaf.moments]
+        if leaf.rests:
+            moved = [projection.project(m, new) for m in wholes]
+        else:
+            moved = [projection.matmul(rotation, m) for m in leaf.moments]
+        rests = [
+            projection.cut_off(m, low, new).astype(rest.dtype)
+            for m, low, rest in zip(wholes, moved, leaf.rests, strict=False)
+        ]
+        moved = [x.astype(m.dtype) for x, m in zip(moved, leaf.moments, strict=True)]
         overlap = jnp.mean(jnp.sum(rotation**2, axis=(-2, -1))) / old.shape[-1]
-        return Renewed(new, tuple(moved), overlap)
+        return Renewed(new, tuple(moved), tuple(rests), overlap)
+
+
+def _whole_moments(leaf: Leaf) -> list[Array]:
+    """Returns first moments in the coordinates of the gradient, `P·m` and the rest."""
+    rests = leaf.rests or [0.0] * len(leaf.moments)
+    lift = lambda m: projection.lift(m, leaf.basis, leaf.gradient.shape)
+    return [lift(m) + rest for m, rest in zip(leaf.moments, rests, strict=True)]
 
 
 def _same(leaf: Leaf) -> Renewed:
-    return Renewed(leaf.basis, leaf.moments, jnp.float32(1.0))
+    return Renewed(leaf.basis, leaf.moments, leaf.rests, jnp.float32(1.0))

@@ -6,10 +6,10 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.tree_util import keystr
-from jax.typing import DTypeLike
-from jaxtyping import Array, Shaped
+from jaxtyping import Array
 
 from nanochat_jax.transforms import trees
+from nanochat_jax.transforms.bits import from_bits, to_bits
 from nanochat_jax.transforms.order import Step, in_turn
 from nanochat_jax.transforms.quantize import is_quantized
 
@@ -34,7 +34,7 @@ def update_by_rows(
     """
     [(path, leaf)] = jax.tree.leaves_with_path(updates)
     rows = max(1, max_bytes * leaf.shape[0] // (4 * leaf.size)) if leaf.ndim > 1 else 0
-    if not 0 < rows < leaf.shape[0]:
+    if not 0 < rows < leaf.shape[0] or not _keeps_shape(step, updates, state, params):
         return step(updates, state, params)
     before, treedef = jax.tree.flatten((updates, state, params))
     owned = _owned((updates, state, params), keystr(path))
@@ -43,7 +43,7 @@ def update_by_rows(
     def work(start: Array | int, count: int, done: list[Array]) -> list[Array]:
         # Counts are taken from before the first rows: in `done` they have moved on.
         inputs = [
-            _from_bits(lax.dynamic_slice_in_dim(x, start, count), old.dtype)
+            from_bits(lax.dynamic_slice_in_dim(x, start, count), old.dtype)
             if mine
             else old
             for x, old, mine in zip([*done, *params_bits], before, owned, strict=True)
@@ -51,19 +51,25 @@ def update_by_rows(
         # A read fused with the write over it would cost a copy of the whole leaf.
         part = lax.optimization_barrier(in_turn(step, treedef.unflatten(inputs))[0])
         return [
-            lax.dynamic_update_slice_in_dim(x, _to_bits(new), start, 0) if mine else new
+            lax.dynamic_update_slice_in_dim(x, to_bits(new), start, 0) if mine else new
             for x, new, mine in zip(done, jax.tree.leaves(part), owned, strict=False)
         ]
 
-    whole = [_to_bits(x) for x in before]
+    whole = [to_bits(x) for x in before]
     done, params_bits = whole[: written.num_leaves], whole[written.num_leaves :]
     pieces, rest = divmod(leaf.shape[0], rows)
     done = lax.fori_loop(0, pieces, lambda i, done: work(i * rows, rows, done), done)
     if rest:
         done = work(pieces * rows, rest, done)
     return written.unflatten(
-        _from_bits(x, old.dtype) for x, old in zip(done, before, strict=False)
+        from_bits(x, old.dtype) for x, old in zip(done, before, strict=False)
     )
+
+
+def _keeps_shape(step: Step, updates: Any, state: Any, params: Any) -> bool:
+    """Returns whether rows can be written over those they come from."""
+    results = jax.eval_shape(step, updates, state, params)[0]
+    return jax.tree.map(jnp.shape, results) == jax.tree.map(jnp.shape, updates)
 
 
 def _owned(tree: Any, name: str) -> list[bool]:
@@ -74,19 +80,3 @@ def _owned(tree: Any, name: str) -> list[bool]:
         for path, node in nodes
         for x in jax.tree.leaves(node)
     ]
-
-
-def _to_bits(x: Shaped[Array, "*shape"]) -> Shaped[Array, "*shape"]:
-    """Returns the bits of short floats, other arrays as they are.
-
-    A CPU writes a few short floats into an array by way of a float32 copy of it all.
-    """
-    size = x.dtype.itemsize
-    if size >= 4 or not jnp.issubdtype(x.dtype, jnp.floating):
-        return x
-    return lax.bitcast_convert_type(x, jnp.dtype(f"uint{8 * size}"))
-
-
-def _from_bits(x: Shaped[Array, "*shape"], dtype: DTypeLike) -> Shaped[Array, "*shape"]:
-    """Undoes `_to_bits`."""
-    return x if x.dtype == dtype else lax.bitcast_convert_type(x, dtype)

@@ -7,7 +7,7 @@ import jax
 import optax
 from jax.tree_util import keystr
 
-from nanochat_jax.transforms import trees
+from nanochat_jax.transforms import placement, trees
 from nanochat_jax.transforms.order import Step, in_turn
 from nanochat_jax.transforms.quantize import is_quantized
 from nanochat_jax.transforms.rows import update_by_rows
@@ -17,7 +17,7 @@ def sequence(
     inner: optax.GradientTransformation,
     *,
     max_bytes: int = trees.GROUP_BYTES,
-    by_rows: bool = False,
+    core_ndim: int | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Runs `inner` on groups of leaves of one shape, each after the one before.
 
@@ -38,10 +38,11 @@ def sequence(
     Args:
       inner: Transform to run.
       max_bytes: Most bytes of a group, counted in float32; a larger leaf is a group of
-        its own.
-      by_rows: Whether `inner` treats each row, each entry of the first axis, by itself
-        too, as elementwise transforms do, also quantised. A larger leaf is then worked
-        on a few rows at a time.
+        its own. On several devices it is for each of them.
+      core_ndim: Number of last axes that `inner` treats together, if it treats what is
+        along the axes before by itself: 1 for elementwise transforms, also quantised, 2
+        for those of matrices. A larger leaf of more axes is then worked on a few
+        entries of its first axis at a time; not if it is spread over devices.
 
     Returns:
       A transformation with the updates and the state of `inner`.
@@ -61,10 +62,12 @@ def sequence(
     ) -> tuple[optax.Updates, optax.OptState]:
         flat, treedef = jax.tree.flatten_with_path(updates)
         names, leaves = [keystr(path) for path, _ in flat], [x for _, x in flat]
-        groups = trees.group_by_shape(leaves, max_bytes)
+        groups = trees.group_by_shape(
+            leaves, max_bytes, devices=placement.device_count()
+        )
         step = functools.partial(inner.update, **extra_args)
-        if by_rows:
-            step = functools.partial(_by_rows, step, max_bytes)
+        if core_ndim is not None and placement.device_count() == 1:
+            step = functools.partial(_by_rows, step, max_bytes, core_ndim)
         if len(groups) < 2:
             return step(updates, state, params)
         weights = None if params is None else treedef.flatten_up_to(params)
@@ -92,12 +95,17 @@ def sequence(
         collect(result)
         return treedef.unflatten(new_leaves), state_def.unflatten(new_nodes)
 
-    return optax.GradientTransformationExtraArgs(inner.init, update_fn)
+    return optax.GradientTransformationExtraArgs(
+        inner.init, placement.in_auto_mode(update_fn)
+    )
 
 
-def _by_rows(step: Step, max_bytes: int, *inputs: Any) -> tuple[Any, Any]:
+def _by_rows(
+    step: Step, max_bytes: int, core_ndim: int, *inputs: Any
+) -> tuple[Any, Any]:
     """Returns `step(*inputs)`, a few rows at a time if there is but one leaf."""
-    if len(jax.tree.leaves(inputs[0])) != 1:
+    leaves = jax.tree.leaves(inputs[0])
+    if len(leaves) != 1 or leaves[0].ndim <= core_ndim:
         return step(*inputs)
     return update_by_rows(step, *inputs, max_bytes=max_bytes)
 

@@ -54,7 +54,7 @@ def dequantize(
       ValueError: If `state` has not the structure of `tx.init(params)`.
     """
 
-    storage = _storage(tx, params)
+    storage = storage_of(tx, params)
     _require_paths("state", state, jax.eval_shape(tx.init, params))
     decode = lambda node, x: (
         node.decode(x).astype(node.dtype) if isinstance(node, Stored) else x
@@ -93,7 +93,7 @@ def quantize(
     Raises:
       ValueError: If `state` has another structure.
     """
-    storage = _storage(tx, params)
+    storage = storage_of(tx, params)
     _require_paths("state", state, _empty(storage))
     count = jnp.asarray(count, jnp.int32)
 
@@ -136,7 +136,7 @@ def quantization_error(
     Raises:
       ValueError: If `state` or `reference` has not the structure it should have.
     """
-    storage = _storage(tx, params)
+    storage = storage_of(tx, params)
     _require_paths("reference", reference, _empty(storage))
     decoded = dequantize(tx, state, params)
     errors = _map(
@@ -160,7 +160,7 @@ def _error(x: Array, reference: Array) -> QuantizationError:
     return QuantizationError(relative, jnp.mean((x == 0) & (reference != 0)))
 
 
-def _storage(tx: optax.GradientTransformation, params: optax.Params) -> Any:
+def storage_of(tx: optax.GradientTransformation, params: optax.Params) -> Any:
     """Returns `tx.init(params)` with `Stored` nodes in place of quantised arrays."""
     token = SHOWS_STORAGE.set(True)
     try:

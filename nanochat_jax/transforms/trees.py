@@ -6,6 +6,7 @@ belongs to: `.inner[0].momentum['block']['kernel']` is the `momentum` of
 leaf is treated alike in a whole tree and in a part of it.
 """
 
+import math
 import zlib
 from collections.abc import Collection, Hashable, Sequence
 
@@ -43,7 +44,10 @@ def owner(path: KeyPath, names: Collection[str]) -> str | None:
 
 
 def group_by_shape(
-    leaves: Sequence[Array], max_bytes: int, kinds: Sequence[Hashable] | None = None
+    leaves: Sequence[Array],
+    max_bytes: int,
+    kinds: Sequence[Hashable] | None = None,
+    devices: int = 1,
 ) -> list[list[int]]:
     """Groups leaves of one shape and type, in order, each group within `max_bytes`.
 
@@ -51,6 +55,8 @@ def group_by_shape(
       leaves: Arrays.
       max_bytes: Most bytes of a group, counted in float32; a larger leaf is alone.
       kinds: What else leaves of a group must agree in, one of each leaf.
+      devices: Number of devices that a group is shared out to. `max_bytes` is for each
+        of them, and a group that others follow has as many matrices for each.
 
     Returns:
       The indices of each group.
@@ -60,11 +66,18 @@ def group_by_shape(
     for i, x in enumerate(leaves):
         kind = (x.shape, x.dtype, kinds and kinds[i])
         group = last.get(kind)
-        if group is None or (len(group) + 1) * 4 * x.size > max_bytes:
+        if group is None or len(group) == _group_size(x, max_bytes, devices):
             group = last[kind] = []
             groups.append(group)
         group.append(i)
     return groups
+
+
+def _group_size(x: Array, max_bytes: int, devices: int) -> int:
+    """Returns how many leaves like `x` are worked on together."""
+    together = devices // math.gcd(devices, math.prod(x.shape[:-2]))
+    fitting = max_bytes * devices // (4 * max(x.size, 1))
+    return max(together, fitting // together * together)
 
 
 def field_names(path: KeyPath) -> set[str]:

@@ -1,0 +1,152 @@
+"""Steps that would do harm are skipped, inside the compiled step.
+
+A step is skipped if its loss or its gradient is not finite, or, if that is asked for,
+far above the usual. Then parameters and state of the optimizer stay as they are to the
+bit, and only the data moves on.
+"""
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Bool, Float32, Int32
+
+WINDOW = 128
+"""Steps that running means reach back, and before which no step is a spike."""
+
+
+class Guard(NamedTuple):
+    """What is remembered of the steps so far.
+
+    Attributes:
+      taken: Steps that were not skipped.
+      skipped: Steps that were.
+      in_a_row: Of these, the ones after the last step that was not.
+      mean: Running means of loss and gradient norm, over the steps taken.
+      variance: Their running variances.
+    """
+
+    taken: Int32[Array, ""]
+    skipped: Int32[Array, ""]
+    in_a_row: Int32[Array, ""]
+    mean: Float32[Array, "2"]
+    variance: Float32[Array, "2"]
+
+
+def init() -> Guard:
+    """Returns the guard before the first step."""
+    # Each an array of its own, since the state is donated.
+    counts = (jnp.zeros([], jnp.int32) for _ in range(3))
+    moments = (jnp.zeros(2, jnp.float32) for _ in range(2))
+    return Guard(*counts, *moments)
+
+
+def judge(
+    guard: Guard, loss: Array, grad_norm: Array, spike_skip: float = 0.0
+) -> tuple[Bool[Array, ""], Guard]:
+    """Decides whether a step is taken.
+
+    Args:
+      guard: What is remembered of the steps before.
+      loss: Loss of the step.
+      grad_norm: Norm of its gradient.
+      spike_skip: Standard deviations above the running mean that are too many, for
+        either; 0 for any number.
+
+    Returns:
+      Whether the step is taken, and what is remembered after it.
+    """
+    seen = jnp.stack([loss, grad_norm]).astype(jnp.float32)
+    take = jnp.isfinite(seen).all()
+    if spike_skip:
+        limit = guard.mean + spike_skip * jnp.sqrt(guard.variance)
+        take &= (seen <= limit).all() | (guard.taken < WINDOW)
+    # The mean of all steps at first, then an exponential one.
+    weight = 1 / jnp.minimum(guard.taken + 1, WINDOW).astype(jnp.float32)
+    off = seen - guard.mean
+    after = Guard(
+        guard.taken + 1,
+        guard.skipped,
+        jnp.zeros_like(guard.in_a_row),
+        guard.mean + weight * off,
+        (1 - weight) * (guard.variance + weight * off**2),
+    )
+    passed = guard._replace(skipped=guard.skipped + 1, in_a_row=guard.in_a_row + 1)
+    return take, jax.tree.map(lambda x, y: jnp.where(take, x, y), after, passed)
+
+
+def update_if(
+    take: Bool[Array, ""],
+    update: Callable[..., tuple[optax.Updates, optax.OptState]],
+    grads: optax.Updates,
+    opt_state: optax.OptState,
+    params: Any,
+) -> tuple[Any, optax.OptState]:
+    """Applies an update of the optimizer, or leaves everything as it is.
+
+    Args:
+      take: Whether to apply it.
+      update: Gradients, state and parameters to updates and state.
+      grads: Gradients; they are written over.
+      opt_state: State of the optimizer.
+      params: Parameters.
+
+    Returns:
+      Parameters and state.
+    """
+
+    def once(_: Array, carry: Any) -> Any:
+        grads, opt_state, params = carry
+        updates, opt_state = update(grads, opt_state, params)
+        spent = jax.tree.map(
+            lambda g, u: u if u.shape == g.shape else g, grads, updates
+        )
+        return spent, opt_state, optax.apply_updates(params, updates)
+
+    # A loop that runs once or not at all. Compilers update what a loop carries in
+    # place, while under `lax.cond` they plan a second copy of the gradients.
+    carry = (grads, opt_state, params)
+    _, opt_state, params = jax.lax.fori_loop(0, take.astype(jnp.int32), once, carry)
+    return params, opt_state
+
+
+def check(values: Mapping[str, Any], step: int, most: int) -> int:
+    """Stops a run of which too many steps in a row were skipped.
+
+    Args:
+      values: Metrics of a step. They are waited for.
+      step: Steps done, that one among them.
+      most: Skipped steps in a row at which a run stops.
+
+    Returns:
+      Steps skipped so far.
+
+    Raises:
+      FloatingPointError: If that many were skipped.
+    """
+    if int(values["in_a_row"]) >= most:
+        raise FloatingPointError(_complaint(values, step))
+    return int(values["skipped"])
+
+
+def _complaint(values: Mapping[str, Any], step: int) -> str:
+    """Returns why a run stops, and what to do."""
+    row = int(values["in_a_row"])
+    seen = {
+        "loss": float(values["loss"]),
+        "gradient norm": float(values["grad_norm"]),
+    }
+    wrong = [f"the {name} is {x}" for name, x in seen.items() if not math.isfinite(x)]
+    spike = [
+        f"the loss, {seen['loss']:.4g}, or the gradient norm, "
+        f"{seen['gradient norm']:.4g}, is far above its running mean (`spike_skip`)"
+    ]
+    return (
+        f"step {step}: {' and '.join(wrong or spike)}. This and the steps before it, "
+        f"{row} in a row, were skipped, at which a run stops (`max_skipped_steps`). "
+        f"Parameters are those of step {step - row}. Resume from an earlier checkpoint "
+        "with a lower `lr` or `fallback_lr`, or look into the data of these steps."
+    )

@@ -1,0 +1,118 @@
+"""Cross-entropy whose logits stand for some positions at a time, never all.
+
+Of a large vocabulary the logits, `[B, S, V]` in float32, are the largest arrays of a
+training step. Here positions are read out in chunks, and each chunk's gradient is taken
+while its logits are there: that of the head is added up, that of the features put
+aside. Nothing is computed twice, unlike with `jax.checkpoint`.
+
+Axes: B batch, S sequence, C chunks, P positions of a chunk, D features, V vocabulary.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Float, Float32, Int
+
+Head = Callable[[Array, Array], Array]
+"""Weights and features, `[*batch, D]`, to float32 logits, `[*batch, V]`."""
+
+_PADDING = -1
+
+
+def cross_entropy(
+    head: Head,
+    weights: Float[Array, "..."],
+    x: Float[Array, "B S D"],
+    labels: Int[Array, "B S"],
+    chunk: int = 0,
+) -> Float32[Array, ""]:
+    """Returns the mean cross-entropy, in nats, of labels under the logits of `head`.
+
+    Example:
+      >>> head = lambda weights, x: x @ weights
+      >>> x, labels = jnp.ones((2, 6, 4)), jnp.zeros((2, 6), jnp.int32)
+      >>> float(cross_entropy(head, jnp.zeros((4, 1)), x, labels, chunk=8))
+      0.0
+
+    Args:
+      head: What turns features into logits; each position is treated by itself.
+      weights: What it multiplies features by.
+      x: Features.
+      labels: The right entry of each V logits.
+      chunk: Most pairs of sequence and position whose logits stand at a time, though
+        never less than one position of all sequences; 0 for all.
+
+    Returns:
+      The mean over B times S labels. Its gradient is that of the plain mean, in sums of
+      another order. It has no forward-mode derivative if there is more than one chunk.
+    """
+    chunks = _count_chunks(labels.shape, chunk)
+    mean = functools.partial(_summed, head, 1 / labels.size)
+    if chunks == 1:
+        return mean(weights, x, labels)
+    return _in_chunks(
+        mean, weights, _split(x, chunks), _split(labels, chunks, fill=_PADDING)
+    )
+
+
+def _summed(head: Head, scale: float, weights: Array, x: Array, labels: Array) -> Array:
+    """Returns the sum over labels, without padding, times `scale`."""
+    losses = optax.softmax_cross_entropy_with_integer_labels(head(weights, x), labels)
+    return jnp.sum(jnp.where(labels == _PADDING, 0, losses)) * scale
+
+
+def _count_chunks(shape: tuple[int, ...], chunk: int) -> int:
+    sequences, length = shape
+    positions = max(1, chunk // sequences) if chunk else length
+    return -(-length // positions)
+
+
+def _split(x: Array, chunks: int, fill: int = 0) -> Array:
+    """Returns `[B, S, ...]` as `[C, B, P, ...]`, filled up at the end of S.
+
+    Positions are divided, not sequences, so that where sequences are spread over
+    devices each works on its own in every chunk.
+    """
+    positions = -(-x.shape[1] // chunks)
+    missing = chunks * positions - x.shape[1]
+    widths = [(0, missing if axis == 1 else 0) for axis in range(x.ndim)]
+    x = jnp.pad(x, widths, constant_values=fill)
+    return jnp.moveaxis(x.reshape(x.shape[0], chunks, positions, *x.shape[2:]), 1, 0)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _in_chunks(
+    loss: Callable[..., Array],
+    weights: Float[Array, "..."],
+    x: Float[Array, "C B P D"],
+    labels: Int[Array, "C B P"],
+) -> Float32[Array, ""]:
+    """Returns the sum of `loss` over chunks."""
+    add = lambda total, chunk: (total + loss(weights, *chunk), None)
+    return jax.lax.scan(add, jnp.zeros([]), (x, labels))[0]
+
+
+def _forward(
+    loss: Callable[..., Array], weights: Array, x: Array, labels: Array
+) -> tuple[Array, Any]:
+    def add(totals: Any, chunk: Any) -> tuple[Any, Array]:
+        value, (d_weights, d_x) = jax.value_and_grad(loss, (0, 1))(weights, *chunk)
+        return jax.tree.map(jnp.add, totals, (value, d_weights)), d_x
+
+    zero = (jnp.zeros([]), jnp.zeros_like(weights))
+    (value, d_weights), d_x = jax.lax.scan(add, zero, (x, labels))
+    return value, (d_weights, d_x)
+
+
+def _backward(
+    loss: Callable[..., Array], gradients: tuple[Array, Array], g: Array
+) -> tuple[Array, Array, None]:
+    d_weights, d_x = gradients
+    return (g * d_weights).astype(d_weights.dtype), (g * d_x).astype(d_x.dtype), None
+
+
+_in_chunks.defvjp(_forward, _backward)

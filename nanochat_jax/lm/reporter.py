@@ -1,0 +1,119 @@
+"""What a run tells of itself: metrics, evaluations, its speed, and samples of text."""
+
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from nanochat_jax.lm import usage
+from nanochat_jax.lm.display import Display
+from nanochat_jax.lm.evaluation import Evaluator
+from nanochat_jax.lm.model import Params, count_flops_per_token
+from nanochat_jax.lm.setup import Run
+from nanochat_jax.lm.sinks import Sink
+from nanochat_jax.optimizer import schedule
+
+Sample = Callable[[Params, int], str]
+"""Parameters and steps done, to text."""
+
+
+class Reporter:
+    """Tells display and sinks of a run, at the intervals that its settings give."""
+
+    def __init__(
+        self,
+        run: Run,
+        step: int,
+        display: Display,
+        sinks: Sequence[Sink] = (),
+        sample: Sample | None = None,
+    ):
+        """Starts the clock.
+
+        Args:
+          run: The run.
+          step: Steps done before.
+          display: Where metrics and samples are shown.
+          sinks: Where metrics are written.
+          sample: Returns text from the model, if there is to be any.
+        """
+        self._config = run.config
+        self._devices = (
+            jax.devices()[:1] if run.mesh is None else [*run.mesh.devices.flat]
+        )
+        self._display, self._sinks, self._sample = display, sinks, sample
+        self._evaluate = Evaluator(run)
+        self._rate = schedule(run.config, run.config.lr)
+        self._flops = count_flops_per_token(run.config, run.config.sequence)
+        self._started = self._reported_at = time.perf_counter()
+        self._reported = step
+
+    def start(self, params: Params) -> None:
+        """Reports the loss before the first step."""
+        self._report(0, self._evaluate(params))
+
+    def step(self, done: int, params: Params, values: Mapping[str, Any]) -> None:
+        """Reports what is due after a step. Only if anything is, it is waited for.
+
+        Args:
+          done: Steps done.
+          params: Parameters after it.
+          values: What it returned.
+
+        Raises:
+          FloatingPointError: If the validation loss is not finite.
+        """
+        config, last = self._config, done == self._config.total_steps
+        self._display.update(done)
+        line: dict[str, Any] = {}
+        if last or due(done, config.log_interval):
+            line |= self._measure(done, values)
+        if last or due(done, config.eval_interval):
+            line |= self._evaluate(params)
+        if self._sample and due(done, config.sample_interval) and not last:
+            text = self._sample(params, done)
+            self._display.print(f"\nA sample after step {done}:\n{text}\n")
+        if line:
+            self._report(done, line)
+
+    def _measure(self, done: int, values: Mapping[str, Any]) -> dict[str, Any]:
+        """Returns the metrics of a step, and the speed since the last report."""
+        config = self._config
+        loss, skipped = float(values["loss"]), int(values["skipped"])
+        now = time.perf_counter()
+        tokens = (done - self._reported) * config.tokens_per_step
+        speed = tokens / (now - self._reported_at)
+        devices = self._devices
+        return {
+            "loss": loss,
+            # The optimizer does not count steps that were skipped.
+            "lr": float(jnp.asarray(self._rate(done - 1 - skipped))),
+            "grad_norm": float(values["grad_norm"]),
+            "skipped": skipped or None,
+            "tokens_per_s": speed,
+            "mfu": usage.mfu(speed, self._flops, devices, config.compute_dtype),
+            "memory_bytes": usage.memory_in_use(),
+            "elapsed_s": now - self._started,
+        }
+
+    def _report(self, done: int, values: Mapping[str, Any]) -> None:
+        """Hands metrics to the display and to every sink, and looks at the loss."""
+        line = {"step": done, "tokens": done * self._config.tokens_per_step, **values}
+        self._display.log(line)
+        for sink in self._sinks:
+            sink.write(line)
+        if not math.isfinite(values.get("val_loss", 0.0)):
+            raise FloatingPointError(
+                f"step {done}: the validation loss is {values['val_loss']}: parameters "
+                "are out of bounds. Resume from an earlier checkpoint with a lower "
+                "`lr` or `fallback_lr`."
+            )
+        self._reported, self._reported_at = done, time.perf_counter()
+
+
+def due(step: int, interval: int) -> bool:
+    """Returns whether something done every `interval` steps, if any, is due."""
+    return interval > 0 and step % interval == 0

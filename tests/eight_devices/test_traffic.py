@@ -1,0 +1,97 @@
+"""What is predicted that devices send is what compiled programs have them send."""
+
+import jax
+import pytest
+from jax.sharding import NamedSharding, PartitionSpec as P
+
+import nanochat_jax as nj
+from nanochat_jax.config import Config
+from nanochat_jax.lm import mesh, model, setup, spread
+from nanochat_jax.lm.collectives import KINDS, collectives
+from nanochat_jax.lm.traffic import step_traffic
+from nanochat_jax.optimizer import matrix_optimizer
+
+SMALL = {
+    "dim": 64, "n_layers": 4, "n_heads": 8, "ffn_mult": 4.0, "vocab_size": 128,
+    "max_seq_len": 32, "batch_size": 8, "dataset": "synthetic", "ns_dtype": "bfloat16",
+    "weight_tied": False, "loss_chunk": 0,
+}  # fmt: skip
+
+
+def place(sizes, **values):
+    config = Config(**SMALL | values, mesh=sizes)
+    graphdef, params = setup.abstract_model(config)
+    return config, graphdef, mesh.place(params, mesh.make_mesh(sizes), config)
+
+
+def sent_by(config, compiled):
+    """Bytes that a device sends, by kind; what is in the loop over layers, L times."""
+    sent = dict.fromkeys(KINDS, 0)
+    for found in collectives(compiled.as_text()):
+        times = config.n_layers if found.in_loop else 1
+        sent[found.kind] += times * found.sent_bytes
+    return sent
+
+
+def gradient(config, graphdef, params):
+    """The compiled loss and gradient, placed as the trainer does."""
+    shape = (config.batch_size, config.sequence + 1)
+    place = params["embed"]["embedding"].sharding.mesh
+    where = spread.batch_sharding(place, shape)
+    batch = jax.ShapeDtypeStruct(shape, "int32", sharding=where)
+    loss = lambda params, batch: model.next_token_loss(graphdef, params, batch)
+    out = (NamedSharding(place, P()), jax.tree.map(lambda x: x.sharding, params))
+    with spread.using(place):
+        step = jax.jit(jax.value_and_grad(loss), out_shardings=out)
+        return step.lower(params, batch).compile()
+
+
+def predicted(rows):
+    sent = dict.fromkeys(KINDS, 0)
+    for row in rows:
+        sent[row.kind] += row.sent_bytes
+    # Compilers for the CPU reduce in full and scatter after, which sends twice as much.
+    sent["all-reduce"] += 2 * sent.pop("reduce-scatter")
+    return sent
+
+
+@pytest.mark.parametrize("scan", [False, True])
+def test_fsdp_sends_what_is_predicted(scan):
+    config, graphdef, params = place({"fsdp": 8}, scan_layers=scan, remat=scan)
+    rows = [row for row in step_traffic(config, params) if row.what != "Newton-Schulz"]
+    found, wanted = sent_by(config, gradient(config, graphdef, params)), predicted(rows)
+    assert found.pop("reduce-scatter") == found.pop("collective-permute") == 0
+    for kind in ("all-gather", "all-reduce", "all-to-all"):
+        assert found[kind] == pytest.approx(wanted[kind], rel=0.01)
+
+
+def test_a_mesh_of_three_axes_sends_about_what_is_predicted():
+    sizes = {"data": 2, "fsdp": 2, "tensor": 2}
+    config, graphdef, params = place(sizes, scan_layers=True, remat=True)
+    rows = [row for row in step_traffic(config, params) if row.what != "Newton-Schulz"]
+    found, wanted = sent_by(config, gradient(config, graphdef, params)), predicted(rows)
+    assert sum(found.values()) == pytest.approx(sum(wanted.values()), rel=0.1)
+
+
+@pytest.mark.parametrize("sizes", [{"fsdp": 8}, {"data": 2, "fsdp": 4}], ids=str)
+def test_newton_schulz_sends_what_is_predicted(sizes):
+    config, _, params = place(sizes)
+    rows = [row for row in step_traffic(config, params) if row.what == "Newton-Schulz"]
+    matrices = jax.tree.map(
+        lambda x, label: x if label == "matrix" else None,
+        params,
+        nj.label_params(params),
+    )
+    where = jax.tree.map(lambda x: x.sharding, matrices)
+    tx = nj.distribute(matrix_optimizer(config), where)
+    state = jax.tree.map(
+        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
+        jax.eval_shape(tx.init, matrices),
+        nj.state_sharding(tx, matrices),
+    )
+    update = jax.jit(tx.update).lower(matrices, state, matrices).compile()
+    # Groups of matrices take their turns in loops that run once.
+    found = [x for x in collectives(update.as_text()) if x.bytes > 64]
+    for kind in KINDS:
+        sent = sum(x.sent_bytes for x in found if x.kind == kind)
+        assert sent == predicted(rows).get(kind, 0)

@@ -1,0 +1,142 @@
+"""Updates of sharded parameters are those of the parameters in one place."""
+
+import contextlib
+import functools
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
+from variants import VARIANTS, build, leaves, make_mesh, shardings
+
+import nanochat_jax as nj
+from nanochat_jax.linalg import newton_schulz
+
+PLACES = [("8", AxisType.Auto), ("4x2", AxisType.Explicit), ("2x2x2", AxisType.Auto)]
+# Those that between them compile everything once.
+QUICK = {("muon", "8"), ("galore_8bit", "4x2"), ("galore_8bit", "2x2x2")}
+CASES = [
+    pytest.param(
+        name, *place, marks=[] if (name, place[0]) in QUICK else pytest.mark.slow
+    )
+    for name in VARIANTS
+    for place in PLACES
+]
+
+
+def assert_close(x, y, atol=1e-5):
+    chex.assert_trees_all_close(jax.device_get(x), jax.device_get(y), atol=atol, rtol=0)
+
+
+def assert_placed(tree, wanted):
+    jax.tree.map(
+        lambda x, s: chex.assert_equal(x.sharding.is_equivalent_to(s, x.ndim), True),
+        tree,
+        wanted,
+    )
+
+
+@functools.cache
+def unsharded(variant):
+    """Returns the state before the third step and after it, and the updates."""
+    tx = build(variant, leaves(0))
+    update, state = jax.jit(tx.update), tx.init(leaves(0))
+    for step in range(2):
+        _, state = update(leaves(step + 1), state, leaves(0))
+    return state, *update(leaves(3), state, leaves(0))
+
+
+@pytest.mark.parametrize(("variant", "mesh", "kind"), CASES)
+def test_sharded_updates_equal_unsharded_ones(variant, mesh, kind):
+    before, updates, after = unsharded(variant)
+    placed = shardings(make_mesh(mesh, kind))
+    params, grads = jax.device_put((leaves(0), leaves(3)), (placed, placed))
+    tx = build(variant, params)
+    where = nj.state_sharding(tx, params)
+    state = jax.device_put(before, where)
+    # With the mesh in the context, and without.
+    where_it_runs = jax.tree.leaves(placed)[0].mesh
+    with jax.set_mesh(where_it_runs) if mesh != "8" else contextlib.nullcontext():
+        found, state = jax.jit(tx.update)(grads, state, params)
+    assert_placed((found, state), (placed, where))
+    largest = max(abs(x).max() for x in jax.tree.leaves(updates))
+    assert_close(found, updates, 1e-5 * float(largest))
+    # An entry on the edge between two codes may get the other one.
+    one = build(variant, leaves(0))
+    decode = lambda state: nj.dequantize(one, jax.tree.map(jnp.asarray, state), params)
+    assert_close(decode(jax.device_get(state)), decode(jax.device_get(after)), 5e-3)
+
+
+SPECS = [
+    P("fsdp", None), P(None, "fsdp"), P(("tensor", "fsdp"), None), P("tensor", "fsdp"),
+    P("data", ("fsdp", "tensor")), P(None, None),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("max_matrix_bytes", [1 << 30, 0])
+@pytest.mark.parametrize("shape", [(16, 24), (24, 16)])
+def test_matrices_are_orthogonalised_wherever_they_lie(shape, max_matrix_bytes):
+    """Stacks that fill no mesh evenly, and batches that are sharded themselves."""
+    mesh = make_mesh("2x2x2")
+    where = {str(spec): NamedSharding(mesh, spec) for spec in SPECS}
+    where["batch"] = NamedSharding(mesh, P("data", "tensor"))
+    x = {name: np.random.default_rng(0).normal(size=shape) for name in where}
+    x["batch"] = np.random.default_rng(1).normal(size=(2, *shape))
+    x = jax.tree.map(jnp.float32, x)
+    tx = nj.orthogonalize(max_matrix_bytes=max_matrix_bytes)
+    tx = nj.distribute(tx, where)
+    found, _ = jax.jit(tx.update)(jax.device_put(x, where), tx.init(x))
+    assert_close(found, jax.tree.map(newton_schulz, x))
+    assert_placed(found, where)
+
+
+def test_large_matrices_are_iterated_on_as_asked_for():
+    """The short side, 16, is over eight devices and the long one is no multiple."""
+    where = {"w": NamedSharding(make_mesh("8"), P(None, "fsdp"))}
+    x = {"w": jnp.float32(np.random.default_rng(0).normal(size=(27, 16)))}
+    aol = {"polynomials": nj.POLYNOMIALS["aol"], "form": "standard"}
+    for options in ({"form": "gram"}, aol, {"dtype": "bfloat16"}):
+        tx = nj.distribute(nj.orthogonalize(max_matrix_bytes=0, **options), where)
+        found, _ = jax.jit(tx.update)(jax.device_put(x, where), tx.init(x))
+        wanted = newton_schulz(x["w"], **options)
+        assert_close(found["w"], wanted, 0.03 if "dtype" in options else 1e-5)
+
+
+def muon(beta=0.9, where=None):
+    tx = optax.chain(nj.momentum(beta), nj.orthogonalize())
+    return tx if where is None else nj.distribute(tx, where)
+
+
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        lambda where: optax.MultiSteps(muon(where=where), 2),
+        lambda where: optax.inject_hyperparams(muon, static_args="where")(0.9, where),
+    ],
+    ids=["MultiSteps", "inject_hyperparams"],
+)
+def test_what_optax_wraps_around_works_too(wrap, kind):
+    where = {"w": NamedSharding(make_mesh("8", kind), P("fsdp", None))}
+    grads = [{"w": leaves(seed)["up"]["kernel"]} for seed in range(2)]
+    one, tx = wrap(None), wrap(where if kind == AxisType.Auto else None)
+    plain, params = one.init(grads[0]), jax.device_put(grads[0], where)
+    state, update = nj.init_sharded(tx, params), jax.jit(tx.update)
+    for g in grads:
+        wanted, plain = one.update(g, plain, grads[0])
+        found, state = update(jax.device_put(g, where), state, params)
+    assert_close(found, wanted)
+
+
+def test_state_can_be_sharded_where_parameters_are_replicated():
+    mesh = make_mesh("8")
+    rows, whole = (NamedSharding(mesh, spec) for spec in (P("fsdp", None), P()))
+    x = {"w": leaves(0)["up"]["kernel"]}
+    params, tx = jax.device_put(x, whole), muon(where={"w": rows})
+    state = nj.init_sharded(tx, params, {"w": rows})
+    updates, state = jax.jit(tx.update)(params, state, params)
+    assert_placed(state[0].momentum, {"w": rows})
+    assert_close(updates, muon().update(x, muon().init(x))[0])

@@ -1,0 +1,63 @@
+"""Optimizers of every variant, and a small model's parameters on meshes of devices."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
+
+import nanochat_jax as nj
+
+GALORE = {"use_galore": True, "galore_rank": 8, "galore_update_freq": 2}
+PLAIN = {**GALORE, "galore_residual": 0.0}
+INT8 = {"use_8bit_optim": True, "quant_block_size": 8, "quant_min_size": 1}
+VARIANTS = {
+    "muon": {},
+    "muon_8bit": INT8,
+    "muon_4bit": {**INT8, "quant_bits": 4},
+    "galore": GALORE,
+    "galore_8bit": GALORE | INT8,
+    "galore_plain": PLAIN,
+    "galore_plain_8bit": PLAIN | INT8,
+}
+MESHES = {
+    "8": ((8,), ("fsdp",)),
+    "4x2": ((4, 2), ("fsdp", "tensor")),
+    "2x2x2": ((2, 2, 2), ("data", "fsdp", "tensor")),
+}
+SHAPES = {
+    "up": {"kernel": (32, 64)},
+    "gate": {"kernel": (32, 64)},
+    "down": {"kernel": (64, 32)},
+    "embed": {"embedding": (48, 32)},
+    "norm": {"scale": (32,)},
+}
+
+
+def leaves(seed):
+    """A tree of normal arrays with the shapes of the parameters."""
+    draw = np.random.default_rng(seed).normal
+    return jax.tree.map(
+        lambda shape: jnp.asarray(draw(size=shape), jnp.float32),
+        SHAPES,
+        is_leaf=lambda node: isinstance(node, tuple),
+    )
+
+
+def make_mesh(name, kind=AxisType.Auto):
+    sizes, names = MESHES[name]
+    return jax.make_mesh(sizes, names, axis_types=(kind,) * len(sizes))
+
+
+def shardings(mesh):
+    """Shards rows over `fsdp` and columns over `tensor`, if the mesh has it."""
+    columns = "tensor" if "tensor" in mesh.axis_names else None
+    return jax.tree.map(
+        lambda shape: NamedSharding(mesh, P(*("fsdp", columns)[: len(shape)])),
+        SHAPES,
+        is_leaf=lambda node: isinstance(node, tuple),
+    )
+
+
+def build(name, params, **kwargs):
+    config = nj.OptimizerConfig(**VARIANTS[name], ns_dtype="float32", **kwargs)
+    return nj.build_optimizer(config, params)

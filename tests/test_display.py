@@ -1,0 +1,117 @@
+"""The display shows the numbers it is given, on a terminal and elsewhere."""
+
+import io
+import math
+
+import pytest
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from nanochat_jax.lm.display import make_display
+
+METRICS = {
+    "step": 120,
+    "tokens": 245_760,
+    "loss": 2.34567,
+    "lr": 3e-4,
+    "grad_norm": 0.91234,
+    "tokens_per_s": 123_456.0,
+    "elapsed_s": 3723.4,
+    "memory_bytes": 1.234e9,
+    "mfu": 0.4123,
+    "optimizer_share": 0.123,
+    "skipped": 2,
+    "val_loss": 2.5,
+    "val_bpb": 1.75,
+}
+SHOWN = (
+    "loss 2.3457", "val bpb 1.7500", "skipped 2", "123.5k tok/s", "lr 3.00e-04",
+    "grad norm 0.912", "1.23 GB in use", "MFU 41.2%", "optimizer 12%", "245.8k tokens",
+)  # fmt: skip
+
+
+def terminal(width):
+    """A console like a terminal; a narrow one leaves out what does not fit."""
+    return Console(file=io.StringIO(), width=width, force_terminal=True, _environ={})
+
+
+def show(console):
+    """Runs a display through a few steps and returns all that was printed."""
+    table = Table("name", "bytes")
+    table.add_row("momentum", "1234")
+    with make_display(1000, start_step=100, console=console) as display:
+        display.print("a [bold] word")
+        display.print(table)
+        for step in range(101, 121):
+            display.update(step)
+        display.log(METRICS)
+    return console.file.getvalue()
+
+
+def log(display, metrics):
+    """Logs metrics and returns the lines at the bottom of the terminal after it."""
+    display.log(metrics)
+    console = display._progress.console
+    with console.capture() as captured:
+        console.print(display._progress.get_renderable())
+    return plain(captured.get())
+
+
+def plain(text):
+    return [Text.from_ansi(line).plain.rstrip() for line in text.splitlines()]
+
+
+def test_plain_lines_show_the_numbers_given():
+    console = Console(file=io.StringIO(), width=40)
+    *first, last = show(console).splitlines()
+    assert first[0] == "a [bold] word"
+    assert "1234" in "".join(first[1:])
+    assert last.startswith("step  120/1000 | loss 2.3457 | skipped 2 | 123.5k tok/s | ")
+    assert " | elapsed 1:02:03 | eta 0:00:" in last
+    assert last.endswith(" | val loss 2.5000 | val bpb 1.7500")
+    assert all(text in last for text in SHOWN)
+
+
+@pytest.mark.parametrize("width", [80, 140])
+def test_a_terminal_shows_all_numbers_in_two_lines_below_a_bar(width):
+    bar, *lines = log(make_display(1000, console=terminal(width)), METRICS)
+    assert bar.startswith("step 120/1000 ━")
+    assert "12% elapsed 0:00:0" in bar and " eta " in bar
+    assert len(bar) == width
+    assert len(lines) == 2 and max(map(len, lines)) <= width
+    assert "   ".join(lines) == "   ".join(SHOWN)
+
+
+@pytest.mark.parametrize("width", [20, 30, 40, 60])
+def test_a_narrow_terminal_leaves_out_the_last_numbers(width):
+    lines = log(make_display(1000, console=terminal(width)), METRICS)[-2:]
+    shown, whole = "   ".join(lines), "   ".join(SHOWN)
+    assert whole.startswith(f"{shown}   ")
+
+
+def test_numbers_stay_until_there_are_new_ones_and_counts_of_zero_are_left_out():
+    display = make_display(1000, console=terminal(140))
+    display.log({"step": 1, "loss": 3.0, "val_bpb": 1.5, "skipped": 0, "tokens": 0})
+    lines = log(display, {"step": 2, "loss": math.nan, "lr": None})
+    assert lines[1:] == ["loss nan   val bpb 1.5000"]
+
+
+def test_evaluations_and_prints_stand_above_the_bar():
+    text = "\n".join(plain(show(terminal(80))))
+    assert "a [bold] word" in text and "1234" in text
+    assert "step  120   val loss 2.5000   val bpb 1.7500" in text
+
+
+def test_before_the_first_step_no_time_left_is_made_up():
+    console = Console(file=io.StringIO(), width=200)
+    with make_display(10, console=console) as display:
+        display.log({"step": 0, "val_loss": 1.0})
+    line = console.file.getvalue()
+    assert line == "step  0/10 | elapsed 0:00:00 | eta -:--:-- | val loss 1.0000\n"
+
+
+def test_a_finished_run_has_no_time_left():
+    display = make_display(120, console=terminal(80))
+    bar = log(display, METRICS)[0]
+    assert "100% elapsed" in bar and "eta" not in bar

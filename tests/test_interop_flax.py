@@ -1,0 +1,170 @@
+"""Flax holds our variants as it holds Optax's own, in Linen, NNX and msgpack."""
+
+import collections
+import contextlib
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import chex
+import jax
+import jax.numpy as jnp
+import pytest
+
+import helpers
+import network
+
+pytest.importorskip("flax")
+from flax import linen, nnx, serialization
+from flax.training.train_state import TrainState
+
+from nanochat_jax.lm.nnx_optimizer import for_nnx
+
+# Flax knows `dict`, but not the kind of it that the state of `optax.named_chain` is.
+serialization.register_serialization_state(
+    collections.OrderedDict,
+    lambda tree: {k: serialization.to_state_dict(v) for k, v in tree.items()},
+    lambda tree, state: collections.OrderedDict(
+        (k, serialization.from_state_dict(v, state[k])) for k, v in tree.items()
+    ),
+    override=True,
+)
+
+every = pytest.mark.parametrize("name", network.VARIANTS)
+BOTH = ["galore_8bit", "by hand"]  # their states are least like the parameters
+AXES = {"embed": ("data", None), "up": (None, "data"), "down": (None, "data")}
+
+
+class Linen(linen.Module):
+    @linen.compact
+    def __call__(self, tokens):
+        x = linen.Embed(16, 8, name="embed")(tokens)
+        x = linen.tanh(linen.Dense(24, name="up")(x))
+        return linen.Dense(8, use_bias=False, name="down")(x)
+
+
+class Nnx(nnx.Module):
+    """The network; with a mesh, its matrices say how they lie on it."""
+
+    def __init__(self, rngs, mesh=None):
+        mark = lambda name: {"out_sharding": AXES[name]} if mesh else {}
+        self.embed = nnx.Embed(16, 8, rngs=rngs, embedding_metadata=mark("embed"))
+        self.up = nnx.Linear(8, 24, rngs=rngs, kernel_metadata=mark("up"))
+        self.down = nnx.Linear(
+            24, 8, use_bias=False, rngs=rngs, kernel_metadata=mark("down")
+        )
+        self.dropout = nnx.Dropout(0.0, rngs=rngs)  # holds variables that are no Param
+        self.calls = nnx.Variable(jnp.zeros([], jnp.int32))
+
+    def __call__(self, tokens):
+        self.calls[...] += 1
+        x = nnx.tanh(self.up(self.embed(tokens)))
+        return self.down(self.dropout(x))
+
+
+@every
+def test_linen_train_state_trains_as_optax_does(name):
+    params, apply = network.init(), Linen().apply
+    loss = lambda p: jnp.mean((apply({"params": p}, network.TOKENS) - 1) ** 2)
+    tx = network.optimizer(name, params)
+    state = TrainState.create(apply_fn=apply, params=params, tx=tx)
+    step = jax.jit(lambda s: s.apply_gradients(grads=jax.grad(loss)(s.params)))
+    for _ in range(network.STEPS):
+        state = step(state)
+    assert state.step == network.STEPS
+    network.assert_trained(state.params, network.trained(name), network.init())
+
+
+def train_nnx(name, mesh=None):
+    """Trains the NNX network as users do; returns it and its optimizer."""
+    model = Nnx(nnx.Rngs(0), mesh)
+    params = nnx.to_pure_dict(nnx.state(model, nnx.Param))
+    place = lambda new, old: jax.device_put(new, old.sharding)
+    nnx.update(model, jax.tree.map(place, network.init(), params))
+    params = nnx.as_pure(nnx.state(model, nnx.Param))
+    tx = for_nnx(network.optimizer(name, params))
+    optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
+
+    @nnx.jit
+    def step(model, optimizer):
+        loss = lambda model: jnp.mean((model(network.TOKENS) - 1) ** 2)
+        wrt = nnx.DiffState(0, nnx.Param)
+        optimizer.update(model, nnx.grad(loss, argnums=wrt)(model))
+
+    for _ in range(network.STEPS):
+        step(model, optimizer)
+    return model, optimizer
+
+
+def check_nnx(name, mesh=None):
+    """Asserts that network and state are those of plain Optax; returns the network."""
+    context = jax.set_mesh(mesh) if mesh else contextlib.nullcontext()
+    with context:
+        model, optimizer = train_nnx(name, mesh)
+        params = jax.device_get(nnx.to_pure_dict(nnx.state(model, nnx.Param)))
+        state = nnx.as_pure(optimizer.opt_state)
+    assert model.calls[...] == optimizer.step[...] == network.STEPS
+    network.assert_trained(params, network.trained(name), network.init())
+    tx, _ = network.compiled(name)
+    like = jax.eval_shape(tx.init, network.init())
+    sizes = lambda tree: [(x.shape, x.dtype) for x in jax.tree.leaves(tree)]
+    assert sizes(state) == sizes(like)
+    return model
+
+
+@every
+def test_nnx_optimizer_trains_as_optax_does(name):
+    check_nnx(name)
+
+
+def auto_mesh(devices):
+    auto = jax.sharding.AxisType.Auto
+    return jax.make_mesh((devices,), ("data",), axis_types=(auto,))
+
+
+@pytest.mark.parametrize("name", BOTH)
+def test_nnx_optimizer_trains_under_a_mesh(name):
+    check_nnx(name, auto_mesh(1))
+
+
+@pytest.mark.slow
+def test_nnx_optimizer_trains_on_four_devices():
+    """In a process of its own, since the number of devices is settled at the start."""
+    tests = Path(__file__).parent
+    code = (
+        "import conftest, jax\n"
+        "jax.config.update('jax_num_cpu_devices', 4)\n"
+        "import test_interop_flax as flax_tests\n"
+        "flax_tests.check_four_devices()\n"
+        "print('done')"
+    )
+    result = subprocess.run(
+        [sys.executable, "-W", "error", "-c", code],
+        cwd=tests,
+        env=os.environ | {"PYTHONPATH": f"{tests}:{tests.parent}"},
+        capture_output=True,
+        text=True,
+    )
+    assert result.stdout == "done\n", result.stderr[-2000:]
+
+
+def check_four_devices():
+    for name in BOTH:
+        model = check_nnx(name, auto_mesh(4))
+        kernel = model.up.kernel[...]
+        assert {shard.data.shape for shard in kernel.addressable_shards} == {(8, 6)}
+
+
+@every
+def test_a_state_round_trips_through_flax_serialization(name):
+    tx, update = network.compiled(name)
+    params = network.init()
+    empty = tx.init(params)
+    _, state = update(jax.grad(network.loss)(params), empty, params)
+    restored = serialization.from_bytes(empty, serialization.to_bytes(state))
+    assert jax.tree.structure(restored) == jax.tree.structure(state)
+    assert helpers.types(restored) == helpers.types(state)
+    chex.assert_trees_all_equal(restored, state)
+    after = [update(params, s, params)[0] for s in (state, restored)]
+    chex.assert_trees_all_equal(*after)

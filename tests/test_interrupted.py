@@ -1,0 +1,134 @@
+"""A run that was killed or told to stop ends, resumed, as one that was not, to the bit.
+
+The processes are real, and so are the signals. They strike at a step or a save that the
+test chooses, by a function put in place of the one that writes metrics or checksums.
+"""
+
+import json
+import signal
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import chex
+import pytest
+
+from nanochat_jax import cli
+from nanochat_jax.config import Config
+from nanochat_jax.lm import resume, setup, trainer
+from nanochat_jax.lm.checkpoint import Checkpoints
+from nanochat_jax.lm.display import make_display
+from nanochat_jax.lm.metrics import read_metrics
+
+TINY = {
+    "dim": 32, "n_layers": 1, "n_heads": 2, "ffn_mult": 2.0, "vocab_size": 64,
+    "max_seq_len": 16, "dataset": "synthetic", "batch_size": 2, "total_steps": 12,
+    "eval_interval": 0, "eval_batches": 1, "log_interval": 1, "checkpoint_interval": 4,
+    "galore_rank": 8, "galore_update_freq": 5, "quant_min_size": 0,
+    "ns_dtype": "float32",
+}  # fmt: skip
+VARIANTS = {
+    "muon": {},
+    "muon_8bit": {"use_8bit_optim": True},
+    "galore": {"use_galore": True},
+    "galore_8bit": {"use_galore": True, "use_8bit_optim": True},
+}
+STRIKE = """
+    import os, signal, sys
+    from nanochat_jax import cli
+    from nanochat_jax.lm import checksums
+    from nanochat_jax.lm.metrics import MetricsWriter
+
+    name, step, *args = sys.argv[1:]
+    write_metrics, write_checksums = MetricsWriter.write, checksums.write
+
+    def after_a_step(self, values):
+        write_metrics(self, values)
+        if values["step"] == int(step):
+            os.kill(os.getpid(), signal.Signals[name])
+
+    def within_a_save(directory):
+        if list(directory.glob(f"{step}.*")):
+            os.kill(os.getpid(), signal.SIGKILL)
+        write_checksums(directory)
+
+    if name == "SIGKILL":
+        checksums.write = within_a_save
+    else:
+        MetricsWriter.write = after_a_step
+    sys.exit(cli.main(args))
+"""
+
+
+def write_config(folder, **values):
+    path = folder / "tiny.toml"
+    lines = [f"{key} = {json.dumps(x)}\n" for key, x in (TINY | values).items()]
+    path.write_text("".join(lines))
+    return path
+
+
+def train_struck(name, step, config, folder):
+    """Runs `train` in a process of its own, with a signal at a step or in its save."""
+    args = ["train", "--config-file", config, "--checkpoint-dir", folder]
+    return subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(STRIKE), name, str(step), *args],
+        cwd=Path(__file__).parents[1],
+        capture_output=True,
+        text=True,
+    )
+
+
+def last_state(run, folder):
+    return resume.restore(run, Checkpoints(folder))
+
+
+def test_a_run_stopped_by_sigterm_is_resumed_to_the_same_bits(tmp_path, capsys):
+    config, folder = write_config(tmp_path), tmp_path / "struck"
+    done = train_struck("SIGTERM", 6, config, folder)
+    assert done.returncode == 0, done.stderr
+    told = "SIGTERM: stopped after step 6, which is saved. Go on with `--resume "
+    assert f"{told}{folder}`." in done.stdout
+    assert "SIGTERM: stopping after this step" in done.stderr
+    assert Checkpoints(folder).steps() == [4, 6]
+    train = ["train", "--config-file", str(config), "--checkpoint-dir"]
+    assert cli.main([*train, str(folder), "--resume", str(folder)]) == 0
+    assert "Resumed from step 6" in capsys.readouterr().out
+    assert cli.main([*train, str(tmp_path / "straight")]) == 0
+    run = setup.prepare(Config.from_toml(config))
+    straight = last_state(run, tmp_path / "straight")
+    assert int(straight.step) == 12
+    chex.assert_trees_all_equal(last_state(run, folder), straight)
+    lines, others = (
+        read_metrics(path / "metrics.jsonl") for path in (folder, tmp_path / "straight")
+    )
+    assert [x["loss"] for x in lines[1:]] == [x["loss"] for x in others[1:]]
+
+
+@pytest.mark.slow
+def test_ctrl_c_leaves_a_checkpoint_and_its_exit_code(tmp_path):
+    done = train_struck("SIGINT", 2, write_config(tmp_path), tmp_path / "run")
+    assert done.returncode == 128 + signal.SIGINT
+    assert "SIGINT: stopped after step 2, which is saved" in done.stdout
+    assert Checkpoints(tmp_path / "run").steps() == [2]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", VARIANTS)
+def test_no_signal_changes_what_a_run_comes_to(name, tmp_path):
+    config = write_config(tmp_path, **VARIANTS[name])
+    run = setup.prepare(Config.from_toml(config))
+    step = trainer.compile_train_step(run)
+
+    def train(state):
+        return trainer.fit(run, state, step, display=make_display(12))
+
+    straight = train(trainer.init_state(run))
+    killed, told = tmp_path / "killed", tmp_path / "told"
+    assert train_struck("SIGKILL", 8, config, killed).returncode == -signal.SIGKILL
+    assert [p.name for p in killed.glob("8*")] == ["8.orbax-checkpoint-tmp"]
+    assert train_struck("SIGTERM", 7, config, told).returncode == 0
+    for folder, last in ((killed, 4), (told, 7)):
+        state = last_state(run, folder)
+        assert int(state.step) == last
+        chex.assert_trees_all_equal(train(state), straight)

@@ -1,0 +1,70 @@
+"""What `train` writes beside checkpoints, and what it refuses before it writes."""
+
+import json
+
+import pytest
+
+from nanochat_jax import cli
+from nanochat_jax.lm.checkpoint import Checkpoints
+
+TINY = {
+    "dim": 32, "n_layers": 1, "n_heads": 2, "ffn_mult": 2.0, "vocab_size": 256,
+    "max_seq_len": 32, "dataset": "text", "batch_size": 2, "total_steps": 8,
+    "eval_batches": 1, "log_interval": 4, "checkpoint_interval": 2,
+    "keep_last_checkpoints": 1, "keep_checkpoint_every": 4, "sample_interval": 4,
+    "sample_tokens": 4, "sample_prompt": "The", "max_skipped_steps": 3,
+}  # fmt: skip
+
+
+@pytest.fixture
+def train(tmp_path):
+    """Returns a function that runs `train` with flags."""
+    text = tmp_path / "text.txt"
+    text.write_text("The quick brown fox jumps over the lazy dog.\n" * 200)
+    path = tmp_path / "tiny.toml"
+    values = TINY | {"data_path": [str(text)]}
+    path.write_text("".join(f"{k} = {json.dumps(v)}\n" for k, v in values.items()))
+
+    def train(*flags):
+        return cli.main(["train", "--config-file", str(path), *map(str, flags)])
+
+    return train
+
+
+def test_samples_checkpoints_and_a_trace_at_their_steps(train, tmp_path, capsys):
+    folder = tmp_path / "run"
+    assert train("--checkpoint-dir", folder, "--profile-steps", "5:6") == 0
+    out = capsys.readouterr().out
+    assert out.count("A sample after step 4:\nThe") == 1
+    assert out.count("\nA sample:\nThe") == 1
+    assert "after step 8" not in out  # which is the one at the end
+    assert Checkpoints(folder).steps() == [4, 8]
+    assert list((folder / "profile").rglob("*.xplane.pb"))
+    record = Checkpoints(folder).read_meta()
+    assert record["format"] == 1
+    assert record["config"]["keep_checkpoint_every"] == 4
+
+
+def test_tensorboard_has_the_metrics(train, tmp_path):
+    pytest.importorskip("tensorboardX")
+    folder = tmp_path / "run"
+    assert train("--checkpoint-dir", folder, "--tensorboard") == 0
+    assert list((folder / "tensorboard").glob("events.*"))
+
+
+@pytest.mark.parametrize(
+    "flags", [("--tensorboard",), ("--wandb", "p"), ("--profile-steps", "1:2")]
+)
+def test_what_needs_a_folder_asks_for_one(train, capsys, flags):
+    with pytest.raises(SystemExit) as error:
+        train(*flags)
+    assert error.value.code == 2
+    assert "Give a folder by `--checkpoint-dir`" in capsys.readouterr().err
+
+
+def test_a_folder_is_not_made_for_steps_that_are_none(train, tmp_path, capsys):
+    folder = tmp_path / "run"
+    with pytest.raises(SystemExit):
+        train("--checkpoint-dir", folder, "--profile-steps", "3")
+    assert "A:B" in capsys.readouterr().err
+    assert not folder.exists()

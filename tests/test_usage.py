@@ -1,0 +1,123 @@
+"""Memory, utilisation and the optimizer's share: numbers that are measured or known."""
+
+import types
+
+import jax
+import numpy as np
+import pytest
+
+from nanochat_jax.config import Config
+from nanochat_jax.lm import setup, speed, trainer, usage
+
+TINY = Config(
+    dim=16, n_layers=1, n_heads=2, vocab_size=32, max_seq_len=8, dataset="synthetic",
+    batch_size=2, grad_accum_steps=2, total_steps=4, eval_batches=1,
+)  # fmt: skip
+
+
+def device(kind, **stats):
+    return types.SimpleNamespace(device_kind=kind, memory_stats=lambda: stats or None)
+
+
+# Memory
+
+
+def test_on_the_cpu_memory_in_use_is_that_of_the_process():
+    before = usage.memory_in_use()
+    held = np.ones(25_000_000)  # 200 MB
+    assert before is not None
+    assert 150e6 < usage.memory_in_use() - before < 250e6
+    del held
+    assert usage.memory_in_use() - before < 50e6
+
+
+def test_on_devices_it_is_that_of_the_fullest(monkeypatch):
+    devices = [device("x", bytes_in_use=3), device("x", bytes_in_use=5)]
+    monkeypatch.setattr(jax, "local_devices", lambda: devices)
+    assert usage.memory_in_use() == 5
+
+
+def test_where_nothing_tells_it_is_not_known(monkeypatch):
+    def missing(*args, **kwargs):
+        raise FileNotFoundError
+
+    monkeypatch.setattr(usage.Path, "read_text", missing)
+    assert usage.memory_in_use() is None
+
+
+# Utilisation
+
+
+@pytest.mark.parametrize(
+    ("kind", "dtype", "tera"),
+    [
+        ("NVIDIA H100 80GB HBM3", "bfloat16", 989.4),
+        ("NVIDIA H100 80GB HBM3", "float32", 494.7),
+        ("NVIDIA A100-SXM4-80GB", "bfloat16", 312),
+        ("TPU v5 lite", "bfloat16", 197),
+        ("TPU v5", "float32", 459),
+    ],
+)
+def test_published_peaks(kind, dtype, tera):
+    assert usage.peak_flops(device(kind), dtype) == tera * 1e12
+
+
+@pytest.mark.parametrize(
+    ("kind", "dtype"),
+    [
+        ("cpu", "float32"),
+        ("NVIDIA A100-SXM4-40GB MIG 1g.5gb", "bfloat16"),
+        ("NVIDIA GeForce RTX 4090 D", "bfloat16"),
+        ("NVIDIA H100 80GB HBM3", "float64"),
+    ],
+)
+def test_a_device_or_type_that_is_not_in_the_table_is_not_guessed(kind, dtype):
+    assert usage.peak_flops(device(kind), dtype) is None
+
+
+def test_utilisation_is_the_share_of_all_devices():
+    h200, other = device("NVIDIA H200"), device("NVIDIA H2000")
+    assert usage.mfu(1e6, 4.947e8, [h200]) == pytest.approx(0.5)
+    assert usage.mfu(1e6, 4.947e8, [h200] * 4) == pytest.approx(0.125)
+    assert usage.mfu(1e6, 4.947e8, [h200], "float32") == pytest.approx(1.0)
+    assert usage.mfu(1e6, 4.947e8, [h200, other]) is None
+    assert usage.mfu(1e6, 4.947e8, []) is None
+
+
+# The optimizer's share
+
+
+@pytest.fixture(scope="module")
+def run():
+    return setup.prepare(TINY)
+
+
+@pytest.fixture(scope="module")
+def train_step(run):
+    return trainer.compile_train_step(run)
+
+
+def test_the_pass_that_is_timed_is_that_of_the_step(run, train_step):
+    state, batch = trainer.init_state(run), speed._first_batch(run)
+    loss, norm = speed._loss_and_norm(run)(state.params, batch)
+    _, metrics = train_step(state, batch)
+    assert float(loss) == pytest.approx(float(metrics["loss"]), rel=1e-5)
+    assert float(norm) == pytest.approx(float(metrics["grad_norm"]), rel=1e-4)
+
+
+def test_the_share_is_what_the_pass_leaves_of_the_step(run, train_step, monkeypatch):
+    # Seconds of the pass and of the step in turn; those of the first turn are apart.
+    script = [90.0, 1.0, 3.0, 4.0, 6.0, 7.5, 1.0, 4.0]
+    seconds, timed = iter([*script, *script]), speed._timed
+    monkeypatch.setattr(speed, "_timed", lambda *a: (next(seconds), timed(*a)[1]))
+    share = lambda **least: speed.optimizer_share(run, train_step, **least)
+    assert share(turns=3, seconds=0) == 0.25
+    assert share(turns=1, seconds=116) == 0.25  # as many turns as that takes
+    assert next(seconds, None) is None
+
+
+def test_measuring_leaves_a_state_alone(run, train_step):
+    state = trainer.init_state(run)
+    before = jax.tree.map(np.asarray, state)
+    assert speed.optimizer_share(run, train_step, turns=1, seconds=0) < 1
+    jax.tree.map(np.testing.assert_array_equal, before, state)
