@@ -379,6 +379,13 @@ def test_prefetch_resumes_where_a_run_stopped():
     assert list(batches_of().prefetch(3, 3)) == []
 
 
+def test_prefetch_gives_batches_of_one_sequence():
+    batches = batches_of(batch_size=1)
+    [(step, batch)] = batches.prefetch(3, 4)
+    assert step == 3
+    np.testing.assert_array_equal(batch, batches(3))
+
+
 def test_prefetch_leaves_no_thread_behind():
     before = set(threading.enumerate())
     running = batches_of().prefetch(0, 1000)

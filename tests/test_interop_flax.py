@@ -1,6 +1,5 @@
 """Flax holds our variants as it holds Optax's own, in Linen, NNX and msgpack."""
 
-import collections
 import contextlib
 import os
 import subprocess
@@ -19,17 +18,8 @@ pytest.importorskip("flax")
 from flax import linen, nnx, serialization
 from flax.training.train_state import TrainState
 
+from nanochat_jax.lm.flax_serialization import register_named_chain
 from nanochat_jax.lm.nnx_optimizer import for_nnx
-
-# Flax knows `dict`, but not the kind of it that the state of `optax.named_chain` is.
-serialization.register_serialization_state(
-    collections.OrderedDict,
-    lambda tree: {k: serialization.to_state_dict(v) for k, v in tree.items()},
-    lambda tree, state: collections.OrderedDict(
-        (k, serialization.from_state_dict(v, state[k])) for k, v in tree.items()
-    ),
-    override=True,
-)
 
 every = pytest.mark.parametrize("name", network.VARIANTS)
 BOTH = ["galore_8bit", "by hand"]  # their states are least like the parameters
@@ -158,6 +148,7 @@ def check_four_devices():
 
 @every
 def test_a_state_round_trips_through_flax_serialization(name):
+    register_named_chain()
     tx, update = network.compiled(name)
     params = network.init()
     empty = tx.init(params)

@@ -53,7 +53,8 @@ class Batches:
         chosen = slice(None) if rows is None else rows
         order = grain.MapDataset.range(len(windows)).seed(seed).shuffle().repeat()
         # Whole batches are gathered at once: several times faster than one by one.
-        self._dataset = order.batch(batch_size).map(
+        # Without end there is no remainder; grain would count with it past 2**63.
+        self._dataset = order.batch(batch_size, drop_remainder=True).map(
             lambda indices: windows[indices[chosen]].astype(np.int32)
         )
 
