@@ -70,7 +70,7 @@ def test_a_mesh_of_three_axes_sends_about_what_is_predicted():
     config, graphdef, params = place(sizes, scan_layers=True, remat=True)
     rows = [row for row in step_traffic(config, params) if row.what != "Newton-Schulz"]
     found, wanted = sent_by(config, gradient(config, graphdef, params)), predicted(rows)
-    assert sum(found.values()) == pytest.approx(sum(wanted.values()), rel=0.1)
+    assert sum(found.values()) == pytest.approx(sum(wanted.values()), rel=0.2)
 
 
 @pytest.mark.parametrize("sizes", [{"fsdp": 8}, {"data": 2, "fsdp": 4}], ids=str)
