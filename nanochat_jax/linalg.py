@@ -9,7 +9,7 @@ Axis letters: `m` rows, `n` columns.
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +17,14 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Float32
 
 from nanochat_jax.coefficients import QUINTIC, Coefficients, Polynomials
+from nanochat_jax.products import (
+    Halves,
+    halve,
+    mirror,
+    product,
+    symmetric_product,
+    symmetric_product_flops,
+)
 
 Form = Literal["auto", "standard", "gram"]
 
@@ -25,7 +33,7 @@ GRAM_GROWTH = 490.0
 
 NewtonSchulzDtype = Literal["auto", "float32", "bfloat16", "float16"]
 
-_GramOf = Callable[[Array], Array]
+_GramOf = Callable[[Array], Halves]
 
 _NATIVE_BF16 = ("amx_bf16", "avx512_bf16", "bf16")
 
@@ -52,9 +60,10 @@ def newton_schulz(
     The standard form works on `X` in every step, in `k(4s²l + 2s³)` operations for `k`
     steps, short side `s` and long side `l`. The Gram form (Dao et al. 2026) works on
     `XXᵀ` and multiplies the result into `X`, in `4rs²l + (8k - 6r)s³` if it begins `r`
-    times. It squares the condition number, so it needs a long mantissa: in float32 it
-    is the standard form to 5e-4, in float16 it begins anew after two steps, and in
-    bfloat16 it is refused.
+    times. Products that are symmetric, half of the `4s²l` and all over `s³`, take a
+    quarter less where `symmetric_product` halves them. The Gram form squares the
+    condition number, so it needs a long mantissa: in float32 it is the standard form to
+    5e-4, in float16 it begins anew after two steps, and in bfloat16 it is refused.
 
     Example:
       >>> o = newton_schulz(jax.random.normal(jax.random.key(0), (4, 64, 256)))
@@ -77,16 +86,17 @@ def newton_schulz(
     Raises:
       ValueError: If `form` is `"gram"` and `dtype` is bfloat16.
     """
-    columns = x.shape[-1] * (jax.lax.axis_size(axis_name) if axis_name else 1)
-    wide = x.shape[-2] <= columns
-    gram_of = lambda y: _sum_over(axis_name, _gram(y, wide))
+    wide = bool(axis_name) or x.shape[-2] <= x.shape[-1]
+    gram_of = lambda y: _sum_over(axis_name, symmetric_product(y, y))
     y = normalize(x, polynomials.margin, axis_name).astype(dtype)
-    gram = gram_of(y)
+    y, gram = y if wide else y.mT, None
     if polynomials.rescaling == "aol":
-        y, gram = _rescale_rows(y, gram, wide)
-    form = resolve_form((x.shape[-2], columns), dtype, form)
+        y, gram = _rescale_rows(y, gram_of(y))
+    columns = y.shape[-1] * (jax.lax.axis_size(axis_name) if axis_name else 1)
+    form = resolve_form((y.shape[-2], columns), dtype, form)
     iterate = _iterate if form == "standard" else _iterate_gram
-    return iterate(y, gram, polynomials, wide, gram_of).astype(x.dtype)
+    y = iterate(y, gram, polynomials, gram_of)
+    return (y if wide else y.mT).astype(x.dtype)
 
 
 def resolve_form(
@@ -139,35 +149,48 @@ def newton_schulz_flops(
 ) -> int:
     """Returns the floating-point operations of the products in `newton_schulz`."""
     short, long = sorted(shape[-2:])
-    count, steps = math.prod(shape[:-2]), len(polynomials.coefficients)
+    steps = len(polynomials.coefficients)
+    gram = symmetric_product_flops(short, long)
+    square = symmetric_product_flops(short, short)
+    applied = 2 * short**2 * long
     if resolve_form(shape, dtype, form) == "standard":
-        return count * steps * (4 * short**2 * long + 2 * short**3)
+        return math.prod(shape[:-2]) * steps * (gram + square + applied)
     starts = len(_segments(polynomials, jnp.dtype(dtype)))
-    small = (8 * steps - 6 * starts) * short**3
-    return count * (starts * 4 * short**2 * long + small)
+    small = (4 * steps - 3 * starts) * square
+    return math.prod(shape[:-2]) * (starts * (gram + applied) + small)
 
 
 def _iterate(
-    y: Array, gram: Array, polynomials: Polynomials, wide: bool, gram_of: _GramOf
+    y: Array, gram: Halves | None, polynomials: Polynomials, gram_of: _GramOf
 ) -> Array:
-    """Applies the polynomials to `y`, whose Gram matrix is `gram`."""
-    for i, (a, b, c) in enumerate(polynomials.coefficients):
-        gram = gram_of(y) if i else gram
-        small = gram.astype(y.dtype)
-        square = product("...ij,...jk->...ik", small, small)
-        applied = _apply((b * gram + c * square).astype(y.dtype), y, wide)
-        y = (a * y.astype(jnp.float32) + applied).astype(y.dtype)
-    return y
+    """Applies the polynomials to `y`, whose Gram matrix may be known."""
+    steps = polynomials.coefficients
+    if gram is not None:
+        y, steps = _step(y, steps[0], gram), steps[1:]
+    if not steps:
+        return y
+    # A loop: one step to compile, and a layout of `y` that does not change within.
+    advance = lambda y, step: (_step(y, step, gram_of(y)), None)
+    return jax.lax.scan(advance, y, jnp.asarray(steps, jnp.float32))[0]
+
+
+def _step(y: Array, coefficients: Coefficients | Array, gram: Halves) -> Array:
+    a, b, c = coefficients
+    small = mirror(gram).astype(y.dtype)
+    square = symmetric_product(small, small)
+    factor = jax.tree.map(lambda g, s: (b * g + c * s).astype(y.dtype), gram, square)
+    applied = product("...ij,...jk->...ik", mirror(factor), y)
+    return (a * y.astype(jnp.float32) + applied).astype(y.dtype)
 
 
 def _iterate_gram(
-    y: Array, gram: Array, polynomials: Polynomials, wide: bool, gram_of: _GramOf
+    y: Array, gram: Halves | None, polynomials: Polynomials, gram_of: _GramOf
 ) -> Array:
-    """Applies the polynomials to `y` through its Gram matrix."""
-    for i, steps in enumerate(_segments(polynomials, y.dtype)):
-        gram = gram_of(y) if i else gram
-        factor = _gram_polynomial(gram, steps, y.dtype)
-        y = _apply(factor, y, wide).astype(y.dtype)
+    """Applies the polynomials to `y` through its Gram matrix, which may be known."""
+    for steps in _segments(polynomials, y.dtype):
+        gram = gram_of(y) if gram is None else gram
+        factor = _gram_polynomial(mirror(gram).astype(y.dtype), steps)
+        y, gram = product("...ij,...jk->...ik", factor, y).astype(y.dtype), None
     return y
 
 
@@ -188,40 +211,37 @@ def _segments(
     return [steps[i : i + size] for i in range(0, len(steps), size)]
 
 
-def _gram_polynomial(
-    gram: Array, steps: Sequence[Coefficients], dtype: DTypeLike
-) -> Array:
+def _gram_polynomial(gram: Array, steps: Sequence[Coefficients]) -> Array:
     """Returns the matrix by which `steps` multiply a `y` with that Gram matrix."""
-    multiply = lambda p, q: product("...ij,...jk->...ik", p, q).astype(dtype)
-    gram, total = gram.astype(dtype), None
-    eye = jnp.broadcast_to(jnp.eye(gram.shape[-1], dtype=dtype), gram.shape)
-    for i, (a, b, c) in enumerate(steps):
-        step = (a * eye + b * gram + c * multiply(gram, gram)).astype(dtype)
-        total = step if total is None else multiply(step, total)
-        if i + 1 < len(steps):
-            gram = multiply(step, multiply(gram, step))
-    assert total is not None
-    return total
+    eye = jnp.broadcast_to(jnp.eye(gram.shape[-1]), gram.shape)
+    # All are polynomials of one symmetric matrix, so they commute.
+    multiply = lambda p, q: mirror(symmetric_product(p, q)).astype(gram.dtype)
+
+    def factor_of(gram: Array, coefficients: Coefficients | Array) -> Array:
+        a, b, c = coefficients
+        return (a * eye + b * gram + c * multiply(gram, gram)).astype(gram.dtype)
+
+    def advance(
+        carry: tuple[Array, ...], step: Array
+    ) -> tuple[tuple[Array, ...], None]:
+        gram, factor, total = carry
+        gram = multiply(factor, multiply(gram, factor))
+        factor = factor_of(gram, step)
+        return (gram, factor, multiply(factor, total)), None
+
+    factor = factor_of(gram, steps[0])
+    if len(steps) == 1:
+        return factor
+    carry = (gram, factor, factor)
+    return jax.lax.scan(advance, carry, jnp.asarray(steps[1:], jnp.float32))[0][2]
 
 
-def _gram(y: Array, wide: bool) -> Array:
-    # Naming the contracted axes keeps explicit transposes out of the compiled program.
-    return product("...ik,...jk->...ij" if wide else "...ki,...kj->...ij", y, y)
-
-
-def _apply(p: Array, y: Array, wide: bool) -> Array:
-    """Multiplies `y` by the symmetric `p` on its short side."""
-    if wide:
-        return product("...ij,...jk->...ik", p, y)
-    return product("...jk,...ki->...ji", y, p)
-
-
-def _rescale_rows(y: Array, gram: Array, wide: bool) -> tuple[Array, Array]:
+def _rescale_rows(y: Array, gram: Halves) -> tuple[Array, Halves]:
     """Divides rows of `y` by the root of their Gram row's absolute sum."""
-    sums = jnp.sum(jnp.abs(gram), axis=-1, keepdims=True)
+    whole = mirror(gram)
+    sums = jnp.sum(jnp.abs(whole), axis=-1, keepdims=True)
     scale = jnp.where(sums > 0, jax.lax.rsqrt(sums), 0.0)
-    rows = (scale if wide else scale.mT).astype(y.dtype)
-    return y * rows, scale * gram * scale.mT
+    return y * scale.astype(y.dtype), halve(scale * whole * scale.mT)
 
 
 def normalize(
@@ -243,14 +263,6 @@ def normalize(
     return x / jnp.where(norm > 0, margin * norm, 1.0)
 
 
-def _sum_over(axis_name: tuple[str, ...], x: Array) -> Array:
-    """Returns the sum of `x` over devices along mesh axes, if there are any."""
+def _sum_over(axis_name: tuple[str, ...], x: Any) -> Any:
+    """Returns the sum of arrays over devices along mesh axes, if there are any."""
     return jax.lax.psum(x, axis_name) if axis_name else x
-
-
-def product(axes: str, x: Array, y: Array) -> Array:
-    """Returns the product over `axes`, as in `jnp.einsum`, added up in float32."""
-    # Highest: on accelerators float32 would otherwise be rounded to shorter mantissas.
-    return jnp.einsum(
-        axes, x, y, precision="highest", preferred_element_type=jnp.float32
-    )

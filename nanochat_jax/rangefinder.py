@@ -14,7 +14,8 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Float32, UInt32
 
-from nanochat_jax.linalg import normalize, product
+from nanochat_jax.linalg import normalize
+from nanochat_jax.products import product
 
 POWER_STEPS = 3
 """Products with `XXᵀ` from a random sketch to a basis."""

@@ -115,3 +115,23 @@ def matrix_with_spectrum(shape, spectrum, seed=0):
 
 def assert_close(a, b, atol=1e-5, rtol=1e-5):
     chex.assert_trees_all_close(a, b, atol=atol, rtol=rtol)
+
+
+def count_product_flops(function, *args):
+    """Counts the operations of all matrix products in a function, loops unrolled."""
+
+    def count(jaxpr):
+        total = 0
+        for eqn in jaxpr.eqns:
+            if eqn.primitive.name == "dot_general":
+                (contracted, _), _ = eqn.params["dimension_numbers"]
+                inner = np.prod([eqn.invars[0].aval.shape[d] for d in contracted])
+                total += 2 * inner * np.prod(eqn.outvars[0].aval.shape)
+            if "jaxpr" in eqn.params:
+                inside = count(
+                    getattr(eqn.params["jaxpr"], "jaxpr", eqn.params["jaxpr"])
+                )
+                total += inside * eqn.params.get("length", 1)
+        return total
+
+    return count(jax.make_jaxpr(function)(*args).jaxpr)

@@ -7,7 +7,7 @@ import pytest
 
 import helpers
 import nanochat_jax as nj
-from nanochat_jax import linalg, rangefinder
+from nanochat_jax import linalg, products, rangefinder
 
 SHAPES = [(16, 48), (48, 16), (32, 32), (2, 16, 48)]
 DTYPES = ["float32", "bfloat16"]
@@ -56,7 +56,11 @@ def test_it_is_near_the_polar_factor():
 def test_it_commutes_with_isometries():
     p = jnp.linalg.qr(gaussian(64, 8)).Q
     x = gaussian(8, 96, seed=1)
-    helpers.assert_close(linalg.newton_schulz(p @ x), p @ linalg.newton_schulz(x))
+    # Rounding errors in the null space of `p @ x` grow by 3.4445⁵ = 485.
+    atol = 485 * jnp.finfo("float32").eps
+    helpers.assert_close(
+        linalg.newton_schulz(p @ x), p @ linalg.newton_schulz(x), atol=atol
+    )
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -206,13 +210,29 @@ def test_auto_takes_the_form_with_fewer_operations():
         assert linalg.resolve_form(shape, "bfloat16") == "standard"
 
 
-def test_operations_are_those_the_compiler_counts():
-    x = jax.ShapeDtypeStruct((64, 256), jnp.float32)
-    for form in ("standard", "gram"):
-        step = lambda x, form=form: linalg.newton_schulz(x, form=form)
-        counted = jax.jit(step).lower(x).compile().cost_analysis()["flops"]
-        expected = linalg.newton_schulz_flops((64, 256), form=form)
-        assert counted == pytest.approx(expected, rel=0.1)
+@pytest.mark.parametrize("halves_from", [8, 1000])
+@pytest.mark.parametrize("name", ["quintic", "aol"])
+@pytest.mark.parametrize("form", ["standard", "gram"])
+def test_operations_are_those_of_the_products(name, form, halves_from, monkeypatch):
+    monkeypatch.setattr(products, "HALVES_FROM", halves_from)
+    options = {"polynomials": METHODS[name], "form": form}
+    step = lambda x: linalg.newton_schulz(x, **options)
+    counted = helpers.count_product_flops(step, jnp.zeros((3, 16, 64)))
+    assert counted == linalg.newton_schulz_flops((3, 16, 64), **options)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("form", ["standard", "gram"])
+@pytest.mark.parametrize("shape", [(2, 15, 24), (24, 15)])
+def test_halves_of_symmetric_matrices_are_enough(shape, form, dtype, monkeypatch):
+    if (form, dtype) == ("gram", "bfloat16"):
+        dtype = "float16"
+    x = gaussian(*shape)
+    whole = linalg.newton_schulz(x, dtype=dtype, form=form)
+    monkeypatch.setattr(products, "HALVES_FROM", 8)
+    halves = linalg.newton_schulz(x, dtype=dtype, form=form)
+    tolerance = 1e-5 if dtype == "float32" else 0.02
+    helpers.assert_close(halves, whole, atol=tolerance)
 
 
 def test_a_sequence_says_how_many_steps_it_has():

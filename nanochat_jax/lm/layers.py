@@ -9,7 +9,7 @@ head size, F feed-forward.
 
 import functools
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -151,4 +151,12 @@ def _linear(config: ModelConfig, rngs: nnx.Rngs) -> Linear:
         return functools.partial(
             TernaryLinear, group_size=config.group_size, dtype=dtype, rngs=rngs
         )
-    return functools.partial(nnx.Linear, use_bias=False, dtype=dtype, rngs=rngs)
+    return functools.partial(
+        nnx.Linear, use_bias=False, dtype=dtype, dot_general=_dot_rows, rngs=rngs
+    )
+
+
+def _dot_rows(x: Array, kernel: Array, *_: Any, **options: Any) -> Array:
+    """Returns `x @ kernel`, worked out on a matrix of all rows."""
+    rows = jax.lax.dot(x.reshape(-1, x.shape[-1]), kernel, **options)
+    return rows.reshape(*x.shape[:-1], -1)

@@ -1,0 +1,93 @@
+"""Products of bare matrices, and what symmetric ones save.
+
+Of a product that is known to be symmetric the upper half and the lower right quarter
+are enough: three quarters of the operations. The rest is copied over.
+
+Axis letters: `s` rows and columns of a symmetric matrix, `h` rows of its upper half.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Float32
+
+HALVES_FROM = 512
+"""Size from which two products of parts take less time than one of the whole.
+
+Measured on a processor: at 768 it saves 8 to 12 % of a Newton-Schulz iteration, at 256
+it costs as much. Other devices were not measured, and get the whole.
+"""
+
+
+class Halves(NamedTuple):
+    """What determines a symmetric matrix.
+
+    Attributes:
+      top: Its upper half, or all of it.
+      corner: Its lower right quarter, or nothing.
+    """
+
+    top: Float[Array, "*batch h s"]
+    corner: Float[Array, "*batch s-h s-h"]
+
+
+def product(axes: str, x: Array, y: Array) -> Float32[Array, "..."]:
+    """Returns the product over `axes`, as in `jnp.einsum`, added up in float32."""
+    # Highest: on accelerators float32 would otherwise be rounded to shorter mantissas.
+    return jnp.einsum(
+        axes, x, y, precision="highest", preferred_element_type=jnp.float32
+    )
+
+
+def symmetric_product(
+    x: Float[Array, "*batch s n"], y: Float[Array, "*batch s n"]
+) -> Halves:
+    """Returns `XYᵀ`, which must be symmetric, in float32.
+
+    It is for `XXᵀ`, and for symmetric `X` and `Y` that commute, such as polynomials of
+    one matrix.
+
+    Example:
+      >>> x = jax.random.normal(jax.random.key(0), (64, 256))
+      >>> bool(jnp.allclose(mirror(symmetric_product(x, x)), x @ x.mT, rtol=1e-4))
+      True
+    """
+    rows = upper_rows(x.shape[-2])
+    multiply = lambda x, y: product("...ik,...jk->...ij", x, y)
+    return Halves(
+        multiply(x[..., :rows, :], y), multiply(x[..., rows:, :], y[..., rows:, :])
+    )
+
+
+def mirror(halves: Halves) -> Float[Array, "*batch s s"]:
+    """Returns the whole of a symmetric matrix."""
+    top, corner = halves
+    if not corner.size:
+        return top
+    below = jnp.concatenate([top[..., top.shape[-2] :].mT, corner], axis=-1)
+    return jnp.concatenate([top, below], axis=-2)
+
+
+def halve(x: Float[Array, "*batch s s"]) -> Halves:
+    """Undoes `mirror`."""
+    rows = upper_rows(x.shape[-1])
+    return Halves(x[..., :rows, :], x[..., rows:, rows:])
+
+
+def upper_rows(size: int) -> int:
+    """Returns how many rows the upper half of a matrix of that size has here."""
+    if size < HALVES_FROM or jax.default_backend() != "cpu":
+        return size
+    return size // 2
+
+
+def symmetric_product_flops(size: int, inner: int) -> int:
+    """Returns the operations of `symmetric_product` for `[s, n]` and `[s, n]`.
+
+    Args:
+      size: Rows of the factors, `s`.
+      inner: Columns of the factors, `n`.
+    """
+    rows = upper_rows(size)
+    return 2 * inner * (rows * size + (size - rows) ** 2)
