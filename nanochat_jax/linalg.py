@@ -19,11 +19,12 @@ from jaxtyping import Array, Float, Float32
 from nanochat_jax.coefficients import QUINTIC, Coefficients, Polynomials
 from nanochat_jax.products import (
     Halves,
+    commuting_product,
+    gram,
     halve,
+    halves_flops,
     mirror,
     product,
-    symmetric_product,
-    symmetric_product_flops,
 )
 
 Form = Literal["auto", "standard", "gram"]
@@ -61,7 +62,7 @@ def newton_schulz(
     steps, short side `s` and long side `l`. The Gram form (Dao et al. 2026) works on
     `XXᵀ` and multiplies the result into `X`, in `4rs²l + (8k - 6r)s³` if it begins `r`
     times. Products that are symmetric, half of the `4s²l` and all over `s³`, take a
-    quarter less where `symmetric_product` halves them. The Gram form squares the
+    quarter less where `products` halves them. The Gram form squares the
     condition number, so it needs a long mantissa: in float32 it is the standard form to
     5e-4, in float16 it begins anew after two steps, and in bfloat16 it is refused.
 
@@ -87,15 +88,15 @@ def newton_schulz(
       ValueError: If `form` is `"gram"` and `dtype` is bfloat16.
     """
     wide = bool(axis_name) or x.shape[-2] <= x.shape[-1]
-    gram_of = lambda y: _sum_over(axis_name, symmetric_product(y, y))
+    gram_of = lambda y: _sum_over(axis_name, gram(y))
     y = normalize(x, polynomials.margin, axis_name).astype(dtype)
-    y, gram = y if wide else y.mT, None
+    y, known = y if wide else y.mT, None
     if polynomials.rescaling == "aol":
-        y, gram = _rescale_rows(y, gram_of(y))
+        y, known = _rescale_rows(y, gram_of(y))
     columns = y.shape[-1] * (jax.lax.axis_size(axis_name) if axis_name else 1)
     form = resolve_form((y.shape[-2], columns), dtype, form)
     iterate = _iterate if form == "standard" else _iterate_gram
-    y = iterate(y, gram, polynomials, gram_of)
+    y = iterate(y, known, polynomials, gram_of)
     return (y if wide else y.mT).astype(x.dtype)
 
 
@@ -150,23 +151,23 @@ def newton_schulz_flops(
     """Returns the floating-point operations of the products in `newton_schulz`."""
     short, long = sorted(shape[-2:])
     steps = len(polynomials.coefficients)
-    gram = symmetric_product_flops(short, long)
-    square = symmetric_product_flops(short, short)
+    of_long = halves_flops(short, long)
+    square = halves_flops(short, short)
     applied = 2 * short**2 * long
     if resolve_form(shape, dtype, form) == "standard":
-        return math.prod(shape[:-2]) * steps * (gram + square + applied)
+        return math.prod(shape[:-2]) * steps * (of_long + square + applied)
     starts = len(_segments(polynomials, jnp.dtype(dtype)))
     small = (4 * steps - 3 * starts) * square
-    return math.prod(shape[:-2]) * (starts * (gram + applied) + small)
+    return math.prod(shape[:-2]) * (starts * (of_long + applied) + small)
 
 
 def _iterate(
-    y: Array, gram: Halves | None, polynomials: Polynomials, gram_of: _GramOf
+    y: Array, known: Halves | None, polynomials: Polynomials, gram_of: _GramOf
 ) -> Array:
     """Applies the polynomials to `y`, whose Gram matrix may be known."""
     steps = polynomials.coefficients
-    if gram is not None:
-        y, steps = _step(y, steps[0], gram), steps[1:]
+    if known is not None:
+        y, steps = _step(y, steps[0], known), steps[1:]
     if not steps:
         return y
     # A loop: one step to compile, and a layout of `y` that does not change within.
@@ -174,23 +175,22 @@ def _iterate(
     return jax.lax.scan(advance, y, jnp.asarray(steps, jnp.float32))[0]
 
 
-def _step(y: Array, coefficients: Coefficients | Array, gram: Halves) -> Array:
+def _step(y: Array, coefficients: Coefficients | Array, of_y: Halves) -> Array:
     a, b, c = coefficients
-    small = mirror(gram).astype(y.dtype)
-    square = symmetric_product(small, small)
-    factor = jax.tree.map(lambda g, s: (b * g + c * s).astype(y.dtype), gram, square)
+    square = gram(mirror(of_y).astype(y.dtype))
+    factor = jax.tree.map(lambda g, s: (b * g + c * s).astype(y.dtype), of_y, square)
     applied = product("...ij,...jk->...ik", mirror(factor), y)
     return (a * y.astype(jnp.float32) + applied).astype(y.dtype)
 
 
 def _iterate_gram(
-    y: Array, gram: Halves | None, polynomials: Polynomials, gram_of: _GramOf
+    y: Array, known: Halves | None, polynomials: Polynomials, gram_of: _GramOf
 ) -> Array:
     """Applies the polynomials to `y` through its Gram matrix, which may be known."""
     for steps in _segments(polynomials, y.dtype):
-        gram = gram_of(y) if gram is None else gram
-        factor = _gram_polynomial(mirror(gram).astype(y.dtype), steps)
-        y, gram = product("...ij,...jk->...ik", factor, y).astype(y.dtype), None
+        known = gram_of(y) if known is None else known
+        factor = _gram_polynomial(mirror(known).astype(y.dtype), steps)
+        y, known = product("...ij,...jk->...ik", factor, y).astype(y.dtype), None
     return y
 
 
@@ -211,34 +211,34 @@ def _segments(
     return [steps[i : i + size] for i in range(0, len(steps), size)]
 
 
-def _gram_polynomial(gram: Array, steps: Sequence[Coefficients]) -> Array:
-    """Returns the matrix by which `steps` multiply a `y` with that Gram matrix."""
-    eye = jnp.broadcast_to(jnp.eye(gram.shape[-1]), gram.shape)
+def _gram_polynomial(x: Array, steps: Sequence[Coefficients]) -> Array:
+    """Returns the matrix by which `steps` multiply a `y` with the Gram matrix `x`."""
+    eye, dtype = jnp.broadcast_to(jnp.eye(x.shape[-1]), x.shape), x.dtype
     # All are polynomials of one symmetric matrix, so they commute.
-    multiply = lambda p, q: mirror(symmetric_product(p, q)).astype(gram.dtype)
+    multiply = lambda p, q: mirror(commuting_product(p, q)).astype(dtype)
 
-    def factor_of(gram: Array, coefficients: Coefficients | Array) -> Array:
+    def factor_of(x: Array, coefficients: Coefficients | Array) -> Array:
         a, b, c = coefficients
-        return (a * eye + b * gram + c * multiply(gram, gram)).astype(gram.dtype)
+        return (a * eye + b * x + c * multiply(x, x)).astype(dtype)
 
     def advance(
         carry: tuple[Array, ...], step: Array
     ) -> tuple[tuple[Array, ...], None]:
-        gram, factor, total = carry
-        gram = multiply(factor, multiply(gram, factor))
-        factor = factor_of(gram, step)
-        return (gram, factor, multiply(factor, total)), None
+        x, factor, total = carry
+        x = multiply(factor, multiply(x, factor))
+        factor = factor_of(x, step)
+        return (x, factor, multiply(factor, total)), None
 
-    factor = factor_of(gram, steps[0])
+    factor = factor_of(x, steps[0])
     if len(steps) == 1:
         return factor
-    carry = (gram, factor, factor)
-    return jax.lax.scan(advance, carry, jnp.asarray(steps[1:], jnp.float32))[0][2]
+    rest = jnp.asarray(steps[1:], jnp.float32)
+    return jax.lax.scan(advance, (x, factor, factor), rest)[0][2]
 
 
-def _rescale_rows(y: Array, gram: Halves) -> tuple[Array, Halves]:
+def _rescale_rows(y: Array, of_y: Halves) -> tuple[Array, Halves]:
     """Divides rows of `y` by the root of their Gram row's absolute sum."""
-    whole = mirror(gram)
+    whole = mirror(of_y)
     sums = jnp.sum(jnp.abs(whole), axis=-1, keepdims=True)
     scale = jnp.where(sums > 0, jax.lax.rsqrt(sums), 0.0)
     return y * scale.astype(y.dtype), halve(scale * whole * scale.mT)

@@ -40,23 +40,32 @@ def product(axes: str, x: Array, y: Array) -> Float32[Array, "..."]:
     )
 
 
-def symmetric_product(
-    x: Float[Array, "*batch s n"], y: Float[Array, "*batch s n"]
-) -> Halves:
-    """Returns `XYᵀ`, which must be symmetric, in float32.
-
-    It is for `XXᵀ`, and for symmetric `X` and `Y` that commute, such as polynomials of
-    one matrix.
+def gram(x: Float[Array, "*batch s n"]) -> Halves:
+    """Returns `XXᵀ`, in float32.
 
     Example:
       >>> x = jax.random.normal(jax.random.key(0), (64, 256))
-      >>> bool(jnp.allclose(mirror(symmetric_product(x, x)), x @ x.mT, rtol=1e-4))
+      >>> bool(jnp.allclose(mirror(gram(x)), x @ x.mT, rtol=1e-4))
       True
     """
     rows = upper_rows(x.shape[-2])
+    # Naming the contracted axes keeps explicit transposes out of the compiled program.
     multiply = lambda x, y: product("...ik,...jk->...ij", x, y)
+    below = x[..., rows:, :]
+    return Halves(multiply(x[..., :rows, :], x), multiply(below, below))
+
+
+def commuting_product(
+    x: Float[Array, "*batch s s"], y: Float[Array, "*batch s s"]
+) -> Halves:
+    """Returns `XY`, in float32, of symmetric matrices that commute.
+
+    Such are polynomials of one symmetric matrix, and so is their product.
+    """
+    rows = upper_rows(x.shape[-2])
+    multiply = lambda x, y: product("...ij,...jk->...ik", x, y)
     return Halves(
-        multiply(x[..., :rows, :], y), multiply(x[..., rows:, :], y[..., rows:, :])
+        multiply(x[..., :rows, :], y), multiply(x[..., rows:, :], y[..., rows:])
     )
 
 
@@ -82,12 +91,12 @@ def upper_rows(size: int) -> int:
     return size // 2
 
 
-def symmetric_product_flops(size: int, inner: int) -> int:
-    """Returns the operations of `symmetric_product` for `[s, n]` and `[s, n]`.
+def halves_flops(size: int, inner: int) -> int:
+    """Returns the operations of a symmetric product, `[s, n]` by `[n, s]`.
 
     Args:
-      size: Rows of the factors, `s`.
-      inner: Columns of the factors, `n`.
+      size: Rows of the product, `s`.
+      inner: Columns of the first factor, `n`.
     """
     rows = upper_rows(size)
     return 2 * inner * (rows * size + (size - rows) ** 2)

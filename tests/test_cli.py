@@ -170,10 +170,9 @@ def test_a_damaged_checkpoint_is_refused(config, tmp_path, capsys):
 
 
 def test_a_gpu_that_is_not_there_is_an_error(config):
-    code = "import sys; from nanochat_jax.cli import main; sys.exit(main())"
-    args = ["train", "--config-file", str(config), "--device", "gpu"]
+    command = [sys.executable, "-m", "nanochat_jax", "train", "--device", "gpu"]
     done = subprocess.run(
-        [sys.executable, "-c", code, *args], capture_output=True, text=True
+        [*command, "--config-file", str(config)], capture_output=True, text=True
     )
     assert done.returncode == 2
     assert "finds no such device" in done.stderr
