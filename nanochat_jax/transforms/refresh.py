@@ -109,8 +109,11 @@ class Refresh:
             return [renew_if_due(leaves[0])]
 
         def renew_due() -> list[Renewed]:
-            stack = jax.tree.map(lambda *xs: jnp.stack(xs), *leaves)
-            renewed = jax.lax.map(renew_if_due, stack)
+            # Picked one by one, as a stack of them would be a copy of all.
+            pick = lambda i: jax.lax.switch(i, [lambda x=x: x for x in leaves])
+            renewed = jax.lax.map(
+                lambda i: renew_if_due(pick(i)), jnp.arange(len(leaves))
+            )
             return [
                 jax.tree.map(lambda x, i=i: x[i], renewed) for i in range(len(leaves))
             ]
