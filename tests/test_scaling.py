@@ -108,7 +108,7 @@ def test_a_vocabulary_that_is_not_divided_is_named_and_lies_by_columns():
     config = dataclasses.replace(NANO, pad_vocab_to=1)
     params = setup.abstract_model(config)[1]
     params = mesh.place(params, mesh.abstract_mesh(config.mesh), config)
-    assert tuple(params["embed"]["embedding"].sharding.spec) == ("tensor", "fsdp")
+    assert tuple(params["embed"]["embedding"].sharding.spec) == (None, "fsdp")
     text = mesh.describe(params, config)
     assert "fsdp does not divide the 50257 rows of `embedding`" in text
     assert "`pad_vocab_to = 128` mends it" in text

@@ -4,7 +4,8 @@ Sequences are divided over `data` and `fsdp`, as `spread.py` has it, and paramet
 
   * over `fsdp` along their rows, and gathered where they are used (Rajbhandari et al.
     2020, "ZeRO", stage 3). Rows, since entries of a row share the scales of codes:
-    state is then stored and read without a word between devices;
+    state is then stored and read without a word between devices. Along their columns
+    only where `tensor` divides the rows;
   * over `tensor` along the axis that is not the residual stream, so that a device has
     some of the heads, hidden units and tokens of the vocabulary (Shoeybi et al. 2019,
     "Megatron-LM").
@@ -96,8 +97,8 @@ def abstract_mesh(sizes: Mapping[str, int]) -> AbstractMesh:
 def place(params: Params, mesh: Mesh | AbstractMesh, config: ModelConfig) -> Params:
     """Returns shapes and types of parameters with their shardings.
 
-    Vectors are whole on every device. Along an axis of the mesh that does not divide
-    its rows a matrix is divided by columns, or whole; `describe` names these.
+    Vectors are whole on every device. An axis of the mesh that does not divide a matrix
+    so divides it otherwise, or not at all; `describe` names these.
 
     Args:
       params: Parameters of the model, as shapes and types.
@@ -110,9 +111,11 @@ def place(params: Params, mesh: Mesh | AbstractMesh, config: ModelConfig) -> Par
         role, sharding = _role(path), whole
         if role is not None and x.ndim > 1:
             tensor, *_ = _cuts(role, x, mesh.shape, config)
-            kept = ("tensor",) * tensor.fits
+            # Axes of one device are left out: kernels that lie alike are to look alike.
+            fsdp = ("fsdp",) * (mesh.shape["fsdp"] > 1)
+            kept = ("tensor",) * (tensor.fits and tensor.among > 1)
             rows, columns = (kept, ()) if _TENSOR[role] == "rows" else ((), kept)
-            axes = ((*rows, "fsdp"), columns)
+            axes = (rows, fsdp) if rows else (fsdp, columns)
             matrix = specs.fit(x.shape[-2:], whole, axes)
             batch = [()] * (x.ndim - 2)
             sharding = specs.with_axes(whole, [*batch, *specs.axes_of(matrix, 2)])
@@ -168,5 +171,6 @@ def _cuts(
     if role in _HEADS:
         units, what = getattr(config, _HEADS[role]), "heads"
     tensor = _Cut("tensor", sizes["tensor"], units, what)
-    first = sizes["tensor"] if _TENSOR[role] == "rows" and tensor.fits else 1
-    return tensor, _Cut("fsdp", sizes["fsdp"] * first, rows, "rows")
+    by_columns = _TENSOR[role] == "rows" and tensor.fits and tensor.among > 1
+    size, what = (columns, "columns") if by_columns else (rows, "rows")
+    return tensor, _Cut("fsdp", sizes["fsdp"], size, what)
