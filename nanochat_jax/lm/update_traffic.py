@@ -15,8 +15,8 @@ the shorter axis is divided over S devices and the longer one over T, its rank i
     all-gather of the momentum; over all devices an all-reduce of `[short, r]` for each
     product, and one of `[r, r]`.
 
-Momentum that is quantised is stored and read without a word where no block of a scale
-is on two devices, as on meshes without `tensor`. Elsewhere it is not counted.
+Left out is quantised momentum whose blocks, which share a scale, are each on several
+devices: these send each other some of it to store and to read it.
 """
 
 import math
