@@ -26,6 +26,9 @@ from nanochat_jax.commands.prepare_data import PrepareData
 from nanochat_jax.commands.shared import usage_errors
 from nanochat_jax.commands.train import Train
 
+# Flags on which hangs what is not set, and how they are read.
+_DECIDING = {"depth": int, "model": str, "fallback": str, "mesh": tables.parse_table}
+
 Command = Train | Plan | Compare | Plot | PrepareData | Generate | Export | Doctor
 
 
@@ -53,7 +56,7 @@ def main(args: Sequence[str] | None = None) -> int:
 
 
 def _parse(args: Sequence[str]) -> Command:
-    """Returns the command; flags come before the file, and both before `--depth`."""
+    """Returns the command; flags come before the file, both before depth and model."""
     file, flags = _before(args)
     train, plan, compare = (
         # The type checker does not see that these keep the class.
@@ -85,14 +88,14 @@ def _named(name: str, command: type, **kwargs: Any) -> Any:
 def _before(args: Sequence[str]) -> tuple[str | None, dict[str, Any]]:
     """Returns the file of settings, and the flags that decide what is not in it."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    for name in ("config-file", "depth", "fallback"):
+    for name in ("config-file", *_DECIDING):
         parser.add_argument(f"--{name}", f"--{name.replace('-', '_')}", dest=name)
     given = vars(parser.parse_known_args(args)[0])
-    flags = {key: given[key] for key in ("depth", "fallback") if given[key] is not None}
-    with contextlib.suppress(
-        KeyError, ValueError
-    ):  # `derive` refuses what is no number
-        flags["depth"] = int(flags["depth"])
+    flags = {key: given[key] for key in _DECIDING if given[key] is not None}
+    for key, read in _DECIDING.items():
+        # What cannot be read is refused by what it is given to.
+        with contextlib.suppress(KeyError, ValueError):
+            flags[key] = read(flags[key])
     return given["config-file"], flags
 
 

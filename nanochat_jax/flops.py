@@ -45,18 +45,24 @@ def _leaf_flops(
 ) -> dict[str, int]:
     rank = wanted and projection.projected_rank(shape, wanted, projector_cost(config))
     if not rank:
-        return {"newton_schulz": _newton_schulz(config, shape)}
+        return {"newton_schulz": newton_schulz_flops(config, shape)}
     count, (short, long) = math.prod(shape[:-2]), sorted(shape[-2:])
     inside = shape if config.galore_residual else (count, rank, long)
     refresh = rangefinder.range_basis_flops((count, short, long), rank)
     return {
-        "newton_schulz": _newton_schulz(config, inside),
+        "newton_schulz": newton_schulz_flops(config, inside),
         "projection": count * 2 * 2 * short * long * rank,
         "refresh": refresh // config.galore_update_freq,
     }
 
 
-def _newton_schulz(config: OptimizerConfig, shape: tuple[int, ...]) -> int:
+def newton_schulz_flops(config: OptimizerConfig, shape: tuple[int, ...]) -> int:
+    """Returns the operations of Newton-Schulz as `config` has it.
+
+    Args:
+      config: What the optimizer is.
+      shape: Shape of the matrices, `[*batch, m, n]`.
+    """
     polynomials = POLYNOMIALS[config.ns_method].take(config.ns_steps)
     dtype = linalg.resolve_dtype(config.ns_dtype)
     return linalg.newton_schulz_flops(shape, polynomials, dtype=dtype)

@@ -12,6 +12,7 @@ import optax
 from jax.tree_util import GetAttrKey, KeyPath, keystr
 
 from nanochat_jax.labels import label_params
+from nanochat_jax.sharding import bytes_per_device, shardings_of, state_sharding
 from nanochat_jax.transforms import trees
 from nanochat_jax.transforms.quantize import is_quantized
 
@@ -26,6 +27,7 @@ class MemoryRow:
       dtype: Type of its arrays.
       entries: Numbers held; where a byte holds two codes, bytes.
       bytes: Bytes held.
+      device_bytes: Bytes that one device holds of them, if several hold the state.
     """
 
     label: str
@@ -33,6 +35,7 @@ class MemoryRow:
     dtype: str
     entries: int
     bytes: int
+    device_bytes: int | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,6 +71,12 @@ class MemoryReport:
     def total_bytes(self) -> int:
         """Bytes of the whole state."""
         return sum(row.bytes for row in self.rows)
+
+    @property
+    def device_bytes(self) -> int:
+        """Bytes of the state that one device holds; all if there is but one."""
+        held = ((row.bytes, row.device_bytes) for row in self.rows)
+        return sum(total if part is None else part for total, part in held)
 
     @property
     def fp32_muon_bytes(self) -> int:
@@ -108,11 +117,12 @@ def memory_report(
     Example:
       >>> report = memory_report(momentum(), {"kernel": jnp.zeros((8, 16))})
       >>> report.rows
-      (MemoryRow(label='matrix', field='momentum', dtype='float32', entries=128, bytes=512),)
+      (MemoryRow(label='matrix', field='momentum', dtype='float32', entries=128, bytes=512, device_bytes=None),)
 
     Args:
       tx: Transformation whose state to count.
-      params: Parameters, as arrays or `jax.ShapeDtypeStruct`s.
+      params: Parameters, as arrays or `jax.ShapeDtypeStruct`s. If they are sharded over
+        several devices, so is the state, as `state_sharding` has it.
       labels: A tree like `params` of labels; by `label_params` if not given.
 
     Returns:
@@ -124,16 +134,20 @@ def memory_report(
     counts: dict[str, int] = {}
     for x, label in zip(jax.tree.leaves(params), jax.tree.leaves(labels), strict=True):
         counts[label] = counts.get(label, 0) + x.size
-    state = jax.eval_shape(tx.init, params)
+    state = _placed_state(tx, params)
     sums: dict[tuple[str, str, str], list[int]] = {}
     for path, node in jax.tree.leaves_with_path(state, is_leaf=is_quantized):
         label, field = _place(path, node, label_of)
         parts = zip(("", ".scales"), node if is_quantized(node) else (node,))  # noqa: B905
         for suffix, x in parts:
-            entry = sums.setdefault((label, field + suffix, x.dtype.name), [0, 0])
-            entry[0] += x.size
-            entry[1] += x.size * x.dtype.itemsize
-    rows = tuple(MemoryRow(*key, *value) for key, value in sums.items())
+            key = (label, field + suffix, x.dtype.name)
+            counted = (x.size, x.size * x.dtype.itemsize, bytes_per_device(x))
+            sums[key] = [a + b for a, b in zip(sums.get(key, (0,) * 3), counted)]  # noqa: B905
+    spread = shardings_of(params) is not None
+    rows = tuple(
+        MemoryRow(*key, entries, size, here if spread else None)
+        for key, (entries, size, here) in sums.items()
+    )
     return MemoryReport(rows, counts, _full_rank(state, label_of))
 
 
@@ -182,6 +196,19 @@ def planned_bytes(compiled: jax.stages.Compiled) -> dict[str, int]:
     return {f"{name}_bytes": size for name, size in sizes.items()} | {
         "peak_bytes": peak
     }
+
+
+def _placed_state(tx: optax.GradientTransformation, params: optax.Params) -> Any:
+    """Returns shapes and types of the state, with shardings if `params` have some."""
+    state = jax.eval_shape(tx.init, params)
+    shardings = shardings_of(params)
+    if shardings is None:
+        return state
+    return jax.tree.map(
+        lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where),
+        state,
+        state_sharding(tx, params, shardings),
+    )
 
 
 def _full_rank(state: optax.OptState, label_of: dict[str, str]) -> tuple[str, ...]:

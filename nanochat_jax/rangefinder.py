@@ -32,6 +32,7 @@ def range_basis(
     start: Float[Array, "*batch m {rank}"] | None = None,
     power_steps: int = POWER_STEPS,
     aligned: bool = True,
+    form_gram: bool | None = None,
 ) -> Float32[Array, "*batch m {rank}"]:
     """Returns an orthonormal basis near the leading column space of `x`.
 
@@ -56,12 +57,18 @@ def range_basis(
         of what the exact decomposition does, and three 0.94.
       aligned: Whether the columns are near singular directions, leading first, and not
         any that span the same space. This takes the eigenvectors of an `r x r` matrix.
+      form_gram: Whether to form `XXᵀ` first; where it takes fewer operations if not
+        given. Where columns of `x` are on several devices, these then add up an `m x m`
+        matrix once, else an `m x r` one in each product.
 
     Returns:
       The basis.
     """
     x = normalize(x)
-    multiply = _products_with_gram(x, rank, power_steps)
+    if form_gram is None:
+        short, long = x.shape[-2:]
+        form_gram = _gram_is_cheaper(short, long, rank, power_steps)
+    multiply = _products_with_gram(x, form_gram)
     sketch = _sketch(seed, (*x.shape[:-1], rank))
     y = sketch if start is None else start.astype(jnp.float32)
     # Where `x` has less than full rank, the sketch fills up the basis.
@@ -97,12 +104,9 @@ def range_basis_flops(
     return math.prod(shape[:-2]) * total
 
 
-def _products_with_gram(
-    x: Array, rank: int, power_steps: int
-) -> Callable[[Array], Array]:
+def _products_with_gram(x: Array, form_gram: bool) -> Callable[[Array], Array]:
     """Returns the function `q -> XXᵀq`."""
-    short, long = x.shape[-2:]
-    if _gram_is_cheaper(short, long, rank, power_steps):
+    if form_gram:
         gram = product("...mn,...kn->...mk", x, x)
         return lambda q: product("...mk,...kr->...mr", gram, q)
     return lambda q: product(

@@ -138,6 +138,23 @@ def lower_bounds(config: Any, bounds: Mapping[str, float]) -> list[Check]:
     ]
 
 
+def describe(title: str, derived: Mapping[str, Any], config: Any) -> str:
+    """Returns in words what settings follow from another, and what was set otherwise.
+
+    Args:
+      title: What they follow from.
+      derived: Their values by key.
+      config: The settings in use.
+    """
+    pairs = [(key, value, getattr(config, key)) for key, value in derived.items()]
+    taken = [f"{key} {value}" for key, value, used in pairs if used == value]
+    other = [
+        f"{key} {used} (not {value})" for key, value, used in pairs if used != value
+    ]
+    lines = [f"{title}: {', '.join(taken)}"]
+    return "\n".join(lines + [f"  set otherwise: {', '.join(other)}"] * bool(other))
+
+
 def _types(cls: Any) -> dict[str, Any]:
     hints = typing.get_type_hints(cls)
     return {field.name: hints[field.name] for field in dataclasses.fields(cls)}

@@ -1,13 +1,17 @@
 """The examples run, and show what they say."""
 
 import ast
+import math
 import os
+import re
 import runpy
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+from nanochat_jax import cli
 
 FILES = sorted((Path(__file__).parents[1] / "examples").glob("*.py"))
 
@@ -83,6 +87,39 @@ def test_multi_device_learns_the_same_on_eight_devices_with_an_eighth_on_each():
     held = [int(line[7].replace(",", "")) for line in (one, eight)]
     counts = 11 * 4
     assert held[1] == (held[0] - counts) / 8 + counts
+
+
+def test_slurm_starts_a_run_and_goes_on_with_one(tmp_path):
+    """With a `srun` that prints what it is to start."""
+    srun = tmp_path / "bin" / "srun"
+    srun.parent.mkdir()
+    srun.write_text('#!/bin/sh\nprintf "%s\\n" "$@"\n')
+    srun.chmod(0o755)
+    script, folder = FILES[0].with_name("slurm.sh"), tmp_path / "run"
+    env = {"PATH": f"{srun.parent}:{os.environ['PATH']}", "RUN": str(folder)}
+
+    def start():
+        done = subprocess.run(
+            ["bash", script], env=env, capture_output=True, text=True, check=True
+        )
+        program, *args = done.stdout.splitlines()
+        assert program == "nanochat-jax"
+        return cli._parse(args)
+
+    first = start()
+    assert (first.checkpoint_dir, first.resume) == (str(folder), None)
+    assert first.mesh == {"data": 4, "fsdp": 8} and first.coordinator is None
+    asked = re.findall(
+        r"^#SBATCH --(?:nodes|ntasks-per-node)=(\d+)$", read(script), re.M
+    )
+    assert math.prod(map(int, asked)) == math.prod(first.mesh.values())
+    assert first.batch_size % math.prod(first.mesh.values()) == 0
+    (folder / "500").mkdir(parents=True)
+    assert start().resume == str(folder)
+
+
+def read(path):
+    return path.read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)

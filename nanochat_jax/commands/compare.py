@@ -10,7 +10,7 @@ from nanochat_jax import settings
 from nanochat_jax.commands.shared import (
     Flags,
     say,
-    say_depth,
+    say_derived,
     settings_of,
     usage_errors,
 )
@@ -65,7 +65,7 @@ class Compare(Config, CompareFlags):
             device.use(self.device, self.threads)
             trials = self._trials()
             results = compare.read_results(trials)
-        say_depth(console, self)
+        say_derived(console, self)
         say(console, f"{len(trials)} runs, {len(results)} of them done already")
         for number, trial in enumerate(trials, 1):
             key = trial.variant, trial.seed

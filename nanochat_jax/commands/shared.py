@@ -8,7 +8,8 @@ from typing import Any, Literal
 
 from rich.console import Console
 
-from nanochat_jax.config import Config, depth
+from nanochat_jax.config import Config, depth, presets
+from nanochat_jax.config.presets import ModelName
 
 
 @dataclasses.dataclass(frozen=True)
@@ -19,12 +20,15 @@ class Flags:
       config_file: TOML file with settings. Flags override it.
       depth: Layers, from which width, heads, batch and learning rates follow where
         neither the file nor a flag gives them.
+      model: Known model whose shape is taken where neither the file nor a flag gives
+        it, with a microbatch of one sequence for each part in which `mesh` divides it.
       device: Where to compute. `gpu` without a GPU is an error.
       threads: Processors to use on the CPU; all if not given.
     """
 
     config_file: str | None = None
     depth: int | None = None
+    model: ModelName | None = None
     device: Literal["auto", "cpu", "gpu"] = "auto"
     threads: int | None = None
 
@@ -35,10 +39,12 @@ def settings_of(command: Config) -> Config:
     return Config(**{name: getattr(command, name) for name in names})
 
 
-def say_depth(console: Console, command: Any) -> None:
-    """Prints what follows from the depth of a command, if it has one."""
+def say_derived(console: Console, command: Any) -> None:
+    """Prints what follows from the depth or the model of a command, if it has one."""
     if command.depth is not None:
         say(console, depth.describe(command.depth, command) + "\n")
+    if command.model is not None:
+        say(console, presets.describe(command.model, command) + "\n")
 
 
 def say(console: Console, text: str = "") -> None:

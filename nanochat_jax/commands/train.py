@@ -17,7 +17,7 @@ from nanochat_jax import settings
 from nanochat_jax.commands.shared import (
     Flags,
     say,
-    say_depth,
+    say_derived,
     settings_of,
     usage_errors,
 )
@@ -127,7 +127,7 @@ class Train(Config, TrainFlags):
         with usage_errors():
             job = self._prepare(tell)
         run = job.run
-        say_depth(console, self)
+        say_derived(console, self)
         tell(report.optimizer_summary(run.config, memory_report(run.tx, run.params)))
         tell()
         tell(f"Data:   {run.corpus.description}, {len(run.corpus.train):,} tokens")

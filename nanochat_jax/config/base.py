@@ -7,6 +7,7 @@ from typing import Any, Self
 
 from nanochat_jax import settings
 from nanochat_jax.config.depth import derive
+from nanochat_jax.config.presets import shape_of
 
 # Keys of the parent project, nanochat-rs-ternary, for parts that are not built here.
 PARENT_ONLY = (
@@ -16,8 +17,27 @@ PARENT_ONLY = (
     "mhc_n_streams",
 )
 
-RUN_KEYS: set[str] = {"depth"}
+RUN_KEYS: set[str] = {"depth", "model"}
 """Keys that the file of a run may hold; `Config`, which has the others, adds them."""
+
+
+def derived_from(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns what follows from `depth` or `model` among the values of a run.
+
+    Raises:
+      ValueError: If both are there, or one is not allowed.
+    """
+    settings.require(
+        (
+            not {"depth", "model"} <= values.keys(),
+            "`depth` and `model` both give the shape of the model. Set one of them.",
+        )
+    )
+    if "depth" in values:
+        return derive(values["depth"], values.get("fallback", "adamw"))
+    if "model" in values:
+        return shape_of(values["model"], values.get("mesh", {}))
+    return {}
 
 
 class Settings:
@@ -39,7 +59,8 @@ class Settings:
         that are not built here are named in one warning.
 
         Args:
-          path: A flat TOML file. It may also have `depth`; see `from_values`.
+          path: A flat TOML file. It may also have `depth` or `model`; see
+            `from_values`.
           **flags: Values in place of those in the file.
 
         Returns:
@@ -63,8 +84,8 @@ class Settings:
         """Takes the fields of this class from the values of a run.
 
         Args:
-          values: Values by key. `depth` among them gives those that are not there; see
-            `depth.derive`.
+          values: Values by key. `depth` or `model` among them gives those that are not
+            there; see `depth.derive` and `presets.shape_of`.
           source: Where they come from, for messages.
 
         Returns:
@@ -73,11 +94,9 @@ class Settings:
         Raises:
           ValueError: If a key or value is not allowed.
         """
-        if "depth" in values:
-            try:
-                derived = derive(values["depth"], values.get("fallback", "adamw"))
-            except ValueError as error:
-                raise ValueError(f"{source}: {error}") from None
-            values = {**derived, **values}
+        try:
+            values = {**derived_from(values), **values}
+        except ValueError as error:
+            raise ValueError(f"{source}: {error}") from None
         unbuilt = [key for key in PARENT_ONLY if key in values]
         return settings.build(cls, values, source, [*RUN_KEYS, *unbuilt])

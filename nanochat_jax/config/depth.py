@@ -70,11 +70,4 @@ def describe(depth: int, config: Any) -> str:
       config: The settings in use.
     """
     derived = derive(depth, config.fallback)
-    taken = [f"{k} {v}" for k, v in derived.items() if getattr(config, k) == v]
-    other = [
-        f"{key} {getattr(config, key)} (not {value})"
-        for key, value in derived.items()
-        if getattr(config, key) != value
-    ]
-    lines = [f"Depth {depth}: {', '.join(taken)}"]
-    return "\n".join(lines + [f"  set otherwise: {', '.join(other)}"] * bool(other))
+    return settings.describe(f"Depth {depth}", derived, config)

@@ -18,6 +18,9 @@ class ModelConfig(Settings):
       n_kv_heads: Key and value heads, K; divides `n_heads`. `n_heads` if not given.
       ffn_mult: Hidden width of the feed-forward layer over `dim`.
       vocab_size: Tokens, V.
+      pad_vocab_to: Rows of the embedding and columns of the head are filled up to a
+        multiple of this, so that devices divide them: 128 serves any power of two up
+        to that. What is filled up has no part in losses, samples and exports.
       max_seq_len: Longest sequence, in tokens.
       weight_tied: Whether the head is the transposed embedding.
       rope_theta: Base of the rotary frequencies.
@@ -40,6 +43,7 @@ class ModelConfig(Settings):
     n_kv_heads: int | None = None
     ffn_mult: float = 2.6875
     vocab_size: int = 256
+    pad_vocab_to: int = 1
     max_seq_len: int = 512
     weight_tied: bool = True
     rope_theta: float = 10_000.0
@@ -52,7 +56,8 @@ class ModelConfig(Settings):
 
     def _checks(self) -> list[settings.Check]:
         sizes = (
-            "dim", "n_layers", "n_heads", "vocab_size", "max_seq_len", "group_size",
+            "dim", "n_layers", "n_heads", "vocab_size", "pad_vocab_to", "max_seq_len",
+            "group_size",
         )  # fmt: skip
         heads = max(self.n_heads, 1)
         return [
@@ -77,6 +82,11 @@ class ModelConfig(Settings):
                 f"`rope_theta` must be positive, got {self.rope_theta}.",
             ),
         ]
+
+    @property
+    def table_size(self) -> int:
+        """Rows of the embedding and columns of the head: V, filled up."""
+        return -(-self.vocab_size // self.pad_vocab_to) * self.pad_vocab_to
 
     @property
     def head_dim(self) -> int:

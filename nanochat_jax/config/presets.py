@@ -1,6 +1,10 @@
 """Shapes of known models, to plan with: `plan --model 7b --mesh fsdp=64`."""
 
+import math
+from collections.abc import Mapping
 from typing import Any, Literal
+
+from nanochat_jax import settings
 
 ModelName = Literal["1b", "7b", "70b"]
 
@@ -14,7 +18,7 @@ _TRAINED: dict[str, Any] = {
     "weight_tied": False,
 }
 
-MODELS: dict[ModelName, dict[str, Any]] = {
+MODELS: dict[str, dict[str, Any]] = {
     # TinyLlama 1.1B (Zhang et al. 2024).
     "1b": {
         **_TRAINED,
@@ -46,3 +50,33 @@ MODELS: dict[ModelName, dict[str, Any]] = {
     },
 }
 """Settings of the model by its name."""
+
+
+def shape_of(model: str, mesh: Mapping[str, int]) -> dict[str, Any]:
+    """Returns the settings that follow from the name of a model, by their keys.
+
+    A microbatch is one sequence for each part in which `mesh` divides it.
+
+    Args:
+      model: Name of the model, a key of `MODELS`.
+      mesh: Devices along the axes of a mesh.
+
+    Raises:
+      ValueError: If there is no such model.
+    """
+    settings.require(
+        (model in MODELS, f"`model` must be one of {[*MODELS]}, got {model!r}.")
+    )
+    sequences = math.prod(mesh.get(axis, 1) for axis in ("data", "fsdp"))
+    return {**MODELS[model], "batch_size": sequences}
+
+
+def describe(model: str, config: Any) -> str:
+    """Returns in words what follows from a model's name, and what was set otherwise.
+
+    Args:
+      model: Name of the model, a key of `MODELS`.
+      config: The settings in use.
+    """
+    derived = shape_of(model, config.mesh)
+    return settings.describe(f"Model {model}", derived, config)

@@ -24,6 +24,8 @@ _INSTRUCTION = re.compile(
     + r")(?P<start>-start)?\("
 )
 _ARRAY = re.compile(r"\b(pred|[a-z]+?(\d+)\w*)\[([\d,]*)\]")
+_LOOPS = ("body", "condition")
+_BRANCHES = ("branch_computations", "true_computation", "false_computation")
 _CALLED = re.compile(
     r"\b(body|condition|to_apply|calls|branch_computations|true_computation"
     r"|false_computation)=\{?(%[\w.\-]+(?:, ?%[\w.\-]+)*)"
@@ -39,12 +41,14 @@ class Collective:
       bytes: Bytes of its operand or of its result on one device, whichever is larger.
       devices: Number of devices that take part in it together.
       in_loop: Whether it is in a loop, and so runs any number of times.
+      in_branch: Whether it is in a branch, and so may not run.
     """
 
     kind: str
     bytes: int
     devices: int
     in_loop: bool
+    in_branch: bool = False
 
     @property
     def sent_bytes(self) -> int:
@@ -67,12 +71,15 @@ def collectives(hlo: str) -> list[Collective]:
       hlo: Its text, `compiled.as_text()`.
     """
     bodies = dict(_computations(hlo))
-    looped = _reachable(bodies, _called_by(bodies, bodies, ("body", "condition")))
+    looped, branched = (
+        _reachable(bodies, _called_by(bodies, bodies, roles))
+        for roles in (_LOOPS, _BRANCHES)
+    )
     return [
         found
         for name, lines in bodies.items()
         for line in lines
-        if (found := _collective(line, name in looped)) is not None
+        if (found := _collective(line, name in looped, name in branched)) is not None
     ]
 
 
@@ -111,7 +118,7 @@ def _reachable(bodies: dict[str, list[str]], start: set[str]) -> set[str]:
     return found
 
 
-def _collective(line: str, in_loop: bool) -> Collective | None:
+def _collective(line: str, in_loop: bool, in_branch: bool) -> Collective | None:
     match = _INSTRUCTION.match(line)
     if match is None:
         return None
@@ -121,7 +128,7 @@ def _collective(line: str, in_loop: bool) -> Collective | None:
     if match["start"] and kind != "all-reduce":
         sizes = sizes[len(sizes) // 2 :]
     size = sum(sizes) * (devices if kind == "reduce-scatter" else 1)
-    return Collective(kind, size, devices, in_loop)
+    return Collective(kind, size, devices, in_loop, in_branch)
 
 
 def _bytes(array: tuple[str, str, str]) -> int:
@@ -136,8 +143,10 @@ def _group_size(line: str) -> int:
         return len(listed[1].split(","))
     if counted := re.search(r"replica_groups=\[\d+,(\d+)\]", line):
         return int(counted[1])
-    if by_axis := re.search(r"replica_groups=mesh\[(.*?)\] \{(.*?)\}", line):
+    if by_axis := re.search(r"replica_groups=mesh\[(.*?)\][^{]*\{(.*?)\}", line):
         sizes = dict(re.findall(r"'(\w+)'=(\d+)", by_axis[1]))
         axes = re.findall(r"'(\w+)'(?::\(\d+\)(\d+))?", by_axis[2])
         return math.prod(int(part or sizes[axis]) for axis, part in axes)
-    return 2  # a permutation sends from one device to one other
+    if "source_target_pairs" in line:
+        return 2  # a permutation sends from one device to one other
+    raise ValueError(f"these groups of devices cannot be read: {line}")

@@ -1,7 +1,8 @@
 """Weights for other tools: safetensors, and a JSON file beside them.
 
 `F.safetensors` has each parameter under its path, `blocks.0.attention.query.kernel`;
-kernels are `[in, out]`, and blocks are apart also where training had them stacked.
+kernels are `[in, out]`, and blocks are apart also where training had them stacked. The
+vocabulary has no padding.
 `F.json` has `config`, the fields of `ModelConfig`, the fingerprint of the `tokenizer`,
 the `step`, `versions`, and the `sha256` of the weights. Its `kernels` are `"latent"` if
 the model rounds those of its blocks before use, by `ternary.ternarize`, else `"plain"`.
@@ -20,7 +21,7 @@ from jax.tree_util import keystr
 
 from nanochat_jax import settings
 from nanochat_jax.config import ModelConfig
-from nanochat_jax.lm import checksums, files, machine, records, setup
+from nanochat_jax.lm import checksums, files, machine, model, records, setup
 from nanochat_jax.lm.stacking import Params, unstack_layers
 
 
@@ -49,13 +50,13 @@ def save(
     """
     path = check_path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    params = jax.tree.map(np.asarray, params)
+    params = jax.tree.map(np.asarray, model.without_padding(config, params))
     if config.scan_layers:
         params = unstack_layers(params)
     fields = [field.name for field in dataclasses.fields(ModelConfig)]
     settings_used = {name: getattr(config, name) for name in fields}
     record = {
-        "config": {**settings_used, "scan_layers": False},
+        "config": {**settings_used, "scan_layers": False, "pad_vocab_to": 1},
         "kernels": "latent" if config.ternary else "plain",
         "tokenizer": tokenizer,
         "step": step,
@@ -77,8 +78,8 @@ def load(path: str | Path) -> tuple[ModelConfig, Params]:
       path: File of the weights; its JSON file must lie beside it.
 
     Returns:
-      The settings of the model, without `scan_layers`, and its parameters on the
-      default device.
+      The settings of the model, without `scan_layers` and `pad_vocab_to`, and its
+      parameters on the default device.
 
     Raises:
       ValueError: If a file is missing or damaged, they are not of one model, or the

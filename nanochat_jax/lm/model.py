@@ -5,7 +5,7 @@ attention and a SwiGLU feed-forward layer; `layers.py` has the block. With `scan
 the parameters of all blocks are stacked, `[L, ...]`, and run by one loop.
 
 Axes: B batch, S sequence, T cache, D model, L layers, K key and value heads, H head
-size, V vocabulary.
+size, V vocabulary. The embedding and the head have V entries filled up to `table_size`.
 """
 
 from typing import Any, NamedTuple
@@ -17,9 +17,9 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Float32, Int, Int32
 
 from nanochat_jax.config import ModelConfig
+from nanochat_jax.lm import spread
 from nanochat_jax.lm.layers import Block, LayerCache, norm
 from nanochat_jax.lm.loss import cross_entropy
-from nanochat_jax.lm.spread import spread
 from nanochat_jax.lm.stacking import Params, stack_trees
 
 # Small, so that the first logits are near zero whether the table is tied or not.
@@ -45,9 +45,10 @@ class GPT(nnx.Module):
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs) -> None:
         self.remat, self.weight_tied = config.remat, config.weight_tied
         self.n_layers, self.loss_chunk = config.n_layers, config.loss_chunk
-        dtype = jnp.dtype(config.compute_dtype)
+        self.vocab_size = config.vocab_size
+        self.dtype = dtype = jnp.dtype(config.compute_dtype)
         self.embed = nnx.Embed(
-            config.vocab_size,
+            config.table_size,
             config.dim,
             dtype=dtype,
             embedding_init=_table_init,
@@ -59,7 +60,7 @@ class GPT(nnx.Module):
         if not config.weight_tied:
             self.head = nnx.Linear(
                 config.dim,
-                config.vocab_size,
+                config.table_size,
                 use_bias=False,
                 dtype=dtype,
                 kernel_init=_table_init,
@@ -94,7 +95,7 @@ class GPT(nnx.Module):
 
     def logits(self, x: Float[Array, "*batch D"]) -> Float32[Array, "*batch V"]:
         """Returns the logits of hidden states."""
-        return self._read_out(self._table, x)
+        return self._read_out(self._table, x)[..., : self.vocab_size]
 
     def mean_loss(
         self, x: Float[Array, "B S D"], labels: Int[Array, "B S"]
@@ -112,8 +113,18 @@ class GPT(nnx.Module):
         return (self.embed.embedding if self.weight_tied else self.head.kernel)[...]
 
     def _read_out(self, table: Array, x: Array) -> Array:
-        kernel = table.T if self.weight_tied else table
-        return jnp.dot(x, kernel.astype(x.dtype)).astype(jnp.float32)
+        table = table.astype(x.dtype)
+        kernel = spread.gathered(table).T if self.weight_tied else table
+        logits = jnp.dot(x, kernel).astype(jnp.float32)
+        if logits.shape[-1] == self.vocab_size:
+            return logits
+        # Not cut off, as that would shift what devices have of them.
+        known = jnp.arange(logits.shape[-1]) < self.vocab_size
+        return jnp.where(known[(None,) * (logits.ndim - 1)], logits, -jnp.inf)
+
+    def _look_up(self, tokens: Array) -> Array:
+        table = self.embed.embedding[...].astype(self.dtype)
+        return spread.looked_up(jnp.take(spread.by_columns(table), tokens, axis=0))
 
     def _run_blocks(self, tokens: Array, positions: Array, caches: Any) -> Any:
         """Returns the normalised residual stream, and the caches of the blocks."""
@@ -123,7 +134,7 @@ class GPT(nnx.Module):
         def run(x: Array, layer: Any) -> tuple[Array, LayerCache | None]:
             params, cache = layer
             x, cache = nnx.merge(graphdef, params)(x, positions, cache)
-            return spread(x), cache
+            return spread.spread(x), cache
 
         if self.remat or self.scans:
             # A loop stores what it keeps of every block; of that only the products by
@@ -132,7 +143,7 @@ class GPT(nnx.Module):
             policy = None if self.remat else kept
             # Nothing outside a loop can be reused in place of recomputing it.
             run = jax.checkpoint(run, policy=policy, prevent_cse=not self.scans)
-        x = spread(self.embed(tokens), looked_up=True)
+        x = self._look_up(tokens)
         if self.scans:
             x, caches = jax.lax.scan(run, x, (nnx.state(blocks), caches))
             return self.final_norm(x), caches
@@ -205,6 +216,20 @@ def next_token_loss(
     return gpt.mean_loss(gpt.features(batch[:, :-1]), batch[:, 1:])
 
 
+def without_padding(config: ModelConfig, params: Params) -> Params:
+    """Returns parameters whose tables have V entries, as those without padding do.
+
+    Args:
+      config: Shape of the model.
+      params: Its parameters.
+    """
+    rows = params["embed"]["embedding"][: config.vocab_size]
+    cut: Params = {**params, "embed": {"embedding": rows}}
+    if not config.weight_tied:
+        cut["head"] = {"kernel": params["head"]["kernel"][:, : config.vocab_size]}
+    return cut
+
+
 def count_flops_per_token(config: ModelConfig, seq_len: int | None = None) -> int:
     """Returns the floating-point operations of training on one token.
 
@@ -220,7 +245,7 @@ def count_flops_per_token(config: ModelConfig, seq_len: int | None = None) -> in
     seq_len = config.max_seq_len if seq_len is None else seq_len
     key_dim = config.kv_heads * config.head_dim
     block = config.dim * (2 * config.dim + 2 * key_dim + 3 * config.ffn_dim)
-    kernels = config.n_layers * block + config.dim * config.vocab_size
+    kernels = config.n_layers * block + config.dim * config.table_size
     return 6 * kernels + 12 * config.n_layers * config.dim * seq_len
 
 

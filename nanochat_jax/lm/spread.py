@@ -19,7 +19,7 @@ BATCH_AXES = ("data", "fsdp")
 """Mesh axes that divide the sequences of a batch."""
 
 
-def check_batch(mesh: Mesh, batch_size: int) -> None:
+def check_batch(mesh: Mesh | AbstractMesh, batch_size: int) -> None:
     """Refuses a microbatch whose sequences the mesh does not divide.
 
     Args:
@@ -79,23 +79,63 @@ def using(mesh: Mesh | None) -> Iterator[None]:
         yield
 
 
-def spread(x: Array, *, looked_up: bool = False) -> Array:
+def spread(x: Array) -> Array:
     """Returns activations with their sequences divided over the mesh in use, if any.
 
     Without it the compiler may gather sequences rather than parameters.
 
     Args:
       x: Activations, `[B, S, D]`.
-      looked_up: Whether they come from a table whose columns `fsdp` divides. They are
-        then sent once from columns to sequences.
     """
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.axis_names != MESH_AXES or x.shape[0] % _ways(mesh):
+    mesh = _mesh_in_use()
+    if mesh is None or x.shape[0] % _ways(mesh):
         return x
-    if looked_up and x.shape[2] % mesh.shape["fsdp"] == 0:
+    return jax.lax.with_sharding_constraint(x, PartitionSpec(BATCH_AXES))
+
+
+def by_columns(table: Array) -> Array:
+    """Returns a table, `[V, D]`, whose columns `fsdp` divides, to look up rows in.
+
+    Each device then looks up its columns of all tokens, and `looked_up` sends these to
+    where the tokens are. To gather the table would send more, unless it is small.
+    """
+    mesh = _mesh_in_use()
+    if mesh is None or table.shape[1] % mesh.shape["fsdp"]:
+        return table
+    rows = _tensor_rows(table, mesh)
+    return jax.lax.with_sharding_constraint(table, PartitionSpec(rows, "fsdp"))
+
+
+def looked_up(x: Array) -> Array:
+    """Returns rows of a table that is divided `by_columns`, `[B, S, D]`, as `spread`.
+
+    They are sent once from columns to sequences.
+    """
+    mesh = _mesh_in_use()
+    if mesh is None or x.shape[0] % _ways(mesh):
+        return x
+    if x.shape[2] % mesh.shape["fsdp"] == 0:
         columns = PartitionSpec("data", None, "fsdp")
         x = jax.lax.with_sharding_constraint(x, columns)
-    return jax.lax.with_sharding_constraint(x, PartitionSpec(BATCH_AXES))
+    return spread(x)
+
+
+def gathered(table: Array) -> Array:
+    """Returns a table, `[V, D]`, that `fsdp` does not divide, to multiply by."""
+    mesh = _mesh_in_use()
+    if mesh is None:
+        return table
+    rows = PartitionSpec(_tensor_rows(table, mesh))
+    return jax.lax.with_sharding_constraint(table, rows)
+
+
+def _mesh_in_use() -> AbstractMesh | None:
+    mesh = jax.sharding.get_abstract_mesh()
+    return mesh if mesh.axis_names == MESH_AXES else None
+
+
+def _tensor_rows(table: Array, mesh: AbstractMesh) -> str | None:
+    return None if table.shape[0] % mesh.shape["tensor"] else "tensor"
 
 
 def _ways(mesh: Mesh | AbstractMesh) -> int:

@@ -9,31 +9,30 @@ layers, activations and kernels in `compute_dtype`:
   * gradients, over `fsdp`: a reduce-scatter of each kernel; that of the head once for
     each chunk of the loss;
   * gradients, over `data`: an all-reduce of what is then left on a device;
-  * tokens, over `fsdp`: an all-to-all of `[B, S, D]` forward and one backward, as the
-    columns of the embedding are divided;
+  * embedding, over `fsdp`: an all-to-all of the table from rows to columns, and one of
+    its gradient back;
+  * tokens, over `fsdp`: an all-to-all of `[B, S, D]` from the columns looked up to
+    sequences, and one of its gradient back;
   * activations, over `tensor`: an all-reduce of `[B, S, D]` for each kernel whose sum
     runs over the divided axis, two forward and five backward in a block, and one for
-    the head;
-  * Newton-Schulz, once a step: an all-to-all of all matrices in the type of the
-    iteration there and one back, zero matrices that fill a stack among them; replicas
-    over `data` share the work if there is enough, and gather the results.
+    the head.
 
-Left out are scalars, vectors, norms and indices, and what `galore` sends to find its
-bases and to project.
+What the optimizer sends is in `update_traffic.py`. Left out are scalars, vectors, norms
+and indices.
 """
 
 import math
-from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from nanochat_jax.config import Config
 from nanochat_jax.labels import label_params
 from nanochat_jax.lm.collectives import Collective
 from nanochat_jax.lm.stacking import Params
-from nanochat_jax.transforms import specs, trees
+from nanochat_jax.transforms import specs
 
 
 class Traffic(NamedTuple):
@@ -42,23 +41,27 @@ class Traffic(NamedTuple):
     Attributes:
       what: What is sent.
       kind: One of `collectives.KINDS`.
+      count: Number of them.
       bytes: Bytes of operands or of results on one device, whichever are larger.
       devices: Devices that take part in each together.
+      every: Steps from one to the next.
     """
 
     what: str
     kind: str
+    count: int  # pyright: ignore[reportIncompatibleMethodOverride]
     bytes: int
     devices: int
+    every: int = 1
 
     @property
     def sent_bytes(self) -> int:
-        """Bytes that one device sends."""
+        """Bytes that one device sends in such a step."""
         return Collective(self.kind, self.bytes, self.devices, False).sent_bytes
 
 
 def step_traffic(config: Config, params: Params) -> list[Traffic]:
-    """Returns what devices send each other in a step.
+    """Returns what devices send each other for loss and gradients of a step.
 
     Args:
       config: Settings of the run.
@@ -69,77 +72,49 @@ def step_traffic(config: Config, params: Params) -> list[Traffic]:
     parts = data * fsdp
     stream = config.batch_size // parts * config.sequence * config.dim
     width, times = jnp.dtype(config.compute_dtype).itemsize, config.grad_accum_steps
-    gathered, reduced, left = _kernel_entries(config, params)
+    gathered, reduced, left = _kernels(config, params)
+    embedding: Any = params["embed"]["embedding"]
+    by_rows = "fsdp" in specs.axes_of(embedding.sharding, 2)[0]
+    table = by_rows * math.prod(embedding.sharding.shard_shape(embedding.shape))
     # One for each kernel whose inputs or outputs are divided, and one for the head.
     sums = 7 * config.n_layers + 1
     rows = [
-        Traffic("parameters", "all-gather", times * width * gathered, fsdp),
-        Traffic("gradients", "reduce-scatter", times * width * reduced, fsdp),
-        Traffic("gradients", "all-reduce", times * width * left, data),
-        Traffic("tokens", "all-to-all", times * width * 2 * stream, fsdp),
-        Traffic("activations", "all-reduce", times * width * sums * stream, tensor),
-        *_newton_schulz(config, params),
+        Traffic("parameters", "all-gather", *gathered, fsdp),
+        Traffic("gradients", "reduce-scatter", *reduced, fsdp),
+        Traffic("gradients", "all-reduce", *left, data),
+        Traffic("embedding", "all-to-all", 2, 2 * table, fsdp),
+        Traffic("tokens", "all-to-all", 2, 2 * stream, fsdp),
+        Traffic("activations", "all-reduce", sums, sums * stream, tensor),
     ]
-    return [row for row in rows if row.devices > 1 and row.bytes]
+    return [
+        row._replace(count=times * row.count, bytes=times * width * row.bytes)
+        for row in rows
+        if row.devices > 1 and row.bytes
+    ]
 
 
-def _kernel_entries(config: Config, params: Params) -> tuple[int, int, int]:
-    """Returns entries that a device gathers, reduces over `fsdp`, and over `data`."""
+def _kernels(config: Config, params: Params) -> list[tuple[int, int]]:
+    """Returns what a device gathers, reduces over `fsdp`, and over `data`.
+
+    Each as a number of kernels, those of a loop one by one, and of their entries.
+    """
     twice = 2 if config.scan_layers or config.remat else 1
     chunks = 1
     if config.loss_chunk:
         positions = max(1, config.loss_chunk // config.batch_size)
         chunks = -(-config.sequence // positions)
-    gathered = reduced = left = 0
+    gathered, reduced, left = np.zeros((3, 2), int)
     labels = jax.tree.leaves(label_params(params))
     for x, label in zip(jax.tree.leaves(params), labels, strict=True):
-        here = math.prod(x.sharding.shard_shape(x.shape))
-        used = {name for axes in specs.axes_of(x.sharding, x.ndim) for name in axes}
-        whole = here * (x.sharding.mesh.shape["fsdp"] if "fsdp" in used else 1)
+        count, here = (
+            math.prod(x.shape[:-2]),
+            math.prod(x.sharding.shard_shape(x.shape)),
+        )
+        left += (count, here)
         is_head = label == "head" or (label == "embedding" and config.weight_tied)
-        left += here
+        used = {name for axes in specs.axes_of(x.sharding, x.ndim) for name in axes}
         if "fsdp" in used and (label == "matrix" or is_head):
-            gathered += whole if is_head else twice * whole
-            reduced += chunks * whole if is_head else whole
-    return gathered, reduced, left
-
-
-def _newton_schulz(config: Config, params: Params) -> list[Traffic]:
-    """Returns what brings matrices to the devices that iterate on them, and back."""
-    labels = jax.tree.leaves(label_params(params))
-    pairs = zip(jax.tree.leaves(params), labels, strict=True)
-    matrices = [x for x, label in pairs if label == "matrix"]
-    width = 4 if config.ns_dtype == "float32" else 2
-    sent: dict[tuple[str, int], int] = {}
-    for stack in _stacks(matrices, matrices[0].sharding.mesh.size):
-        count = sum(math.prod(x.shape[:-2]) for x in stack)
-        inside, replicas = _shares(stack[0], count)
-        filled = count + -count % (inside * replicas)
-        size = width * filled * math.prod(stack[0].shape[-2:]) // inside
-        for key, bytes_ in {
-            ("all-to-all", inside): 2 * size // replicas,
-            ("all-gather", replicas): size,
-        }.items():
-            sent[key] = sent.get(key, 0) + bytes_
-    return [Traffic("Newton-Schulz", kind, x, n) for (kind, n), x in sent.items()]
-
-
-def _shares(x: jax.ShapeDtypeStruct, count: int) -> tuple[int, int]:
-    """Returns over how many devices matrices are divided, and helping replicas."""
-    sharding: Any = x.sharding
-    used = {name for axes in specs.axes_of(sharding, x.ndim) for name in axes}
-    inside, replicas = specs.ways(sharding, [*used]), 1
-    for axis, size in sharding.mesh.shape.items():
-        if axis not in used and inside * replicas * size <= count:
-            replicas *= size
-    return inside, replicas
-
-
-def _stacks(matrices: list[Any], devices: int) -> Iterator[list[Any]]:
-    """Yields leaves that are stacked together, by `sequence` and then the iteration."""
-    for outer in trees.group_by_shape(matrices, trees.GROUP_BYTES, devices=devices):
-        leaves = [matrices[i] for i in outer]
-        places = [x.sharding for x in leaves]
-        half = trees.GROUP_BYTES // 2
-        for inner in trees.group_by_shape(leaves, half, places, devices):
-            yield [leaves[i] for i in inner]
+            kernel = np.array((count, here * x.sharding.mesh.shape["fsdp"]))
+            gathered += kernel if is_head else twice * kernel
+            reduced += chunks * kernel if is_head else kernel
+    return [(int(count), int(entries)) for count, entries in (gathered, reduced, left)]

@@ -111,9 +111,9 @@ def _replicas(leaves: Sequence[Array], sharding: NamedSharding) -> Names:
     used = [a for axes in specs.axes_of(sharding, leaves[0].ndim) for a in axes]
     count = len(leaves) * math.prod(leaves[0].shape[:-2])
     taken: list[str] = []
-    for axis in sharding.mesh.axis_names:
+    for axis, size in sharding.mesh.shape.items():
         devices = specs.ways(sharding, (*used, *taken, axis))
-        if axis not in used and devices <= count:
+        if size > 1 and axis not in used and devices <= count:
             taken.append(axis)
     return tuple(taken)
 

@@ -195,15 +195,20 @@ def galore(
         renewal = {}
         if projected:
             _require_published(combined, adaptive, params)
-            whole, low_rank = params, optax.tree.cast(updates, jnp.float32)
+            whole = params
         else:
             state, renewal = bases.change_bases(refresh, reproject, updates, state)
-            low_rank = jax.tree.map(projection.project, updates, state.projector)
+        beside = lambda path, g, p: placement.beside(p, path, g)
+        projector = jax.tree.map_with_path(beside, whole, state.projector)
+        if projected:
+            low_rank = optax.tree.cast(updates, jnp.float32)
+        else:
+            low_rank = jax.tree.map(projection.project, updates, projector)
         inner_updates, inner_state = inner.update(
             low_rank, state.inner, None, **extra_args
         )
         new_updates, rest_state = combined.combine(
-            whole, low_rank, inner_updates, state.projector, state.rest, extra_args
+            whole, low_rank, inner_updates, projector, state.rest, extra_args
         )
         new_state = state._replace(
             count=jnp.asarray(optax.safe_increment(state.count)),

@@ -87,6 +87,31 @@ def split_long(x: Array, sharding: NamedSharding | None) -> Array:
     return constrain(x, specs.fit(x.shape, sharding, (*batch, rows, columns)))
 
 
+def is_split(sharding: NamedSharding | None) -> bool:
+    """Returns whether single matrices are known to be on several devices."""
+    if sharding is None:
+        return False
+    rows, columns = specs.axes_of(sharding, len(sharding.spec))[-2:]
+    return specs.ways(sharding, (*rows, *columns)) > 1
+
+
+def beside(basis: Array | None, path: KeyPath, g: Array) -> Array | None:
+    """Asks for each device to have the rows of a basis by which it multiplies.
+
+    Args:
+      basis: Basis `[*batch, short, r]` of the shorter axis of a leaf, if it has one.
+      path: Path of the leaf.
+      g: The leaf.
+    """
+    sharding = of(path, g)
+    if sharding is None or basis is None:
+        return basis
+    *batch, rows, columns = specs.axes_of(sharding, g.ndim)
+    short = rows if g.shape[-2] <= g.shape[-1] else columns
+    where = specs.fit(basis.shape, sharding, (*batch, short, ()))
+    return constrain(basis, where)
+
+
 def constrain(x: Array, sharding: NamedSharding) -> Array:
     """Returns `x` with that sharding."""
     mesh = jax.sharding.get_abstract_mesh()

@@ -143,6 +143,8 @@ class Refresh:
             start=old if self.warm_start else None,
             power_steps=self.power_steps,
             aligned=self.aligned,
+            # Of what devices send each other nothing is to be larger than a basis.
+            form_gram=False if placement.is_split(sharding) else None,
         ).astype(old.dtype)
         new = jnp.where(usable, new, old)
         rotation = projection.matmul(new.mT, old)

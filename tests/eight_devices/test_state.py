@@ -34,6 +34,7 @@ def test_state_is_made_where_it_belongs(mesh, kind):
         for x, s in zip(jax.tree.leaves(state), jax.tree.leaves(wanted), strict=True):
             assert x.sharding.is_equivalent_to(s, x.ndim)
         assert held(state) == {nj.bytes_per_device(state)}
+        assert held(state) == {nj.memory_report(tx, params).device_bytes}
         for x, y in zip(
             jax.tree.leaves(state),
             jax.tree.leaves(alone.init(leaves(0))),

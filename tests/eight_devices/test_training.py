@@ -132,7 +132,7 @@ def test_what_a_mesh_does_not_divide_is_whole_and_named():
     assert "Mesh:   data 1 x fsdp 1 x tensor 8" in text
     assert "tensor does not divide the 4 heads of `query`" in text
     specs = {tuple(x.sharding.spec) for x in jax.tree.leaves(run.params["blocks"])}
-    assert {("fsdp", None), (None, "fsdp"), ("fsdp", "tensor")} <= specs
+    assert {(), (None, None), (None, "tensor"), ("tensor", None)} == specs
     assert mesh.describe(run.params, prepare({}).config) == (
         "One device of 8 is used; `--mesh fsdp=8` uses all."
     )

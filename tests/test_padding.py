@@ -1,0 +1,76 @@
+"""What fills the vocabulary up to a multiple has no part in what a model does."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from nanochat_jax.config import ModelConfig
+from nanochat_jax.lm import export, model
+from nanochat_jax.lm.generate import generate
+
+CONFIG = ModelConfig(
+    dim=16, n_layers=1, n_heads=2, vocab_size=37, pad_vocab_to=32, max_seq_len=16
+)
+CASES = [{}, {"weight_tied": False}, {"loss_chunk": 8}]
+TOKENS = np.random.default_rng(0).integers(0, 37, (2, 17))
+
+
+def built(values):
+    """A padded model whose padding is large, and the same without any."""
+    config = dataclasses.replace(CONFIG, **values)
+    graphdef, params = model.init(config, 0)
+    params["embed"]["embedding"] = params["embed"]["embedding"].at[37:].set(9.0)
+    plain = dataclasses.replace(config, pad_vocab_to=1)
+    bare = model.without_padding(config, params)
+    return (config, graphdef, params), (plain, model.init(plain, 0)[0], bare)
+
+
+@pytest.mark.parametrize("values", CASES, ids=str)
+def test_losses_and_gradients_are_those_without(values):
+    (config, graphdef, params), (_, plain_def, bare) = built(values)
+    assert params["embed"]["embedding"].shape == (64, 16) == (config.table_size, 16)
+    assert bare["embed"]["embedding"].shape == (37, 16)
+    wanted, d_wanted = loss_and_grads(plain_def, bare)
+    found, d_found = loss_and_grads(graphdef, params)
+    np.testing.assert_allclose(found, wanted, rtol=1e-6)
+    cut = model.without_padding(config, d_found)
+    jax.tree.map(
+        lambda x, y: np.testing.assert_allclose(x, y, atol=1e-6), cut, d_wanted
+    )
+    size = lambda tree: sum(jnp.sum(x**2) for x in jax.tree.leaves(tree))
+    np.testing.assert_allclose(size(d_found), size(cut), rtol=1e-6)  # padding has none
+
+
+def loss_and_grads(graphdef, params):
+    loss = lambda params: model.next_token_loss(graphdef, params, jnp.asarray(TOKENS))
+    return jax.jit(jax.value_and_grad(loss))(params)
+
+
+@pytest.mark.parametrize("values", CASES[:2], ids=str)
+def test_logits_and_samples_are_those_without(values):
+    (config, graphdef, params), (plain, plain_def, bare) = built(values)
+    logits = model.apply(graphdef, params, TOKENS)
+    assert logits.shape == (2, 17, 37)
+    wanted = model.apply(plain_def, bare, TOKENS)
+    np.testing.assert_allclose(logits, wanted, rtol=1e-5)
+    options = {"max_tokens": 8, "temperature": 3.0, "top_k": 50}
+    assert [*generate(graphdef, params, config, [1, 2], **options)] == [
+        *generate(plain_def, bare, plain, [1, 2], **options)
+    ]
+
+
+def test_exports_have_none(tmp_path):
+    (config, _, params), (plain, _, bare) = built({"weight_tied": False})
+    export.save(tmp_path / "w.safetensors", config, params, step=1, tokenizer="t")
+    found, weights = export.load(tmp_path / "w.safetensors")
+    assert found == plain
+    jax.tree.map(np.testing.assert_array_equal, weights, bare)
+
+
+def test_a_multiple_takes_no_padding():
+    assert dataclasses.replace(CONFIG, vocab_size=64).table_size == 64
+    with pytest.raises(ValueError, match="`pad_vocab_to` must be at least 1"):
+        dataclasses.replace(CONFIG, pad_vocab_to=0)
