@@ -76,7 +76,13 @@ def test_losses_are_those_of_one_device(sizes, values):
     assert abs(Evaluator(run)(state.params)["val_loss"] - val_loss) <= 1e-5
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize(
+    "variant",
+    [
+        pytest.param(name, marks=[] if name == "galore_8bit" else pytest.mark.slow)
+        for name in VARIANTS
+    ],
+)
 def test_a_checkpoint_of_eight_devices_restores_on_any_number(variant, tmp_path):
     values = {**VARIANTS[variant], "scan_layers": True}
     run = prepare({"fsdp": 8}, **values)
