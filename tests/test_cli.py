@@ -31,6 +31,7 @@ use_galore = true
 galore_rank = 16
 galore_update_freq = 4
 quant_min_size = 0
+ns_steps = 1
 """
 
 

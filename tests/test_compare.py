@@ -36,6 +36,7 @@ log_interval = 1
 galore_rank = 8
 galore_update_freq = 3
 quant_min_size = 0
+ns_steps = 1
 """
 LOW_RANK = "galore_8bit:galore_rank=4"
 
