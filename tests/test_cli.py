@@ -81,7 +81,9 @@ def test_a_run_resumes_where_it_stopped_and_flags_override_the_file(
     assert cli.main([*args, str(folder)]) == 0
     resume = ["--resume", str(folder / "3")]
     assert cli.main([*args, str(tmp_path / "again"), *resume]) == 0
-    assert "Resumed from step 3" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "Resumed from step 3" in out
+    assert "Done:   6 steps, 768 tokens, the last 3 steps in 0:0" in out
     assert sorted(p.name for p in (tmp_path / "again").iterdir()) == [
         "6", "metrics.jsonl",
     ]  # fmt: skip

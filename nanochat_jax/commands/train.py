@@ -135,11 +135,12 @@ class Train(Config, TrainFlags):
         tell(f"Model:  {_count(run.params):,} parameters on {device.describe()}")
         if spread := mesh.describe(run.params, run.config):
             tell(spread)
+        first = int(job.restored.step) if job.restored else 0
         state, metrics, received = _fit(job, console, tell)
         if received:
             tell(_stopped(received, int(state.step), job.folder))
             return received
-        tell(f"\n{_done(metrics)}\n{_saved(job.folder)}\n{_held(run, state)}")
+        tell(f"\n{_done(metrics, first)}\n{_saved(job.folder)}\n{_held(run, state)}")
         if job.sampler:
             text = job.sampler(state.params, int(state.step))
             tell(f"\nA sample:\n{text}")
@@ -253,10 +254,11 @@ def _fit(
     return state, display.latest, stop.received
 
 
-def _done(metrics: Mapping[str, Any]) -> str:
-    """Returns what came of a run, of its latest metrics."""
+def _done(metrics: Mapping[str, Any], first: int) -> str:
+    """Returns what came of a run that began with step `first`."""
+    now = f", the last {metrics['step'] - first:,} steps" if first else ""
     line = (
-        f"Done:   {metrics['step']:,} steps, {metrics['tokens']:,} tokens in "
+        f"Done:   {metrics['step']:,} steps, {metrics['tokens']:,} tokens{now} in "
         f"{clock(metrics['elapsed_s'])}\n"
         f"Loss:   {metrics['val_loss']:.4f} on held-out text"
     )

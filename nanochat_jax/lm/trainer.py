@@ -2,8 +2,10 @@
 
 A batch goes from the file to a parameter update through four files: `data.Batches`
 cuts it from the corpus, `model.next_token_loss` turns it into a loss, the transforms
-of `build_optimizer` turn the gradient into an update, and `make_train_step` here adds
-it to the parameters.
+of `optimizer.build_optimizer` turn the gradient into an update, and `make_train_step`
+here adds it to the parameters. On the way `feed` moves it to the devices,
+`mean_gradient` takes its microbatches one by one, and `guard` holds back a step whose
+numbers are not finite.
 
 Axes: A microbatches, B sequences, S tokens of a sequence.
 """
