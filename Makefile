@@ -19,11 +19,12 @@ $(READY): pyproject.toml constraints.txt
 demo: $(READY)  ## Trains a small GPT on the standard library with 8-bit, low-rank Muon
 	$(BIN)/nanochat-jax train --config-file configs/tiny_cpu_8bit_galore.toml
 
+# Tests of a file share what they compile, so they run in one process.
 test: $(READY)  ## Runs the tests
-	$(BIN)/pytest -n 2 -m 'not slow'
+	$(BIN)/pytest -n 2 --dist loadfile -m 'not slow'
 
 test-all: $(READY)  ## Runs the slow tests too
-	$(BIN)/pytest -n 2
+	$(BIN)/pytest -n 2 --dist loadfile
 
 test-peers: $(READY)  ## Installs bitsandbytes and galore-torch, and compares with them
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[peers]'

@@ -6,7 +6,8 @@ anything else.
 
 import argparse
 import contextlib
-import inspect
+import functools
+import operator
 import os
 import sys
 import warnings
@@ -14,8 +15,9 @@ from collections.abc import Sequence
 from typing import Annotated, Any
 
 import tyro
+from rich.console import Console
 
-from nanochat_jax.commands import tables
+from nanochat_jax.commands import help, tables
 from nanochat_jax.commands.compare import Compare
 from nanochat_jax.commands.doctor import Doctor
 from nanochat_jax.commands.export import Export
@@ -29,7 +31,16 @@ from nanochat_jax.commands.train import Train
 # Flags on which hangs what is not set, and how they are read.
 _DECIDING = {"depth": int, "model": str, "fallback": str, "mesh": tables.parse_table}
 
-Command = Train | Plan | Compare | Plot | PrepareData | Generate | Export | Doctor
+COMMANDS = {
+    "train": Train,
+    "plan": Plan,
+    "compare": Compare,
+    "plot": Plot,
+    "prepare-data": PrepareData,
+    "generate": Generate,
+    "export": Export,
+    "doctor": Doctor,
+}
 
 
 def main(args: Sequence[str] | None = None) -> int:
@@ -42,9 +53,13 @@ def main(args: Sequence[str] | None = None) -> int:
       The exit code.
     """
     warnings.showwarning = _show_warning
+    args = sys.argv[1:] if args is None else args
     try:
         with usage_errors():
-            command = _parse(sys.argv[1:] if args is None else args)
+            if set(help.FLAGS) & set(args):
+                _show_help(args)
+                return 0
+            command = _parse(args)
         command.run()
     except BrokenPipeError:  # whoever read the output, as `head` does, has enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -55,34 +70,44 @@ def main(args: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _parse(args: Sequence[str]) -> Command:
-    """Returns the command; flags come before the file, both before depth and model."""
+def _defaults(args: Sequence[str]) -> dict[str, Any]:
+    """Returns commands with the settings that the flags begin from, by name.
+
+    Flags come before the file, and both before `--depth` and `--model`.
+    """
     file, flags = _before(args)
-    train, plan, compare = (
-        # The type checker does not see that these keep the class.
-        kind.from_toml(file, **flags) if file else kind.from_values(flags, "flags")
-        for kind in (Train, Plan, Compare)
-    )
+    kinds = {name: COMMANDS[name] for name in ("train", "plan", "compare")}
+    return {
+        name: kind.from_toml(file, **flags)
+        if file
+        else kind.from_values(flags, "flags")
+        for name, kind in kinds.items()
+    }
+
+
+def _parse(args: Sequence[str]) -> Any:
+    """Returns the command."""
+    kinds, defaults = [], _defaults(args)
+    for name, kind in COMMANDS.items():
+        given = {"default": defaults[name]} if name in defaults else {}
+        kinds.append(Annotated[kind, tyro.conf.subcommand(name, **given)])
     return tyro.cli(
-        Annotated[Train, _named("train", Train, default=train)]
-        | Annotated[Plan, _named("plan", Plan, default=plan)]
-        | Annotated[Compare, _named("compare", Compare, default=compare)]
-        | Annotated[Plot, _named("plot", Plot)]
-        | Annotated[PrepareData, _named("prepare-data", PrepareData)]
-        | Annotated[Generate, _named("generate", Generate)]
-        | Annotated[Export, _named("export", Export)]
-        | Annotated[Doctor, _named("doctor", Doctor)],
+        functools.reduce(operator.or_, kinds),
         args=args,
         prog="nanochat-jax",
-        description="Trains GPTs with Muon, 8-bit momentum and GaLore.",
         registry=tables.REGISTRY,
     )
 
 
-def _named(name: str, command: type, **kwargs: Any) -> Any:
-    """Returns what makes a subcommand of a class, described in a line."""
-    line = (inspect.getdoc(command) or "").partition("\n")[0]
-    return tyro.conf.subcommand(name, description=line, **kwargs)
+def _show_help(args: Sequence[str]) -> None:
+    """Prints what there is to know of a command, or of all."""
+    console = Console()
+    name = next((arg for arg in args if arg in COMMANDS), None)
+    if name is None:
+        help.show_commands(console, COMMANDS)
+        return
+    full, default = "--help-all" in args, _defaults(args).get(name)
+    help.show_command(console, name, COMMANDS[name], default, full=full)
 
 
 def _before(args: Sequence[str]) -> tuple[str | None, dict[str, Any]]:
@@ -101,3 +126,7 @@ def _before(args: Sequence[str]) -> tuple[str | None, dict[str, Any]]:
 
 def _show_warning(message: Warning | str, *_: object) -> None:
     print(f"warning: {message}", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,8 +1,24 @@
-"""Settings every test shares: the CPU, and no silent promotion of ranks."""
+"""Settings every test shares: the CPU, and no silent promotion of ranks.
+
+What one test compiled the others load, those in processes of their own too: programs
+are kept in a folder that is deleted when the tests end.
+"""
+
+import atexit
+import os
+import shutil
+import tempfile
 
 import hypothesis
 import jax
 
+FOLDER = "JAX_COMPILATION_CACHE_DIR"
+if FOLDER not in os.environ:
+    os.environ[FOLDER] = tempfile.mkdtemp(prefix="nanochat_jax-tests-")
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.3"
+    atexit.register(shutil.rmtree, os.environ[FOLDER], ignore_errors=True)
+jax.config.update("jax_compilation_cache_dir", os.environ[FOLDER])
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 # Every new shape compiles anew, so deadlines would only measure the compiler.

@@ -90,9 +90,12 @@ def types(tree):
 
 @functools.cache
 def compiled(name):
-    """The transform of that name and its jitted update, compiled once a process."""
+    """The transform of that name and its jitted update, compiled once a process.
+
+    The state it is given is donated, and so not to be used again.
+    """
     tx = optax.with_extra_args_support(TRANSFORMS[name]())
-    return tx, jax.jit(tx.update)
+    return tx, jax.jit(tx.update, donate_argnums=1)
 
 
 def run(name, steps):

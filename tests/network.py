@@ -9,6 +9,7 @@ import functools
 import jax
 import jax.numpy as jnp
 import optax
+import pytest
 
 import helpers
 import nanochat_jax as nj
@@ -21,7 +22,14 @@ FLAGS = {
     "galore": {"use_galore": True},
     "galore_8bit": {"use_8bit_optim": True, "use_galore": True},
 }
-VARIANTS = [*FLAGS, "by hand"]
+ALIKE = {"muon_8bit", "galore"}  # of which "galore_8bit" is made
+every = pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=[pytest.mark.slow] * (name in ALIKE))
+        for name in [*FLAGS, "by hand"]
+    ],
+)
 
 
 def init():
@@ -57,6 +65,7 @@ def optimizer(name, params):
         lr=0.1,
         fallback_lr=0.1,
         weight_decay=0.1,
+        ns_steps=2,
         galore_rank=5,
         galore_update_freq=2,
         quant_min_size=0,

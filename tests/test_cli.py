@@ -1,6 +1,8 @@
 """The command line: what it prints, what it refuses and with which exit code."""
 
+import dataclasses
 import json
+import re
 import subprocess
 import sys
 
@@ -8,6 +10,7 @@ import numpy as np
 import pytest
 
 from nanochat_jax import cli
+from nanochat_jax.commands import help
 from nanochat_jax.lm.metrics import read_metrics
 from nanochat_jax.lm.tokenfile import write_tokens
 
@@ -28,6 +31,7 @@ use_galore = true
 galore_rank = 16
 galore_update_freq = 4
 quant_min_size = 0
+ns_steps = 1
 """
 
 
@@ -77,7 +81,9 @@ def test_a_run_resumes_where_it_stopped_and_flags_override_the_file(
     assert cli.main([*args, str(folder)]) == 0
     resume = ["--resume", str(folder / "3")]
     assert cli.main([*args, str(tmp_path / "again"), *resume]) == 0
-    assert "Resumed from step 3" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "Resumed from step 3" in out
+    assert "Done:   6 steps, 768 tokens, the last 3 steps in 0:0" in out
     assert sorted(p.name for p in (tmp_path / "again").iterdir()) == [
         "6", "metrics.jsonl",
     ]  # fmt: skip
@@ -180,18 +186,45 @@ def test_a_gpu_that_is_not_there_is_an_error(config):
     assert "Traceback" not in done.stderr
 
 
-@pytest.mark.parametrize(
-    ("command", "flags"),
-    [
-        ("train", ("--config-file", "--galore-rank", "--resume", "--muon-momentum")),
-        ("compare", ("--config-file", "--galore-rank", "--variants", "galore_plain")),
-        ("plot", ("--output", "{step,tokens,seconds}")),
-    ],
-)
-def test_help_describes_every_setting(command, flags, capsys):
-    with pytest.raises(SystemExit) as error:
-        cli.main([command, "--help"])
-    assert error.value.code == 0
+@pytest.mark.parametrize("command", cli.COMMANDS)
+@pytest.mark.parametrize("flag", ["--help", "--help-all"])
+def test_help_describes_every_flag_once_within_the_width(
+    command, flag, capsys, monkeypatch
+):
+    monkeypatch.setenv("COLUMNS", "80")
+    assert cli.main([command, flag]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert max(map(len, lines)) <= 80
+    kind = cli.COMMANDS[command]
+    described = help.descriptions(kind)
+    for field in dataclasses.fields(kind):
+        assert described[field.name]
+        name = rf"^  --(\[no-\])?{field.name.replace('_', '-')}( |$)"
+        if field.name == "runs":
+            name = r"^  RUN\.\.\. "
+        assert sum(bool(re.search(name, line)) for line in lines) == 1, field.name
+
+
+def test_help_has_the_values_of_the_file_and_groups(config, capsys):
+    assert cli.main(["train", "--config-file", str(config), "-h"]) == 0
     out = capsys.readouterr().out
-    for flag in flags:
-        assert flag in out
+    assert re.search(r"--galore-rank.*\n.*\[16\]", out, re.DOTALL)
+    assert "--[no-]use-galore " in out and "low-rank" in out.replace("\n", "")
+    for title in help.GROUPS.values():
+        assert f"\n{title}\n" in out
+    fields = {field.name for field in dataclasses.fields(cli.COMMANDS["train"])}
+    assert help.GROUPS.keys() <= fields
+
+
+def test_help_names_every_command(capsys):
+    assert cli.main(["--help"]) == 0
+    out = capsys.readouterr().out
+    assert all(f"\n  {name} " in out for name in cli.COMMANDS)
+
+
+def test_the_module_is_the_command():
+    done = subprocess.run(
+        [sys.executable, "-m", "nanochat_jax.cli", "--help"],
+        capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    assert "usage: nanochat-jax" in done.stdout

@@ -14,7 +14,7 @@ import pytest
 import nanochat_jax as nj
 from nanochat_jax import cli
 from nanochat_jax.config import Config
-from nanochat_jax.lm import setup, speed, trainer
+from nanochat_jax.lm import setup, speed, timing, trainer
 from nanochat_jax.lm.metrics import read_metrics
 from nanochat_jax.lm.variants import NAMES, parse_variants
 from nanochat_jax.peers import build_adamw
@@ -36,6 +36,7 @@ log_interval = 1
 galore_rank = 8
 galore_update_freq = 3
 quant_min_size = 0
+ns_steps = 1
 """
 LOW_RANK = "galore_8bit:galore_rank=4"
 
@@ -295,7 +296,7 @@ def test_a_refresh_is_spread_over_the_steps_to_the_next(
     )
     seconds = [0, 11] + [0, 1] * speed.BURST  # start and end of each step
     clock = itertools.accumulate(seconds)
-    monkeypatch.setattr(speed.time, "perf_counter", lambda: next(clock))
+    monkeypatch.setattr(timing.time, "perf_counter", lambda: next(clock))
     run_nothing = lambda state, batch: (state, {})
     found = speed._seconds_a_step(run, run_nothing, {"x": jnp.zeros(1)})
     assert found == pytest.approx(expected)

@@ -27,7 +27,7 @@ METRICS = {
 }
 SHOWN = (
     "loss 2.3457", "val bpb 1.7500", "skipped 2", "123.5k tok/s", "lr 3.00e-04",
-    "grad norm 0.912", "1.23 GB in use", "MFU 41.2%", "optimizer 12%", "245.8k tokens",
+    "grad norm 0.912", "optimizer 12%", "MFU 41.2%", "1.23 GB in use", "245.8k tokens",
 )  # fmt: skip
 
 
@@ -70,7 +70,20 @@ def test_plain_lines_show_the_numbers_given():
     assert last.startswith("step  120/1000 | loss 2.3457 | skipped 2 | 123.5k tok/s | ")
     assert " | elapsed 1:02:03 | eta 0:00:" in last
     assert last.endswith(" | val loss 2.5000 | val bpb 1.7500")
-    assert all(text in last for text in SHOWN)
+    assert all(text in " ".join(last.split()) for text in SHOWN)
+
+
+def test_plain_lines_stand_one_below_the_other():
+    console = Console(file=io.StringIO(), width=40)
+    small = {"tokens_per_s": 953.0, "mfu": 0.04, "optimizer_share": 0.0}
+    with make_display(1000, console=console) as display:
+        display.log(METRICS)
+        display.log(METRICS | small | {"step": 1000, "tokens": 9, "grad_norm": 6.0})
+    at = [
+        [i for i, c in enumerate(line) if c == "|"]
+        for line in console.file.getvalue().splitlines()
+    ]
+    assert at[0] == at[1] and len(at[0]) == 13
 
 
 @pytest.mark.parametrize("width", [80, 140])
@@ -100,7 +113,7 @@ def test_numbers_stay_until_there_are_new_ones_and_counts_of_zero_are_left_out()
 def test_evaluations_and_prints_stand_above_the_bar():
     text = "\n".join(plain(show(terminal(80))))
     assert "a [bold] word" in text and "1234" in text
-    assert "step  120   val loss 2.5000   val bpb 1.7500" in text
+    assert "step  120   val loss 2.5000   val bpb 1.7500   loss 2.3457" in text
 
 
 def test_before_the_first_step_no_time_left_is_made_up():

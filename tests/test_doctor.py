@@ -47,7 +47,14 @@ def test_a_sound_machine(sound, capsys):
     code, out = doctor(capsys)
     assert code == 0
     assert jax.__version__ in out
-    for text in ("orbax-checkpoint", "threads", "bfloat16", "off by", "Nothing is"):
+    for text in (
+        "orbax-checkpoint",
+        "threads",
+        "bfloat16",
+        "off by",
+        "NVIDIA driver",
+        "Nothing is",
+    ):
         assert text in out
 
 

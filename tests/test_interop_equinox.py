@@ -51,7 +51,7 @@ def as_dict(model):
     return {name: vars(getattr(model, name)) for name in ("embed", "up", "down")}
 
 
-@pytest.mark.parametrize("name", network.VARIANTS)
+@network.every
 def test_a_module_is_trained_as_optax_trains_its_arrays(name):
     model = start = Network(network.init())
     arrays = lambda model: eqx.filter(model, eqx.is_array)

@@ -21,7 +21,7 @@ from flax.training.train_state import TrainState
 from nanochat_jax.lm.flax_serialization import register_named_chain
 from nanochat_jax.lm.nnx_optimizer import for_nnx
 
-every = pytest.mark.parametrize("name", network.VARIANTS)
+every = network.every
 BOTH = ["galore_8bit", "by hand"]  # their states are least like the parameters
 AXES = {"embed": ("data", None), "up": (None, "data"), "down": (None, "data")}
 

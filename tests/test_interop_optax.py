@@ -10,12 +10,11 @@ import jax
 import jax.numpy as jnp
 import optax
 import optax.contrib
-import pytest
 
 import helpers
 import network
 
-every = pytest.mark.parametrize("name", network.VARIANTS)
+every = network.every
 
 
 def gradients(step):

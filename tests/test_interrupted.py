@@ -46,7 +46,8 @@ STRIKE = """
     def after_a_step(self, values):
         write_metrics(self, values)
         if values["step"] == int(step):
-            os.kill(os.getpid(), signal.Signals[name])
+            for each in name.split("+"):
+                os.kill(os.getpid(), signal.Signals[each])
 
     def within_a_save(directory):
         if list(directory.glob(f"{step}.*")):
@@ -111,6 +112,16 @@ def test_ctrl_c_leaves_a_checkpoint_and_its_exit_code(tmp_path):
     assert done.returncode == 128 + signal.SIGINT
     assert "SIGINT: stopped after step 2, which is saved" in done.stdout
     assert Checkpoints(tmp_path / "run").steps() == [2]
+
+
+@pytest.mark.slow
+def test_a_second_signal_stops_at_once_and_leaves_the_checkpoints_before(tmp_path):
+    config, folder = write_config(tmp_path), tmp_path / "run"
+    done = train_struck("SIGTERM+SIGINT", 6, config, folder)
+    assert done.returncode == -signal.SIGINT
+    assert "A second signal stops at once" in done.stderr
+    assert "stopped after step" not in done.stdout
+    assert int(last_state(setup.prepare(Config.from_toml(config)), folder).step) == 4
 
 
 @pytest.mark.slow

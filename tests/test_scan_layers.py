@@ -107,7 +107,7 @@ def test_stacked_gains_are_vectors_and_stacked_kernels_matrices():
 @pytest.mark.parametrize("bits", [32, 8])
 def test_updates_are_those_of_blocks_one_by_one(bits):
     config = nj.OptimizerConfig(
-        use_8bit_optim=bits == 8, quant_min_size=0, weight_decay=0.1
+        use_8bit_optim=bits == 8, quant_min_size=0, weight_decay=0.1, ns_steps=2
     )
     apart, stacked = noisy(), stack_layers(noisy())
     grads = expected()[1]
@@ -148,6 +148,7 @@ def test_galore_takes_a_stacked_model(values):
         use_8bit_optim=True,
         galore_rank=8,
         quant_min_size=0,
+        ns_steps=2,
         **values,
     )
     params = initial(STACKED)[1]

@@ -6,6 +6,7 @@ import pytest
 
 from nanochat_jax import cli
 from nanochat_jax.lm.checkpoint import Checkpoints
+from nanochat_jax.lm.metrics import read_metrics
 
 TINY = {
     "dim": 32, "n_layers": 1, "n_heads": 2, "ffn_mult": 2.0, "vocab_size": 256,
@@ -33,8 +34,13 @@ def train(tmp_path):
 
 def test_samples_checkpoints_and_a_trace_at_their_steps(train, tmp_path, capsys):
     folder = tmp_path / "run"
-    assert train("--checkpoint-dir", folder, "--profile-steps", "5:6") == 0
+    flags = ("--profile-steps", "5:6", "--measure-optimizer")
+    assert train("--checkpoint-dir", folder, *flags) == 0
     out = capsys.readouterr().out
+    metrics = [m for m in read_metrics(folder / "metrics.jsonl") if "loss" in m]
+    assert all(m["optimizer_share"] < 1 for m in metrics) and len(metrics) == 2
+    assert "Done:   8 steps, 512 tokens in 0:0" in out
+    assert f"Saved:  {folder}; try `nanochat-jax generate" in out
     assert out.count("A sample after step 4:\nThe") == 1
     assert out.count("\nA sample:\nThe") == 1
     assert "after step 8" not in out  # which is the one at the end

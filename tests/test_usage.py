@@ -1,5 +1,6 @@
 """Memory, utilisation and the optimizer's share: numbers that are measured or known."""
 
+import functools
 import types
 
 import jax
@@ -7,7 +8,7 @@ import numpy as np
 import pytest
 
 from nanochat_jax.config import Config
-from nanochat_jax.lm import setup, speed, trainer, usage
+from nanochat_jax.lm import setup, timing, trainer, usage
 
 TINY = Config(
     dim=16, n_layers=1, n_heads=2, vocab_size=32, max_seq_len=8, dataset="synthetic",
@@ -97,27 +98,41 @@ def train_step(run):
     return trainer.compile_train_step(run)
 
 
-def test_the_pass_that_is_timed_is_that_of_the_step(run, train_step):
-    state, batch = trainer.init_state(run), speed._first_batch(run)
-    loss, norm = speed._loss_and_norm(run)(state.params, batch)
+@pytest.fixture
+def batch():
+    shape = (TINY.grad_accum_steps, TINY.batch_size, TINY.sequence + 1)
+    return jax.random.randint(jax.random.key(0), shape, 0, TINY.vocab_size)
+
+
+def test_the_pass_that_is_timed_is_that_of_the_step(run, train_step, batch):
+    state = trainer.init_state(run)
+    loss, norm = timing._loss_and_norm(run)(state.params, batch)
     _, metrics = train_step(state, batch)
     assert float(loss) == pytest.approx(float(metrics["loss"]), rel=1e-5)
     assert float(norm) == pytest.approx(float(metrics["grad_norm"]), rel=1e-4)
 
 
-def test_the_share_is_what_the_pass_leaves_of_the_step(run, train_step, monkeypatch):
-    # Seconds of the pass and of the step in turn; those of the first turn are apart.
-    script = [90.0, 1.0, 3.0, 4.0, 6.0, 7.5, 1.0, 4.0]
-    seconds, timed = iter([*script, *script]), speed._timed
-    monkeypatch.setattr(speed, "_timed", lambda *a: (next(seconds), timed(*a)[1]))
-    share = lambda **least: speed.optimizer_share(run, train_step, **least)
-    assert share(turns=3, seconds=0) == 0.25
-    assert share(turns=1, seconds=116) == 0.25  # as many turns as that takes
-    assert next(seconds, None) is None
+def test_the_share_is_what_the_pass_leaves_of_the_step(
+    run, train_step, batch, monkeypatch
+):
+    # Seconds of the pass that compiles, then of the pass and of the step in turn.
+    seconds, timed = iter([90.0, 3.0, 4.0, 6.0, 7.5, 1.0, 4.0]), timing.timed
+    monkeypatch.setattr(timing, "timed", lambda *a: (next(seconds), timed(*a)[1]))
+    share, state, medians = timing.OptimizerShare(run), trainer.init_state(run), []
+    assert share.median is None
+    for _ in range(3):
+        state, _ = share.take(train_step, state, batch)
+        medians.append(share.median)
+    assert medians == pytest.approx([0.25, 0.225, 0.25])
+    assert share.seconds == 90 + 3 + 6 + 1
 
 
-def test_measuring_leaves_a_state_alone(run, train_step):
-    state = trainer.init_state(run)
-    before = jax.tree.map(np.asarray, state)
-    assert speed.optimizer_share(run, train_step, turns=1, seconds=0) < 1
-    jax.tree.map(np.testing.assert_array_equal, before, state)
+def test_steps_that_are_measured_are_those_that_are_not(run, train_step, batch):
+    share, states = timing.OptimizerShare(run), []
+    for take in (train_step, functools.partial(share.take, train_step)):
+        state = trainer.init_state(run)
+        for _ in range(timing.TURNS):
+            state, _ = take(state, batch)
+        states.append(jax.tree.map(np.asarray, state))
+    jax.tree.map(np.testing.assert_array_equal, *states)
+    assert not share.wanted

@@ -34,12 +34,15 @@ class Doctor:
         problems += checkup.product_problems(errors)
         packages = ("nanochat-jax", *checkup.PACKAGES)
         console.print(_table("Versions", {**machine.versions(packages), **plugins}))
-        console.print(_table("Machine", _facts(devices, errors)))
+        optional = {name: machine.version_of(name) for name in checkup.OPTIONAL}
+        console.print(_table("\nFor plots and logs", optional))
+        console.print(_table("\nMachine", _facts(devices, errors)))
+        say(console)
         for problem in problems:
             say(console, f"Problem: {problem.what}\n  What to do: {problem.remedy}")
         if problems:
             sys.exit(1)
-        say(console, "Nothing is wrong.")
+        say(console, f"Nothing is wrong. Runs compute on the {platforms[0].upper()}.")
 
 
 def _devices() -> tuple[list[checkup.Device], list[checkup.Problem]]:
@@ -59,6 +62,8 @@ def _facts(
     """Returns what there is to know about the machine, by name."""
     facts = {
         "processor": f"{machine.processor()}, {device.available_threads()} threads",
+        "memory": machine.memory(),
+        "NVIDIA driver": "loaded" if checkup.has_nvidia_gpu() else "not loaded",
         **checkup.variables(),
     }
     if not devices:

@@ -6,9 +6,9 @@ import functools
 import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 from rich.console import Console
@@ -33,11 +33,12 @@ from nanochat_jax.lm import (
 )
 from nanochat_jax.lm.agreement import stopping
 from nanochat_jax.lm.checkpoint import Checkpoints
-from nanochat_jax.lm.display import make_display
+from nanochat_jax.lm.display import clock, make_display
 from nanochat_jax.lm.metrics import MetricsWriter
 from nanochat_jax.lm.profiler import StepProfiler, parse_steps
 from nanochat_jax.lm.samples import Sampler, make_sampler
 from nanochat_jax.lm.sinks import Sink, TensorBoardSink, WandbSink
+from nanochat_jax.lm.timing import OptimizerShare
 from nanochat_jax.memory import memory_report
 from nanochat_jax.sharding import bytes_per_device
 
@@ -134,11 +135,12 @@ class Train(Config, TrainFlags):
         tell(f"Model:  {_count(run.params):,} parameters on {device.describe()}")
         if spread := mesh.describe(run.params, run.config):
             tell(spread)
-        state, received = _fit(job, console, tell)
+        first = int(job.restored.step) if job.restored else 0
+        state, metrics, received = _fit(job, console, tell)
         if received:
             tell(_stopped(received, int(state.step), job.folder))
             return received
-        tell(f"\n{_held(run, state)}")
+        tell(f"\n{_done(metrics, first)}\n{_saved(job.folder)}\n{_held(run, state)}")
         if job.sampler:
             text = job.sampler(state.params, int(state.step))
             tell(f"\nA sample:\n{text}")
@@ -205,13 +207,14 @@ def _check_folder(folder: Path | None, first: int, total: int) -> None:
 
 def _fit(
     job: _Job, console: Console, tell: Callable[[str], object]
-) -> tuple[trainer.TrainState, signal.Signals | None]:
-    """Trains; returns the state, and the signal that ended it early, if one did."""
+) -> tuple[trainer.TrainState, Mapping[str, Any], signal.Signals | None]:
+    """Trains; returns state, latest metrics, and the signal that ended it, if any."""
     run, config = job.run, job.run.config
     started = time.perf_counter()
-    step = trainer.compile_train_step(run)
-    low_rank_step = trainer.compile_low_rank_step(run)
-    processes.meet("compiled")
+    with console.status("Compiling the training step"):
+        step = trainer.compile_train_step(run)
+        low_rank_step = trainer.compile_low_rank_step(run)
+        processes.meet("compiled")
     tell(_compiled(step, time.perf_counter() - started))
     state = job.restored or trainer.init_state(run)
     first = int(state.step)
@@ -245,9 +248,29 @@ def _fit(
             checkpoints=checkpoints,
             sample=job.sampler,
             profiler=job.profiler,
+            share=OptimizerShare(run) if config.measure_optimizer else None,
             stop=stop,
         )
-    return state, stop.received
+    return state, display.latest, stop.received
+
+
+def _done(metrics: Mapping[str, Any], first: int) -> str:
+    """Returns what came of a run that began with step `first`."""
+    now = f", the last {metrics['step'] - first:,} steps" if first else ""
+    line = (
+        f"Done:   {metrics['step']:,} steps, {metrics['tokens']:,} tokens{now} in "
+        f"{clock(metrics['elapsed_s'])}\n"
+        f"Loss:   {metrics['val_loss']:.4f} on held-out text"
+    )
+    bits = metrics.get("val_bpb")
+    return line if bits is None else f"{line}, {bits:.4f} bits a byte"
+
+
+def _saved(folder: Path | None) -> str:
+    """Returns where the model is, and what to do with it."""
+    if folder is None:
+        return "Saved:  nothing, for want of `--checkpoint-dir`"
+    return f"Saved:  {folder}; try `nanochat-jax generate --checkpoint {folder}`"
 
 
 def _stopped(received: signal.Signals, step: int, folder: Path | None) -> str:
@@ -259,12 +282,12 @@ def _stopped(received: signal.Signals, step: int, folder: Path | None) -> str:
 
 
 def _compiled(step: jax.stages.Compiled, seconds: float) -> str:
-    line = f"Compiled the training step in {seconds:.1f} s"
+    line = f"Step:   compiled in {seconds:.1f} s"
     planned = step.memory_analysis()
     if planned is None:
         return line
     peak = planned.argument_size_in_bytes + planned.temp_size_in_bytes
-    return f"{line}; it plans {report.megabytes(peak)} with parameters and state."
+    return f"{line}, plans {report.megabytes(peak)} with parameters and state"
 
 
 def _held(run: setup.Run, state: trainer.TrainState) -> str:

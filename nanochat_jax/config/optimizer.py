@@ -76,7 +76,8 @@ class OptimizerConfig(Settings):
         given.
       adam_betas: Decays of AdamW.
       lion_betas: Decays of Lion.
-      seed: Seed of sketches and stochastic rounding.
+      seed: Seed of sketches and stochastic rounding; in a run also of the parameters
+        and of the order of the data.
     """
 
     lr: float = 0.02

@@ -14,6 +14,7 @@ from packaging.requirements import Requirement
 from nanochat_jax.lm.machine import version_of
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
+OPTIONAL = ("matplotlib", "tensorboardX", "wandb")
 PLUGINS = ("jax-cuda12-plugin", "jax-cuda13-plugin")
 # What else decides on what JAX computes.
 VARIABLES = ("JAX_PLATFORMS", "CUDA_VISIBLE_DEVICES", "LD_LIBRARY_PATH", "XLA_FLAGS")

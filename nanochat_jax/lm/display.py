@@ -22,18 +22,19 @@ from rich.table import Column
 from rich.text import Text
 
 # The order in which they are shown; where there is no room for all, the first are kept.
+# Numbers are padded, so that those of one line stand below those of the line before.
 _TEXTS: dict[str, Callable[[float], str]] = {
     "loss": "loss {:.4f}".format,
     "val_loss": "val loss {:.4f}".format,
     "val_bpb": "val bpb {:.4f}".format,
     "skipped": "skipped {:.0f}".format,
-    "tokens_per_s": lambda rate: f"{_short(rate)} tok/s",
+    "tokens_per_s": lambda rate: f"{short(rate):>6} tok/s",
     "lr": "lr {:.2e}".format,
-    "grad_norm": "grad norm {:.3g}".format,
+    "grad_norm": "grad norm {:5.3g}".format,
+    "optimizer_share": "optimizer {:3.0%}".format,
+    "mfu": "MFU {:5.1%}".format,
     "memory_bytes": lambda count: f"{count / 1e9:.2f} GB in use",
-    "mfu": "MFU {:.1%}".format,
-    "optimizer_share": "optimizer {:.0%}".format,
-    "tokens": lambda count: f"{_short(count)} tokens",
+    "tokens": lambda count: f"{short(count):>6} tokens",
 }
 _EVALUATED = ("val_loss", "val_bpb")
 _COUNTS = ("skipped", "tokens")
@@ -62,8 +63,13 @@ class Display(abc.ABC):
           step: Steps of the whole run that are done.
           metrics: New values of metrics to show, if any.
         """
-        shown = {**self._task.fields["metrics"], **(metrics or {})}
+        shown = {**self.latest, **(metrics or {})}
         self._progress.update(self._task.id, completed=step, metrics=shown)
+
+    @property
+    def latest(self) -> Mapping[str, Any]:
+        """The last value of each metric that was shown."""
+        return self._task.fields["metrics"]
 
     @abc.abstractmethod
     def log(self, metrics: Mapping[str, Any]) -> None:
@@ -85,13 +91,13 @@ class _Lines(Display):
     """Prints a line at each log interval."""
 
     def log(self, metrics: Mapping[str, Any]) -> None:
-        self.update(metrics["step"])
+        self.update(metrics["step"], metrics)
         total = f"{self._task.total:.0f}"
         parts = [
             f"step {metrics['step']:>{len(total)}}/{total}",
             *_texts(metrics, [name for name in _TEXTS if name not in _EVALUATED]),
-            f"elapsed {_clock(metrics.get('elapsed_s') or self._task.elapsed)}",
-            f"eta {_clock(self._task.time_remaining)}",
+            f"elapsed {clock(metrics.get('elapsed_s') or self._task.elapsed)}",
+            f"eta {clock(self._task.time_remaining)}",
             *_texts(metrics, _EVALUATED),
         ]
         self.print(" | ".join(parts))
@@ -105,7 +111,8 @@ class _Bar(Display):
         evaluated = _texts(metrics, _EVALUATED)
         if evaluated:
             step = f"step {metrics['step']:>{len(f'{self._task.total:.0f}')}}"
-            self.print(_styled(_GAP.join([step, *evaluated])))
+            loss = _texts(self.latest, ["loss"])
+            self.print(_styled(_GAP.join([step, *evaluated, *loss])))
 
 
 class _Panel(Progress):
@@ -123,7 +130,8 @@ class _Metrics:
 
     def __init__(self, metrics: Mapping[str, Any]):
         # The loss of the last evaluation stands above the bar.
-        self._texts = _texts(metrics, [name for name in _TEXTS if name != "val_loss"])
+        texts = _texts(metrics, [name for name in _TEXTS if name != "val_loss"])
+        self._texts = [" ".join(text.split()) for text in texts]
 
     def __rich_console__(
         self, console: Console, options: ConsoleOptions
@@ -142,8 +150,8 @@ class _TimeColumn(ProgressColumn):
     """The time since the start, and the time left."""
 
     def render(self, task: Task) -> Text:
-        left = "" if task.finished else f" eta {_clock(task.time_remaining)}"
-        return Text(f"elapsed {_clock(task.elapsed)}{left}", style="dim")
+        left = "" if task.finished else f" eta {clock(task.time_remaining)}"
+        return Text(f"elapsed {clock(task.elapsed)}{left}", style="dim")
 
 
 def make_display(
@@ -189,7 +197,7 @@ def _styled(line: str) -> Text:
     return text
 
 
-def _short(count: float) -> str:
+def short(count: float) -> str:
     """Returns a number with at most four digits and a decimal prefix, as `12.3k`."""
     for prefix in ("", "k", "M", "G"):
         if abs(count) < 999.95:
@@ -198,8 +206,8 @@ def _short(count: float) -> str:
     return f"{count:.1f}T"
 
 
-def _clock(seconds: float | None) -> str:
-    """Returns hours, minutes and seconds."""
+def clock(seconds: float | None) -> str:
+    """Returns hours, minutes and seconds; dashes for a time that is not known."""
     if seconds is None:
         return "-:--:--"
     return str(datetime.timedelta(seconds=round(seconds)))

@@ -35,6 +35,17 @@ def version_of(package: str) -> str:
         return "not installed"
 
 
+def memory() -> str:
+    """Returns the memory of the machine and what of it is free, as Linux tells."""
+    try:
+        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+    except OSError:
+        return "not known"
+    kilobytes = {line.split(":")[0]: int(line.split()[1]) for line in lines}
+    total, free = kilobytes["MemTotal"], kilobytes["MemAvailable"]
+    return f"{total * 1024 / 1e9:.1f} GB, {free * 1024 / 1e9:.1f} GB of it free"
+
+
 def processor() -> str:
     """Returns the name of the processor, as far as the system tells."""
     try:

@@ -1,7 +1,8 @@
 """The metrics of a run, `metrics.jsonl`: one JSON object a line.
 
-Fields are `step, tokens, loss, lr, grad_norm, tokens_per_s, elapsed_s` and, at
-evaluations, `val_loss, val_bpb`. JSON has no infinities and no NaN, so a number that is
+Fields are `step, tokens, loss, lr, grad_norm, tokens_per_s, elapsed_s`, where they are
+known `memory_bytes`, `mfu`, `optimizer_share` and `skipped`, and at evaluations
+`val_loss, val_bpb`. JSON has no infinities and no NaN, so a number that is
 not finite is written as `null`; a value that is not there at all is left out.
 """
 

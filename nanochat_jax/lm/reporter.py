@@ -14,6 +14,7 @@ from nanochat_jax.lm.evaluation import Evaluator
 from nanochat_jax.lm.model import Params, count_flops_per_token
 from nanochat_jax.lm.setup import Run
 from nanochat_jax.lm.sinks import Sink
+from nanochat_jax.lm.timing import OptimizerShare
 from nanochat_jax.optimizer import schedule
 
 Sample = Callable[[Params, int], str]
@@ -30,6 +31,7 @@ class Reporter:
         display: Display,
         sinks: Sequence[Sink] = (),
         sample: Sample | None = None,
+        share: OptimizerShare | None = None,
     ):
         """Starts the clock.
 
@@ -39,21 +41,24 @@ class Reporter:
           display: Where metrics and samples are shown.
           sinks: Where metrics are written.
           sample: Returns text from the model, if there is to be any.
+          share: What measures the optimizer's share of a step, if it is to be known.
         """
         self._config = run.config
         self._devices = (
             jax.devices()[:1] if run.mesh is None else [*run.mesh.devices.flat]
         )
-        self._display, self._sinks, self._sample = display, sinks, sample
+        self._display, self._sinks = display, sinks
+        self._sample, self._share = sample, share
         self._evaluate = Evaluator(run)
         self._rate = schedule(run.config, run.config.lr)
         self._flops = count_flops_per_token(run.config, run.config.sequence)
-        self._started = self._reported_at = time.perf_counter()
-        self._reported = step
+        self._started = time.perf_counter()
+        self._measure_from(step)
 
     def start(self, params: Params) -> None:
         """Reports the loss before the first step."""
         self._report(0, self._evaluate(params))
+        self._measure_from(0)
 
     def step(self, done: int, params: Params, values: Mapping[str, Any]) -> None:
         """Reports what is due after a step. Only if anything is, it is waited for.
@@ -73,19 +78,22 @@ class Reporter:
             line |= self._measure(done, values)
         if last or due(done, config.eval_interval):
             line |= self._evaluate(params)
-        if self._sample and due(done, config.sample_interval) and not last:
-            text = self._sample(params, done)
-            self._display.print(f"\nA sample after step {done}:\n{text}\n")
         if line:
             self._report(done, line)
+        sample_due = due(done, config.sample_interval) and not last
+        if self._sample and sample_due:
+            text = self._sample(params, done)
+            self._display.print(f"\nA sample after step {done}:\n{text}\n")
+        if line or sample_due:
+            self._measure_from(done)
 
     def _measure(self, done: int, values: Mapping[str, Any]) -> dict[str, Any]:
         """Returns the metrics of a step, and the speed since the last report."""
         config = self._config
         loss, skipped = float(values["loss"]), int(values["skipped"])
-        now = time.perf_counter()
-        tokens = (done - self._reported) * config.tokens_per_step
-        speed = tokens / (now - self._reported_at)
+        now, (since, started) = time.perf_counter(), self._from
+        tokens = (done - since) * config.tokens_per_step
+        speed = tokens / (now - self._aside - started)
         devices = self._devices
         return {
             "loss": loss,
@@ -95,6 +103,7 @@ class Reporter:
             "skipped": skipped or None,
             "tokens_per_s": speed,
             "mfu": usage.mfu(speed, self._flops, devices, config.compute_dtype),
+            "optimizer_share": self._share and self._share.median,
             "memory_bytes": usage.memory_in_use(),
             "elapsed_s": now - self._started,
         }
@@ -111,7 +120,15 @@ class Reporter:
                 "are out of bounds. Resume from an earlier checkpoint with a lower "
                 "`lr` or `fallback_lr`."
             )
-        self._reported, self._reported_at = done, time.perf_counter()
+
+    def _measure_from(self, done: int) -> None:
+        """Starts to measure speed anew: what was done meanwhile is no training."""
+        self._from = done, time.perf_counter() - self._aside
+
+    @property
+    def _aside(self) -> float:
+        """Seconds that were spent on measuring the optimizer."""
+        return self._share.seconds if self._share else 0.0
 
 
 def due(step: int, interval: int) -> bool:

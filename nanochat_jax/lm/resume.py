@@ -28,6 +28,7 @@ RESUMABLE = (
     "keep_last_checkpoints",
     "log_interval",
     "max_skipped_steps",
+    "measure_optimizer",
     "mesh",
     "sample_interval",
     "sample_prompt",

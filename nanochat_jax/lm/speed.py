@@ -1,4 +1,4 @@
-"""Speed of training steps: of several runs side by side, and the optimizer's share.
+"""Speed of the training steps of several runs, side by side.
 
 What runs one after another meets a machine in different states, so a ratio of its
 speeds says little. Here what is compared takes turns in one process, and ratios are
@@ -6,22 +6,16 @@ taken within a turn.
 """
 
 import statistics
-import time
-from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple, TypeVar
+from collections.abc import Mapping
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
-from jaxtyping import Array, Float32, Int32
 
-from nanochat_jax.lm import model, trainer
-from nanochat_jax.lm.accumulate import mean_gradient
+from nanochat_jax.lm import trainer
 from nanochat_jax.lm.setup import Run, train_batches
-
-T = TypeVar("T")
-R = TypeVar("R")
+from nanochat_jax.lm.timing import timed
 
 BURST = 4
 """Timed steps of a burst, after its first."""
@@ -73,58 +67,6 @@ def side_by_side(runs: Mapping[str, Run], steps: int) -> dict[str, Speed]:
     }
 
 
-def optimizer_share(
-    run: Run, train_step: jax.stages.Compiled, *, turns: int = 8, seconds: float = 2.0
-) -> float:
-    """Measures which share of a training step is not its forward and backward pass.
-
-    The step takes turns with its loss and gradient alone, which are compiled for this.
-    The rest is clipping, GaLore, Newton-Schulz, codecs, weight decay and the addition
-    to the parameters. Steps that change GaLore's basis are not among those counted, as
-    long as most steps do not.
-
-    Args:
-      run: The run. A new state of it is held meanwhile; others are left alone.
-      train_step: Its compiled step, from `trainer.compile_train_step`.
-      turns: Least number of steps to time, after one that warms up.
-      seconds: Least time to spend, as short steps vary much.
-
-    Returns:
-      The share of the median turn, usually from 0 to 1; where the optimizer takes next
-      to no time, it may come out a little below 0.
-    """
-    gradient, batch = _loss_and_norm(run), _first_batch(run)
-    state, shares, spent = trainer.init_state(run), [], 0.0
-    while len(shares) <= turns or spent < seconds:
-        passes, _ = _timed(lambda params: gradient(params, batch), state.params)
-        whole, (state, _) = _timed(lambda state: train_step(state, batch), state)
-        spent += passes + whole
-        shares.append(1 - passes / whole)
-    return statistics.median(shares[1:])
-
-
-def _loss_and_norm(run: Run) -> Callable[[model.Params, np.ndarray], Any]:
-    """Returns the compiled forward and backward pass, all microbatches of a step."""
-    loss_fn = lambda params, batch: model.next_token_loss(run.graphdef, params, batch)
-
-    @jax.jit
-    def passes(
-        params: model.Params, batch: Int32[Array, "A B S+1"]
-    ) -> tuple[Float32[Array, ""], Float32[Array, ""]]:
-        loss, grads = mean_gradient(loss_fn, params, batch)
-        return loss, optax.tree.norm(grads)  # without a use, they would be left out
-
-    return passes
-
-
-def _timed(call: Callable[[T], R], argument: T) -> tuple[float, R]:
-    """Returns the seconds of a call, and what it returned once that is there."""
-    jax.block_until_ready(argument)
-    started = time.perf_counter()
-    result = jax.block_until_ready(call(argument))
-    return time.perf_counter() - started, result
-
-
 def _first_batch(run: Run) -> np.ndarray:
     """Returns the first batch of a run, int32 `[A, B, S + 1]`."""
     config = run.config
@@ -141,7 +83,7 @@ def _seconds_a_step(
     state = jax.tree.map(jnp.copy, state)  # it is donated
     seconds = []
     for _ in range(1 + BURST):
-        taken, (state, _) = _timed(lambda state: step(state, batch), state)
+        taken, (state, _) = timed(lambda state: step(state, batch), state)
         seconds.append(taken)
     first, usual = seconds[0], float(np.median(seconds[1:]))
     if not config.use_galore:

@@ -2,8 +2,10 @@
 
 A batch goes from the file to a parameter update through four files: `data.Batches`
 cuts it from the corpus, `model.next_token_loss` turns it into a loss, the transforms
-of `build_optimizer` turn the gradient into an update, and `make_train_step` here adds
-it to the parameters.
+of `optimizer.build_optimizer` turn the gradient into an update, and `make_train_step`
+here adds it to the parameters. On the way `feed` moves it to the devices,
+`mean_gradient` takes its microbatches one by one, and `guard` holds back a step whose
+numbers are not finite.
 
 Axes: A microbatches, B sequences, S tokens of a sequence.
 """
@@ -30,6 +32,7 @@ from nanochat_jax.lm.profiler import StepProfiler
 from nanochat_jax.lm.reporter import Reporter, Sample, due
 from nanochat_jax.lm.setup import Run
 from nanochat_jax.lm.sinks import Sink
+from nanochat_jax.lm.timing import OptimizerShare
 from nanochat_jax.sharding import state_sharding
 from nanochat_jax.transforms import project_gradients
 
@@ -162,6 +165,7 @@ def fit(
     checkpoints: Checkpoints | None = None,
     sample: Sample | None = None,
     profiler: StepProfiler | None = None,
+    share: OptimizerShare | None = None,
     stop: Callable[[int], bool] = lambda step: False,
 ) -> TrainState:
     """Trains from `state` to the last step of the run, or until it is to stop.
@@ -176,6 +180,7 @@ def fit(
       checkpoints: Where states are saved, if anywhere.
       sample: Returns text for parameters and step, shown every `sample_interval` steps.
       profiler: What traces some of the steps.
+      share: What times the optimizer, at the first steps whose metrics are logged.
       stop: Asked after each step, with the steps done, whether to save and stop there.
 
     Returns:
@@ -186,7 +191,7 @@ def fit(
         loss is not finite. No checkpoint of that step is left.
     """
     config, first = run.config, int(state.step)
-    reporter = Reporter(run, first, display, sinks, sample)
+    reporter = Reporter(run, first, display, sinks, sample, share)
     if first == 0:
         reporter.start(state.params)
     skipped, previous = int(state.guard.skipped), None
@@ -197,6 +202,8 @@ def fit(
             take_step = train_step
             if low_rank_step and not changes_bases(config, state, step, skipped):
                 take_step = low_rank_step
+            if share and share.wanted and due(step + 1, config.log_interval):
+                take_step = functools.partial(share.take, take_step)
             state, values = take_step(state, batch)
             if previous:
                 # One step stays in flight while the host looks at the one before.

@@ -1,0 +1,215 @@
+"""What `--help` prints: flags in groups, each with a sentence of its docstring."""
+
+import dataclasses
+import inspect
+import re
+import textwrap
+import types
+import typing
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+import tyro
+from rich.console import Console
+from rich.text import Text
+
+from nanochat_jax.config import Config
+
+GROUPS = {
+    "config_file": "General",
+    "checkpoint_dir": "Where to write, and what to go on from",
+    "tensorboard": "Other logs",
+    "coordinator": "Several processes",
+    "dim": "Model",
+    "lr": "Optimizer",
+    "use_8bit_optim": "Optimizer state in few bits",
+    "use_galore": "Optimizer state of low rank: GaLore",
+    "adam_betas": "Optimizer of embeddings, head and vectors",
+    "seed": "Random numbers",
+    "dataset": "Data",
+    "batch_size": "Batches",
+    "log_interval": "Metrics and evaluations",
+    "checkpoint_interval": "Checkpoints",
+    "max_skipped_steps": "Steps that are skipped",
+    "sample_interval": "Samples of text",
+}
+"""Titles by the field that a group begins with; it goes on to the next of these."""
+
+FLAGS = ("-h", "--help", "--help-all")
+"""Flags that ask for help; with the last descriptions are in full."""
+
+_EXAMPLES = (
+    "nanochat-jax train --config-file configs/tiny_cpu_8bit_galore.toml",
+    "nanochat-jax train --depth 4 --use-8bit-optim --checkpoint-dir runs/a",
+    "nanochat-jax plan --config-file configs/nano_125m_8bit_galore.toml",
+    "nanochat-jax generate --checkpoint runs/a --prompt 'def '",
+)
+_WIDEST, _COLUMN, _MARGIN = 100, 30, 2
+_TYPES = {int: "INT", float: "FLOAT", str: "TEXT"}
+
+
+def show_commands(console: Console, commands: Mapping[str, type]) -> None:
+    """Prints what commands there are.
+
+    Args:
+      console: Where to print.
+      commands: Their classes by name.
+    """
+    console.print(
+        "Trains GPTs with Muon, 8-bit momentum and GaLore.\n", highlight=False
+    )
+    console.print(
+        "usage: nanochat-jax COMMAND [FLAGS]\n", markup=False, highlight=False
+    )
+    rows = ((name, _paragraphs(kind)[0], "") for name, kind in commands.items())
+    _print_group(console, "Commands", rows)
+    console.print(Text("Examples", style="bold"))
+    for example in _EXAMPLES:
+        console.print(Text(" " * _MARGIN + example, no_wrap=True), soft_wrap=True)
+    console.print("\nMore of each: nanochat-jax COMMAND --help", highlight=False)
+
+
+def show_command(
+    console: Console, name: str, kind: type, default: Any = None, *, full: bool = False
+) -> None:
+    """Prints what a command does, and its flags.
+
+    Args:
+      console: Where to print.
+      name: Name of the command.
+      kind: Its dataclass. The docstrings of it and of its bases describe the fields.
+      default: An instance whose values are shown as defaults, if not those of the
+        class.
+      full: Whether all of each description is printed, not its first sentence.
+    """
+    hints = typing.get_type_hints(kind, include_extras=True)
+    first, *others = _paragraphs(kind)
+    required = filter(_is_required, dataclasses.fields(kind))
+    words = [_invocation(field, hints[field.name]) for field in required]
+    usage = " ".join(["usage: nanochat-jax", name, *words, "[FLAGS]"])
+    described = descriptions(kind)
+    width = min(console.width, _WIDEST)
+    for paragraph in (first, usage, *others):
+        console.print(textwrap.fill(paragraph, width) + "\n", markup=False)
+    for title, fields in _groups(kind):
+        rows = []
+        for field in fields:
+            text = described[field.name]
+            value = _default(field, default)
+            shown = text if full else _first_sentence(text)
+            rows.append((_invocation(field, hints[field.name]), shown, value))
+        _print_group(console, title, rows)
+    if not full and any(map(_has_more, described.values())):
+        console.print(f"In full: nanochat-jax {name} --help-all", highlight=False)
+
+
+def descriptions(kind: type) -> dict[str, str]:
+    """Returns what the docstrings of a dataclass and its bases say of its fields."""
+    found: dict[str, str] = {}
+    for base in reversed(kind.__mro__):
+        _, _, section = (inspect.cleandoc(base.__doc__ or "")).partition("Attributes:")
+        for name, text in re.findall(
+            r"^  (\w+): (.*(?:\n    .*)*)", section, re.MULTILINE
+        ):
+            found[name] = " ".join(text.split())
+    return found
+
+
+def _paragraphs(kind: type) -> list[str]:
+    """Returns the paragraphs of a docstring before its sections."""
+    text = inspect.cleandoc(kind.__doc__ or "").partition("\n\nAttributes:")[0]
+    return [" ".join(part.split()) for part in text.split("\n\n")]
+
+
+def _groups(kind: Any) -> Iterator[tuple[str, list[dataclasses.Field[Any]]]]:
+    """Yields titles and the fields below them; only settings have several groups."""
+    titles = GROUPS if issubclass(kind, Config) else {}
+    title, members = "Flags", []
+    for field in dataclasses.fields(kind):
+        if field.name in titles and members:
+            yield title, members
+            members = []
+        title = titles.get(field.name, title)
+        members.append(field)
+    if members:
+        yield title, members
+
+
+def _is_required(field: dataclasses.Field[Any]) -> bool:
+    return field.default is field.default_factory is dataclasses.MISSING
+
+
+def _invocation(field: dataclasses.Field[Any], hint: Any) -> str:
+    """Returns a flag and what follows it, as `--dim INT`."""
+    flag = field.name.replace("_", "-")
+    if tyro.conf.Positional in getattr(hint, "__metadata__", ()):
+        return f"{field.name[:-1].upper()}..."
+    if hint is bool:
+        return f"--[no-]{flag}"
+    return f"--{flag} {_type(hint)}"
+
+
+def _type(hint: Any) -> str:
+    """Returns in a word what a flag takes."""
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        return "|".join(_type(arg) for arg in args if arg is not type(None))
+    if origin is typing.Literal:
+        return f"{{{','.join(map(str, args))}}}"
+    if origin is tuple:
+        each = [_type(arg) for arg in args if arg is not Ellipsis]
+        return " ".join(each) + ("..." if Ellipsis in args else "")
+    return "KEY=NUMBER,..." if origin is dict else _TYPES[hint]
+
+
+def _default(field: dataclasses.Field[Any], default: Any) -> str:
+    """Returns the value that a field has without its flag, in words."""
+    if _is_required(field):
+        return "required"
+    value = getattr(default, field.name, field.default)
+    if value in (None, "", (), {}) or value is dataclasses.MISSING:
+        return ""
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, dict):
+        return ",".join(f"{key}={number}" for key, number in value.items())
+    if isinstance(value, tuple):
+        return " ".join(map(str, value))
+    return repr(value) if str(value) != str(value).strip() else str(value)
+
+
+def _first_sentence(text: str) -> str:
+    # A sentence begins with a capital, a number or code, and not after "et al.".
+    return re.split(r"(?<!al\.)(?<=[.])\s+(?=[A-Z0-9`])", text, maxsplit=1)[0]
+
+
+def _has_more(text: str) -> bool:
+    return _first_sentence(text) != text
+
+
+def _print_group(
+    console: Console, title: str, rows: Iterable[tuple[str, str, str]]
+) -> None:
+    """Prints a title, and below it names, texts and values in two columns."""
+    console.print(Text(title, style="bold"))
+    for name, text, value in rows:
+        for line in _lines(name, text, value, min(console.width, _WIDEST)):
+            console.print(line, soft_wrap=True)
+    console.print()
+
+
+def _lines(name: str, text: str, value: str, width: int) -> Iterator[Text]:
+    """Yields the lines of a row; a long name has one of its own."""
+    whole = f"{text} [{value}]" if value else text
+    parts = textwrap.wrap(whole, width - _COLUMN) or [""]
+    room = _COLUMN - _MARGIN - 1
+    head = " " * _MARGIN + name
+    if len(name) > room:
+        yield Text(head, style="cyan")
+        head = ""
+    for part in parts:
+        line = Text(head.ljust(_COLUMN) + part)
+        line.stylize("cyan", 0, len(head))
+        line.highlight_regex(r"\[[^\]]*\]$", "dim")
+        yield line
+        head = ""
