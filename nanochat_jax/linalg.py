@@ -6,6 +6,7 @@ a stack of layers `[layers, m, n]` needs no `vmap`.
 Axis letters: `m` rows, `n` columns.
 """
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -87,6 +88,18 @@ def newton_schulz(
     Raises:
       ValueError: If `form` is `"gram"` and `dtype` is bfloat16.
     """
+    return _newton_schulz(x, polynomials, jnp.dtype(dtype), form, axis_name)
+
+
+# Traced once for each shape, not once for each of many leaves.
+@functools.partial(jax.jit, static_argnums=(1, 2, 3, 4))
+def _newton_schulz(
+    x: Array,
+    polynomials: Polynomials,
+    dtype: DTypeLike,
+    form: Form,
+    axis_name: tuple[str, ...],
+) -> Array:
     wide = bool(axis_name) or x.shape[-2] <= x.shape[-1]
     gram_of = lambda y: _sum_over(axis_name, gram(y))
     y = normalize(x, polynomials.margin, axis_name).astype(dtype)

@@ -5,6 +5,7 @@ Everything here acts on the last two axes and treats the axes before them as a b
 Axis letters: `m` rows, `n` columns, `r` rank.
 """
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -24,6 +25,10 @@ _NOISE = 1e-6
 """Size of what is mixed into the columns of a product, whose own is one in all."""
 
 
+# Traced once for each shape, not once for each of many leaves.
+@functools.partial(
+    jax.jit, static_argnames=("rank", "power_steps", "aligned", "form_gram")
+)
 def range_basis(
     x: Float[Array, "*batch m n"],
     rank: int,

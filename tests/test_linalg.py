@@ -210,11 +210,24 @@ def test_auto_takes_the_form_with_fewer_operations():
         assert linalg.resolve_form(shape, "bfloat16") == "standard"
 
 
+@pytest.fixture
+def set_halves_from(monkeypatch):
+    """Sets the size from which symmetric products are halved, for all that follows."""
+
+    def set_to(size):
+        monkeypatch.setattr(products, "HALVES_FROM", size)
+        linalg._newton_schulz.clear_cache()
+
+    yield set_to
+    monkeypatch.undo()
+    linalg._newton_schulz.clear_cache()
+
+
 @pytest.mark.parametrize("halves_from", [8, 1000])
 @pytest.mark.parametrize("name", ["quintic", "aol"])
 @pytest.mark.parametrize("form", ["standard", "gram"])
-def test_operations_are_those_of_the_products(name, form, halves_from, monkeypatch):
-    monkeypatch.setattr(products, "HALVES_FROM", halves_from)
+def test_operations_are_those_of_the_products(name, form, halves_from, set_halves_from):
+    set_halves_from(halves_from)
     options = {"polynomials": METHODS[name], "form": form}
     step = lambda x: linalg.newton_schulz(x, **options)
     counted = helpers.count_product_flops(step, jnp.zeros((3, 16, 64)))
@@ -224,12 +237,12 @@ def test_operations_are_those_of_the_products(name, form, halves_from, monkeypat
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("form", ["standard", "gram"])
 @pytest.mark.parametrize("shape", [(2, 15, 24), (24, 15)])
-def test_halves_of_symmetric_matrices_are_enough(shape, form, dtype, monkeypatch):
+def test_halves_of_symmetric_matrices_are_enough(shape, form, dtype, set_halves_from):
     if (form, dtype) == ("gram", "bfloat16"):
         dtype = "float16"
     x = gaussian(*shape)
     whole = linalg.newton_schulz(x, dtype=dtype, form=form)
-    monkeypatch.setattr(products, "HALVES_FROM", 8)
+    set_halves_from(8)
     halves = linalg.newton_schulz(x, dtype=dtype, form=form)
     tolerance = 1e-5 if dtype == "float32" else 0.02
     helpers.assert_close(halves, whole, atol=tolerance)
