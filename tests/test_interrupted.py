@@ -117,11 +117,13 @@ def test_ctrl_c_leaves_a_checkpoint_and_its_exit_code(tmp_path):
 @pytest.mark.slow
 def test_a_second_signal_stops_at_once_and_leaves_the_checkpoints_before(tmp_path):
     config, folder = write_config(tmp_path), tmp_path / "run"
-    done = train_struck("SIGTERM+SIGINT", 6, config, folder)
+    done = train_struck("SIGTERM+SIGINT", 10, config, folder)
     assert done.returncode == -signal.SIGINT
     assert "A second signal stops at once" in done.stderr
     assert "stopped after step" not in done.stdout
-    assert int(last_state(setup.prepare(Config.from_toml(config)), folder).step) == 4
+    # The save of step 8 waited for that of step 4, and may not be done.
+    last = last_state(setup.prepare(Config.from_toml(config)), folder)
+    assert int(last.step) in (4, 8)
 
 
 @pytest.mark.slow
