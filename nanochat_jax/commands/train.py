@@ -14,6 +14,7 @@ import jax
 from rich.console import Console
 
 from nanochat_jax import settings
+from nanochat_jax.commands import messages
 from nanochat_jax.commands.shared import (
     Flags,
     say,
@@ -33,14 +34,13 @@ from nanochat_jax.lm import (
 )
 from nanochat_jax.lm.agreement import stopping
 from nanochat_jax.lm.checkpoint import Checkpoints
-from nanochat_jax.lm.display import clock, make_display
+from nanochat_jax.lm.display import make_display
 from nanochat_jax.lm.metrics import MetricsWriter
 from nanochat_jax.lm.profiler import StepProfiler, parse_steps
 from nanochat_jax.lm.samples import Sampler, make_sampler
 from nanochat_jax.lm.sinks import Sink, TensorBoardSink, WandbSink
 from nanochat_jax.lm.timing import OptimizerShare
 from nanochat_jax.memory import memory_report
-from nanochat_jax.sharding import bytes_per_device
 
 
 @dataclasses.dataclass(frozen=True)
@@ -138,9 +138,10 @@ class Train(Config, TrainFlags):
         first = int(job.restored.step) if job.restored else 0
         state, metrics, received = _fit(job, console, tell)
         if received:
-            tell(_stopped(received, int(state.step), job.folder))
+            tell(messages.stopped(received, int(state.step), job.folder))
             return received
-        tell(f"\n{_done(metrics, first)}\n{_saved(job.folder)}\n{_held(run, state)}")
+        said = messages.done(metrics, first), messages.saved(job.folder)
+        tell("\n" + "\n".join((*said, messages.held(run, state))))
         if job.sampler:
             text = job.sampler(state.params, int(state.step))
             tell(f"\nA sample:\n{text}")
@@ -215,7 +216,7 @@ def _fit(
         step = trainer.compile_train_step(run)
         low_rank_step = trainer.compile_low_rank_step(run)
         processes.meet("compiled")
-    tell(_compiled(step, time.perf_counter() - started))
+    tell(messages.compiled(step, time.perf_counter() - started))
     state = job.restored or trainer.init_state(run)
     first = int(state.step)
     if job.restored:
@@ -252,54 +253,6 @@ def _fit(
             stop=stop,
         )
     return state, display.latest, stop.received
-
-
-def _done(metrics: Mapping[str, Any], first: int) -> str:
-    """Returns what came of a run that began with step `first`."""
-    now = f", the last {metrics['step'] - first:,} steps" if first else ""
-    line = (
-        f"Done:   {metrics['step']:,} steps, {metrics['tokens']:,} tokens{now} in "
-        f"{clock(metrics['elapsed_s'])}\n"
-        f"Loss:   {metrics['val_loss']:.4f} on held-out text"
-    )
-    bits = metrics.get("val_bpb")
-    return line if bits is None else f"{line}, {bits:.4f} bits a byte"
-
-
-def _saved(folder: Path | None) -> str:
-    """Returns where the model is, and what to do with it."""
-    if folder is None:
-        return "Saved:  nothing, for want of `--checkpoint-dir`"
-    return f"Saved:  {folder}; try `nanochat-jax generate --checkpoint {folder}`"
-
-
-def _stopped(received: signal.Signals, step: int, folder: Path | None) -> str:
-    """Returns what became of a run that a signal ended."""
-    line = f"\n{received.name}: stopped after step {step}"
-    if folder is None:
-        return f"{line}. Nothing was saved, for want of `--checkpoint-dir`."
-    return f"{line}, which is saved. Go on with `--resume {folder}`."
-
-
-def _compiled(step: jax.stages.Compiled, seconds: float) -> str:
-    line = f"Step:   compiled in {seconds:.1f} s"
-    planned = step.memory_analysis()
-    if planned is None:
-        return line
-    peak = planned.argument_size_in_bytes + planned.temp_size_in_bytes
-    return f"{line}, plans {report.megabytes(peak)} with parameters and state"
-
-
-def _held(run: setup.Run, state: trainer.TrainState) -> str:
-    """Returns the bytes of an optimizer's state, beside those of the baseline."""
-    held = sum(x.nbytes for x in jax.tree.leaves(state.opt_state))
-    baseline = memory_report(run.tx, run.params).fp32_muon_adamw_bytes
-    each = report.megabytes(bytes_per_device(state.opt_state))
-    return (
-        f"Optimizer state: {report.megabytes(held)}"
-        f"{f', {each} on each device' if run.mesh else ''}; "
-        f"FP32 Muon + AdamW: {report.megabytes(baseline)}."
-    )
 
 
 def _count(params: object) -> int:

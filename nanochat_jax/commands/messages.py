@@ -1,0 +1,62 @@
+"""What `nanochat-jax train` says before and after the steps."""
+
+import signal
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from nanochat_jax.lm import report, setup, trainer
+from nanochat_jax.lm.display import clock
+from nanochat_jax.memory import memory_report
+from nanochat_jax.sharding import bytes_per_device
+
+
+def done(metrics: Mapping[str, Any], first: int) -> str:
+    """Returns what came of a run that began with step `first`."""
+    now = f", the last {metrics['step'] - first:,} steps" if first else ""
+    line = (
+        f"Done:   {metrics['step']:,} steps, {metrics['tokens']:,} tokens{now} in "
+        f"{clock(metrics['elapsed_s'])}\n"
+        f"Loss:   {metrics['val_loss']:.4f} on held-out text"
+    )
+    bits = metrics.get("val_bpb")
+    return line if bits is None else f"{line}, {bits:.4f} bits a byte"
+
+
+def saved(folder: Path | None) -> str:
+    """Returns where the model is, and what to do with it."""
+    if folder is None:
+        return "Saved:  nothing, for want of `--checkpoint-dir`"
+    return f"Saved:  {folder}; try `nanochat-jax generate --checkpoint {folder}`"
+
+
+def stopped(received: signal.Signals, step: int, folder: Path | None) -> str:
+    """Returns what became of a run that a signal ended."""
+    line = f"\n{received.name}: stopped after step {step}"
+    if folder is None:
+        return f"{line}. Nothing was saved, for want of `--checkpoint-dir`."
+    return f"{line}, which is saved. Go on with `--resume {folder}`."
+
+
+def compiled(step: jax.stages.Compiled, seconds: float) -> str:
+    """Returns how long compiling took, and what the step plans."""
+    line = f"Step:   compiled in {seconds:.1f} s"
+    planned = step.memory_analysis()
+    if planned is None:
+        return line
+    peak = planned.argument_size_in_bytes + planned.temp_size_in_bytes
+    return f"{line}, plans {report.megabytes(peak)} with parameters and state"
+
+
+def held(run: setup.Run, state: trainer.TrainState) -> str:
+    """Returns the bytes of an optimizer's state, beside those of the baseline."""
+    held = sum(x.nbytes for x in jax.tree.leaves(state.opt_state))
+    baseline = memory_report(run.tx, run.params).fp32_muon_adamw_bytes
+    each = report.megabytes(bytes_per_device(state.opt_state))
+    return (
+        f"Optimizer state: {report.megabytes(held)}"
+        f"{f', {each} on each device' if run.mesh else ''}; "
+        f"FP32 Muon + AdamW: {report.megabytes(baseline)}."
+    )
