@@ -191,9 +191,11 @@ def _iterate(
 def _step(y: Array, coefficients: Coefficients | Array, of_y: Halves) -> Array:
     a, b, c = coefficients
     square = gram(mirror(of_y).astype(y.dtype))
-    factor = jax.tree.map(lambda g, s: (b * g + c * s).astype(y.dtype), of_y, square)
+    # Added in float32, whatever the products are rounded to.
+    add = lambda b, x, c, z: b * x.astype(jnp.float32) + c * z.astype(jnp.float32)
+    factor = jax.tree.map(lambda g, s: add(b, g, c, s).astype(y.dtype), of_y, square)
     applied = product("...ij,...jk->...ik", mirror(factor), y)
-    return (a * y.astype(jnp.float32) + applied).astype(y.dtype)
+    return add(a, y, 1.0, applied).astype(y.dtype)
 
 
 def _iterate_gram(
@@ -251,7 +253,7 @@ def _gram_polynomial(x: Array, steps: Sequence[Coefficients]) -> Array:
 
 def _rescale_rows(y: Array, of_y: Halves) -> tuple[Array, Halves]:
     """Divides rows of `y` by the root of their Gram row's absolute sum."""
-    whole = mirror(of_y)
+    whole = mirror(of_y).astype(jnp.float32)
     sums = jnp.sum(jnp.abs(whole), axis=-1, keepdims=True)
     scale = jnp.where(sums > 0, jax.lax.rsqrt(sums), 0.0)
     return y * scale.astype(y.dtype), halve(scale * whole * scale.mT)

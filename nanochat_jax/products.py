@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Float32
+from jaxtyping import Array, Float
 
 HALVES_FROM = 512
 """Size from which two products of parts take less time than one of the whole.
@@ -32,16 +32,20 @@ class Halves(NamedTuple):
     corner: Float[Array, "*batch s-h s-h"]
 
 
-def product(axes: str, x: Array, y: Array) -> Float32[Array, "..."]:
-    """Returns the product over `axes`, as in `jnp.einsum`, added up in float32."""
+def product(axes: str, x: Array, y: Array) -> Float[Array, "..."]:
+    """Returns the product over `axes`, as in `jnp.einsum`, added up in float32.
+
+    That is the type of the result, except of bfloat16 on accelerators, which is rounded
+    to bfloat16: there, writing and reading float32 takes as long as the product itself.
+    """
+    short = x.dtype == jnp.bfloat16 and jax.default_backend() != "cpu"
+    result = jnp.bfloat16 if short else jnp.float32
     # Highest: on accelerators float32 would otherwise be rounded to shorter mantissas.
-    return jnp.einsum(
-        axes, x, y, precision="highest", preferred_element_type=jnp.float32
-    )
+    return jnp.einsum(axes, x, y, precision="highest", preferred_element_type=result)
 
 
 def gram(x: Float[Array, "*batch s n"]) -> Halves:
-    """Returns `XXᵀ`, in float32.
+    """Returns `XXᵀ`.
 
     Example:
       >>> x = jax.random.normal(jax.random.key(0), (64, 256))
@@ -58,7 +62,7 @@ def gram(x: Float[Array, "*batch s n"]) -> Halves:
 def commuting_product(
     x: Float[Array, "*batch s s"], y: Float[Array, "*batch s s"]
 ) -> Halves:
-    """Returns `XY`, in float32, of symmetric matrices that commute.
+    """Returns `XY` of symmetric matrices that commute.
 
     Such are polynomials of one symmetric matrix, and so is their product.
     """

@@ -1,5 +1,7 @@
 """Settings every test shares: the CPU, and no silent promotion of ranks.
 
+`JAX_PLATFORMS=cuda JAX_DEFAULT_MATMUL_PRECISION=highest` runs them on a GPU.
+
 What one test compiled the others load, those in processes of their own too: programs
 are kept in a folder that is deleted when the tests end.
 """
@@ -19,7 +21,7 @@ if FOLDER not in os.environ:
     atexit.register(shutil.rmtree, os.environ[FOLDER], ignore_errors=True)
 jax.config.update("jax_compilation_cache_dir", os.environ[FOLDER])
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
-jax.config.update("jax_platforms", "cpu")
+jax.config.update("jax_platforms", os.environ.get("JAX_PLATFORMS") or "cpu")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 # Every new shape compiles anew, so deadlines would only measure the compiler.
 hypothesis.settings.register_profile(

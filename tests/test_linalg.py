@@ -248,6 +248,37 @@ def test_halves_of_symmetric_matrices_are_enough(shape, form, dtype, set_halves_
     helpers.assert_close(halves, whole, atol=tolerance)
 
 
+def test_bfloat16_products_are_rounded_on_accelerators_only(monkeypatch):
+    x = jnp.ones((2, 2), jnp.bfloat16)
+    result = lambda x: products.product("ij,jk->ik", x, x).dtype
+    assert result(x) == result(x.astype("float16")) == jnp.float32
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    assert result(x) == jnp.bfloat16
+    assert result(x.astype("float16")) == result(x.astype("float32")) == jnp.float32
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_rounding_products_to_bfloat16_loses_little(name, monkeypatch):
+    x = gaussian(24, 40)
+    u, _, v = np.linalg.svd(np.asarray(x, np.float64), full_matrices=False)
+
+    def error():
+        linalg._newton_schulz.clear_cache()
+        y = linalg.newton_schulz(x, METHODS[name], dtype="bfloat16")
+        return np.linalg.norm(y - u @ v) / np.linalg.norm(u @ v)
+
+    whole = error()
+    # Compilers for processors take two casts, to and fro, for none.
+    rounded = lambda *args: jax.lax.reduce_precision(products.product(*args), 8, 7)
+    monkeypatch.setattr(linalg, "product", rounded)
+    monkeypatch.setattr(
+        linalg, "gram", lambda x: products.halve(rounded("...ik,...jk->...ij", x, x))
+    )
+    assert whole != error() < whole + 0.02
+    monkeypatch.undo()
+    linalg._newton_schulz.clear_cache()
+
+
 def test_a_sequence_says_how_many_steps_it_has():
     assert len(METHODS["quintic"].take(7).coefficients) == 7
     assert METHODS["polar_express_8"].take(10).coefficients[-1] == (1.875, -1.25, 0.375)

@@ -109,13 +109,13 @@ def stacks(config: Config, params: Params) -> Iterator[Stack]:
     matrices = _matrices(config, params)
     devices = matrices[0].whole.sharding.mesh.size
     wholes = [x.whole for x in matrices]
-    for outer in trees.group_by_shape(wholes, trees.GROUP_BYTES, devices=devices):
+    for outer in trees.group_by_shape(wholes, trees.group_bytes(), devices=devices):
         leaves = [
             x.whole if x.low is None or config.galore_residual else x.low
             for x in (matrices[i] for i in outer)
         ]
         places = [x.sharding for x in leaves]
-        half = trees.GROUP_BYTES // 2
+        half = trees.group_bytes() // 2
         for inner in trees.group_by_shape(leaves, half, places, devices):
             first = leaves[inner[0]]
             count = len(inner) * math.prod(first.shape[:-2])

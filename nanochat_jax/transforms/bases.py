@@ -67,7 +67,7 @@ def _alike(leaves: dict[int, Leaf], places: Sequence[Hashable]) -> list[list[int
     ids = list(leaves)
     groups = trees.group_by_shape(
         [leaves[i].gradient for i in ids],
-        trees.GROUP_BYTES,
+        trees.group_bytes(),
         kinds=[(leaves[i].basis.shape, places[i]) for i in ids],
     )
     return [[ids[k] for k in group] for group in groups]

@@ -23,7 +23,7 @@ def orthogonalize(
     *,
     dtype: str = "float32",
     form: linalg.Form = "auto",
-    max_bytes: int = trees.GROUP_BYTES // 2,
+    max_bytes: int | None = None,
     max_matrix_bytes: int = 1 << 30,
 ) -> optax.GradientTransformation:
     """Replaces each matrix of the updates by the nearest semi-orthogonal one.
@@ -46,9 +46,9 @@ def orthogonalize(
       polynomials: Newton-Schulz polynomials, one for each step.
       dtype: Type of the iteration; the updates keep theirs.
       form: Form of the iteration; see `linalg.newton_schulz`.
-      max_bytes: Most float32 bytes of a stack; a larger leaf is alone. Half of what
-        `sequence` takes together, since a square needs four more arrays of its size.
-        On several devices it is for each of them.
+      max_bytes: Most float32 bytes of a stack; a larger leaf is alone. By default half
+        of what `sequence` takes together, since a square needs four more arrays of its
+        size. On several devices it is for each of them.
       max_matrix_bytes: Most float32 bytes of a sharded matrix that one device is given
         whole. All devices iterate on a larger one together, each on some of its
         columns, and add up a Gram matrix in each step.
@@ -84,7 +84,8 @@ def orthogonalize(
         flat, treedef = jax.tree.flatten_with_path(updates)
         leaves, places = [x for _, x in flat], [placement.of(*leaf) for leaf in flat]
         devices = placement.device_count()
-        for group in trees.group_by_shape(leaves, max_bytes, places, devices):
+        most = trees.group_bytes() // 2 if max_bytes is None else max_bytes
+        for group in trees.group_by_shape(leaves, most, places, devices):
             done = iterate_together([leaves[i] for i in group], places[group[0]])
             for i, x in zip(group, done, strict=True):
                 leaves[i] = x

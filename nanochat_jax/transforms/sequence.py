@@ -16,7 +16,7 @@ from nanochat_jax.transforms.rows import update_by_rows
 def sequence(
     inner: optax.GradientTransformation,
     *,
-    max_bytes: int = trees.GROUP_BYTES,
+    max_bytes: int | None = None,
     core_ndim: int | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Runs `inner` on groups of leaves of one shape, each after the one before.
@@ -38,7 +38,8 @@ def sequence(
     Args:
       inner: Transform to run.
       max_bytes: Most bytes of a group, counted in float32; a larger leaf is a group of
-        its own. On several devices it is for each of them.
+        its own. On several devices it is for each of them. By default 12 MiB on a
+        processor and 64 MiB elsewhere.
       core_ndim: Number of last axes that `inner` treats together, if it treats what is
         along the axes before by itself: 1 for elementwise transforms, also quantised, 2
         for those of matrices. A larger leaf of more axes is then worked on a few
@@ -50,7 +51,7 @@ def sequence(
     Raises:
       ValueError: If `max_bytes` is less than 1.
     """
-    if max_bytes < 1:
+    if max_bytes is not None and max_bytes < 1:
         raise ValueError(f"`max_bytes` must be at least 1, got {max_bytes}.")
     inner = optax.with_extra_args_support(inner)
 
@@ -62,12 +63,11 @@ def sequence(
     ) -> tuple[optax.Updates, optax.OptState]:
         flat, treedef = jax.tree.flatten_with_path(updates)
         names, leaves = [keystr(path) for path, _ in flat], [x for _, x in flat]
-        groups = trees.group_by_shape(
-            leaves, max_bytes, devices=placement.device_count()
-        )
+        most = trees.group_bytes() if max_bytes is None else max_bytes
+        groups = trees.group_by_shape(leaves, most, devices=placement.device_count())
         step = functools.partial(inner.update, **extra_args)
         if core_ndim is not None and placement.device_count() == 1:
-            step = functools.partial(_by_rows, step, max_bytes, core_ndim)
+            step = functools.partial(_by_rows, step, most, core_ndim)
         if len(groups) < 2:
             return step(updates, state, params)
         weights = None if params is None else treedef.flatten_up_to(params)
