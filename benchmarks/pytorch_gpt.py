@@ -36,10 +36,14 @@ OURS = "nanochat_jax"
 
 
 def sized(name):
-    """The settings of a size: full float32 Muon, one microbatch."""
+    """The settings of a size: full float32 Muon, one microbatch, no padding."""
     config, batch_size, seq_len = SIZES[name]
     return dataclasses.replace(
-        config, batch_size=batch_size, seq_len=seq_len, grad_accum_steps=1
+        config,
+        batch_size=batch_size,
+        seq_len=seq_len,
+        grad_accum_steps=1,
+        pad_vocab_to=1,
     )
 
 

@@ -62,6 +62,7 @@ class GPT(nn.Module):
         super().__init__()
         assert config.kv_heads == config.n_heads
         assert config.weight_tied
+        assert config.table_size == config.vocab_size
         self.embed = nn.Embedding(config.vocab_size, config.dim)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layers))
         self.final_norm = nn.RMSNorm(config.dim, EPSILON)

@@ -96,10 +96,10 @@ class Plan(Config, PlanFlags):
             console.print(report.rank_table(config, params))
         say(
             console,
-            f"Compiled update on {device.describe()}: "
-            f"{report.megabytes(update['temp_bytes'])} of temporaries beside "
-            f"{report.megabytes(update['argument_bytes'])} of gradients, state and "
-            "what it reads of the parameters.\n"
+            f"Compiled update on {device.describe()}:\n"
+            f"  temporaries {report.megabytes(update['temp_bytes'])}\n"
+            "  gradients, state and what is read of the parameters "
+            f"{report.megabytes(update['argument_bytes'])}\n"
             f"{planning.plan_summary(config, peak)}\n"
             f"{report.flops_summary(config, flops)}",
         )

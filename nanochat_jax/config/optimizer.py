@@ -113,7 +113,7 @@ class OptimizerConfig(Settings):
     galore_momentum_share: float = 0.0
     galore_residual: float = 1.0
     galore_rest_bits: Literal[0, 2, 4, 8, 32] = 0
-    galore_rest_momentum: float = 0.7
+    galore_rest_momentum: float = 0.8
     galore_match_norm: bool = False
     galore_scale: float = 1.0
     projector_bits: Literal[32, 16, 8, 4] | None = None

@@ -38,7 +38,8 @@ def describe() -> str:
     platform, plural = devices[0].platform, "s" if len(devices) > 1 else ""
     text = f"{len(devices)} {platform.upper()} device{plural}"
     if platform == "cpu":
-        return f"{text}, {available_threads()} threads"
+        threads = available_threads()
+        return f"{text}, {threads} thread{'s' if threads > 1 else ''}"
     return f"{text} ({devices[0].device_kind})"
 
 

@@ -91,12 +91,13 @@ def plan_summary(config: Config, plan: RunPlan) -> str:
         "optimizer state": plan.opt_state_bytes,
         "temporaries": plan.temp_bytes,
     }
-    listed = ", ".join(f"{name} {megabytes(size)}" for name, size in parts.items())
+    listed = [f"    {name} {megabytes(size)}" for name, size in parts.items()]
     where = "" if plan.devices == 1 else f" on each of {plan.devices} devices"
     lines = [
         f"Peak memory: {megabytes(plan.peak_bytes)}{where}",
         f"  a compiled step of {config.tokens_per_step:,} tokens "
-        f"{megabytes(plan.step_bytes)}: {listed}",
+        f"{megabytes(plan.step_bytes)}:",
+        *listed,
         f"  making the initial state {megabytes(plan.init_bytes)}",
     ]
     if plan.process_bytes is not None:

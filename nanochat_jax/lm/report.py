@@ -172,16 +172,16 @@ def step_flops(config: Config, params: optax.Params) -> dict[str, float]:
 
 def flops_summary(config: Config, flops: dict[str, float]) -> str:
     """Returns the operations of a training step in words."""
-    forms = (
-        ""
-        if resolve_dtype(config.ns_dtype) == "bfloat16"
-        else (f", in the Gram form where a side is over {GRAM_RATIO} times the other")
-    )
-    return (
-        f"Operations of a step: {flops['model'] / 1e9:,.0f} GFLOP forward and backward "
-        f"over {config.tokens_per_step:,} tokens, {flops['update'] / 1e9:,.0f} GFLOP "
-        f"to update, {100 * flops['update_share']:.1f} % of all "
-        f"({config.ns_method} Newton-Schulz{forms})."
+    gram = resolve_dtype(config.ns_dtype) != "bfloat16"
+    forms = f", Gram form from {GRAM_RATIO} to 1 on" if gram else ""
+    giga = lambda name: f"{flops[name] / 1e9:,.0f} GFLOP"
+    return "\n".join(
+        [
+            f"Operations of a step of {config.tokens_per_step:,} tokens:",
+            f"  forward and backward {giga('model')}",
+            f"  update {giga('update')}, {100 * flops['update_share']:.1f} % of all "
+            f"({config.ns_method} Newton-Schulz{forms})",
+        ]
     )
 
 

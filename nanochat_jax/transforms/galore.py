@@ -87,7 +87,7 @@ def galore(
       >>> plain = galore(optax.chain(momentum(), orthogonalize()), rank=64)
       >>> joint = optax.chain(galore(momentum(), 64, residual=1.0), orthogonalize())
       >>> two_speed = quantize_state(
-      ...     galore(momentum(0.95), 64, residual=1.0, rest=momentum(0.7)),
+      ...     galore(momentum(0.95), 64, residual=1.0, rest=momentum(0.8)),
       ...     {"momentum": Int8(), "rest": Normal2()},
       ... )
       >>> state = joint.init({"kernel": jnp.zeros((256, 1024))})
@@ -110,7 +110,7 @@ def galore(
         more of it depends less on the noise of one batch.
       residual: Weight of what the projector cuts off. 0 is the published method; 1
         passes the rest of the gradient on as it is, without state.
-      rest: Transform of what the projector cuts off, such as `momentum(0.7)`. What it
+      rest: Transform of what the projector cuts off, such as `momentum(0.8)`. What it
         returns within the basis is cut off again; on a change of basis its first
         moments take up what `inner`'s lose, and give what these gain. Its state is as
         large as the parameters: wrap the whole in `quantize_state` with few bits for
