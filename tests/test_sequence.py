@@ -68,3 +68,13 @@ def test_temporaries_are_those_of_one_group(name, stacked):
 def test_a_bound_below_one_byte_is_refused():
     with pytest.raises(ValueError, match="`max_bytes` must be at least 1, got 0"):
         nj.sequence(nj.momentum(), max_bytes=0)
+
+
+def test_groups_are_larger_on_accelerators(monkeypatch):
+    leaves = [jax.ShapeDtypeStruct((1024, 1024), "float32")] * 7  # of 4 MiB
+    sizes = lambda: [
+        len(group) for group in trees.group_by_shape(leaves, trees.group_bytes())
+    ]
+    assert sizes() == [3, 3, 1]
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    assert sizes() == [7]
