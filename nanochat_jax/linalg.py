@@ -279,5 +279,7 @@ def normalize(
 
 
 def _sum_over(axis_name: tuple[str, ...], x: Any) -> Any:
-    """Returns the sum of arrays over devices along mesh axes, if there are any."""
-    return jax.lax.psum(x, axis_name) if axis_name else x
+    """Returns the float32 sum of arrays over devices along mesh axes, if any."""
+    if not axis_name:
+        return x
+    return jax.lax.psum(jax.tree.map(lambda y: y.astype(jnp.float32), x), axis_name)

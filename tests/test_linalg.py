@@ -1,5 +1,7 @@
 """What the mathematics of Newton-Schulz and of the range finder promises."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -251,10 +253,28 @@ def test_halves_of_symmetric_matrices_are_enough(shape, form, dtype, set_halves_
 def test_bfloat16_products_are_rounded_on_accelerators_only(monkeypatch):
     x = jnp.ones((2, 2), jnp.bfloat16)
     result = lambda x: products.product("ij,jk->ik", x, x).dtype
+    monkeypatch.setattr(jax, "default_backend", lambda: "cpu")
     assert result(x) == result(x.astype("float16")) == jnp.float32
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     assert result(x) == jnp.bfloat16
     assert result(x.astype("float16")) == result(x.astype("float32")) == jnp.float32
+
+
+def test_devices_add_up_gram_matrices_in_float32(monkeypatch):
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    linalg._newton_schulz.clear_cache()
+    step = jax.shard_map(
+        lambda x: linalg.newton_schulz(x, dtype="bfloat16", axis_name=("d",)),
+        mesh=jax.make_mesh((1,), ("d",), axis_types=(jax.sharding.AxisType.Auto,)),
+        in_specs=jax.P(None, "d"),
+        out_specs=jax.P(None, "d"),
+    )
+    program = str(jax.make_jaxpr(step)(gaussian(8, 16)))
+    monkeypatch.undo()
+    linalg._newton_schulz.clear_cache()
+    sums = re.findall(r"(\w+)\[.*\] = psum", program)
+    assert "f32" in sums
+    assert "bf16" not in sums
 
 
 @pytest.mark.parametrize("name", METHODS)

@@ -65,6 +65,7 @@ def test_loss_and_gradients_are_those_of_blocks_one_by_one(remat):
     config = dataclasses.replace(STACKED, remat=remat)
     loss, grads = loss_and_grads(config, stack_layers(noisy()))
     np.testing.assert_allclose(loss, expected()[0], rtol=1e-6)
+    # Compiled or op by op, blocks one by one themselves differ by 1.7e-6.
     assert_near(unstack_layers(grads), expected()[1], 3e-6)
 
 
@@ -164,12 +165,12 @@ def test_galore_takes_a_stacked_model(values):
 
 
 def test_few_layers_of_a_stack_are_worked_on_at_a_time():
-    stack = {"a": jnp.zeros((16, 64, 64)), "b": jnp.zeros((8, 8))}
+    stack = {"a": jnp.zeros((32, 64, 64)), "b": jnp.zeros((8, 8))}
     muon = lambda **kwargs: nj.sequence(
         nj.quantize_state(nj.momentum(), {"momentum": nj.Int8()}), **kwargs
     )
     few = compiled_bytes(muon(max_bytes=1 << 15, core_ndim=2), stack)["temp_bytes"]
-    assert few < compiled_bytes(muon(max_bytes=1 << 15), stack)["temp_bytes"] / 2
+    assert few < compiled_bytes(muon(max_bytes=1 << 15), stack)["temp_bytes"] / 4
 
 
 # Its cache, checkpoints and exports

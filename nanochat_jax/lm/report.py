@@ -172,17 +172,18 @@ def step_flops(config: Config, params: optax.Params) -> dict[str, float]:
 
 def flops_summary(config: Config, flops: dict[str, float]) -> str:
     """Returns the operations of a training step in words."""
-    gram = resolve_dtype(config.ns_dtype) != "bfloat16"
-    forms = f", Gram form from {GRAM_RATIO} to 1 on" if gram else ""
     giga = lambda name: f"{flops[name] / 1e9:,.0f} GFLOP"
-    return "\n".join(
-        [
-            f"Operations of a step of {config.tokens_per_step:,} tokens:",
-            f"  forward and backward {giga('model')}",
-            f"  update {giga('update')}, {100 * flops['update_share']:.1f} % of all "
-            f"({config.ns_method} Newton-Schulz{forms})",
-        ]
-    )
+    lines = [
+        f"Operations of a step of {config.tokens_per_step:,} tokens:",
+        f"  forward and backward {giga('model')}",
+        f"  update {giga('update')}, {100 * flops['update_share']:.1f} % of all "
+        f"({config.ns_method} Newton-Schulz)",
+    ]
+    if resolve_dtype(config.ns_dtype) != "bfloat16":
+        lines.append(
+            f"  in the Gram form where a side is over {GRAM_RATIO} times the other"
+        )
+    return "\n".join(lines)
 
 
 def _storage_text(config: Config, report: MemoryReport, label: str) -> str:
