@@ -110,6 +110,13 @@ def test_storing_again_changes_nothing(x, codec):
     np.testing.assert_allclose(again.scales, stored.scales, rtol=1e-6)
 
 
+@every_codec
+def test_a_short_last_block_is_stored_as_it_would_be_alone(codec):
+    x = normal(codec, (3, 40))
+    whole, alone = roundtrip(codec, x)[:, 32:], roundtrip(codec, x[:, 32:])
+    np.testing.assert_allclose(whole, alone, rtol=1e-6)
+
+
 @given(arrays, st.sampled_from(list(CODECS.items())))
 def test_shapes_and_types_follow_the_array(x, named):
     name, codec = named

@@ -51,14 +51,14 @@ VARIANTS = {
 @pytest.mark.parametrize("name", VARIANTS)
 def test_temporaries_are_those_of_one_group(name, stacked):
     """The bound holds for any number of layers; Optax's grow with it."""
-    count, shape = 16, (128, 512)
+    count, shape = 16, (128, 520)  # no whole number of blocks
     leaf = jax.ShapeDtypeStruct(shape, jnp.float32)
     params = {f"w{i}": leaf for i in range(count)}
     if stacked:
         params = {"w": jax.ShapeDtypeStruct((count, *shape), jnp.float32)}
     config = nj.OptimizerConfig(**VARIANTS[name], galore_rank=32, grad_clip=0.0)
     tx = nj.sequence(nj.build_optimizer(config, params), max_bytes=1)
-    group = 4 * 128 * 512 * (count if stacked else 1)
+    group = 4 * 128 * 520 * (count if stacked else 1)
     assert compiled_bytes(tx, params)["temp_bytes"] <= 3 * group
     if not stacked:  # Optax sends stacks to Adam
         theirs = compiled_bytes(optax.contrib.muon(0.1), params)["temp_bytes"]

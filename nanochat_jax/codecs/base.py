@@ -90,21 +90,23 @@ class Blockwise(abc.ABC):
         Raises:
           ValueError: If the rounding is stochastic and there is no key.
         """
-        x_blocks = blocks.split(x.astype(jnp.float32), self.block_size)
-        scales = self._scales(x_blocks).astype(self.scale_dtype)
+        x = x.astype(jnp.float32)
+        scales = self._scales(x).astype(self.scale_dtype)
         # Dividing by the scale as it is stored keeps the error within its bound.
-        steps = jnp.where(scales != 0, scales, 1).astype(jnp.float32)[..., None]
-        codes = self._round(x_blocks / steps, key)
-        return Quantized(self._pack(blocks.join(codes, x.shape[-1])), scales)
+        steps = jnp.where(scales != 0, scales, 1).astype(jnp.float32)
+        # Spreading the scales out, not padding `x`, spares a copy of `x`.
+        quotients = x / blocks.spread(steps, self.block_size, x.shape[-1])
+        return Quantized(self._pack(self._round(quotients, key)), scales)
 
     def decode(self, stored: Quantized, size: int) -> Float32[Array, "*rows n"]:
         """Returns the array, of last axis `size`, that `stored` stands for."""
-        codes = blocks.split(self._unpack(stored.codes, size), self.block_size)
-        scales = stored.scales[..., None].astype(jnp.float32)
-        return blocks.join(self._levels_of(codes) * scales, size)
+        levels = self._levels_of(self._unpack(stored.codes, size))
+        scales = stored.scales.astype(jnp.float32)
+        return levels * blocks.spread(scales, self.block_size, size)
 
-    def _scales(self, x_blocks: Array) -> Array:
+    def _scales(self, x: Array) -> Array:
         """Returns the scale of each block."""
+        x_blocks = blocks.split(x, self.block_size)
         lowest, highest = self._range
         return jnp.maximum(
             jnp.max(x_blocks, axis=-1) / highest, jnp.min(x_blocks, axis=-1) / lowest

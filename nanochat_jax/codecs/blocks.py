@@ -26,6 +26,14 @@ def join(
     return x.reshape(*x.shape[:-2], -1)[..., :size]
 
 
+def spread(
+    x: Shaped[Array, "*rows blocks"], block_size: int, size: int
+) -> Shaped[Array, "*rows {size}"]:
+    """Returns what each block has for each entry of a last axis of `size`."""
+    entries = min(block_size, size)
+    return join(jnp.broadcast_to(x[..., None], (*x.shape, entries)), size)
+
+
 def pack(codes: Shaped[Array, "*rows n"], bits: int = 4) -> UInt8[Array, "*rows bytes"]:
     """Returns the low `bits` of bytes, as many to a byte as fit, the first lowest.
 

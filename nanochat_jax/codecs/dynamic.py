@@ -5,8 +5,10 @@ import functools
 
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, PRNGKeyArray
+from jaxtyping import Array, Float, PRNGKeyArray
 
+from nanochat_jax.codecs import blocks
+from nanochat_jax.codecs.base import Quantized
 from nanochat_jax.codecs.tables import Levels, TableCodec, nearest
 
 DECADES = 7
@@ -54,14 +56,21 @@ class Dynamic8(TableCodec):
         """Levels by code, in units of the block's scale."""
         return dynamic_map(self.signed)
 
+    def encode(
+        self, x: Float[Array, "*rows n"], key: PRNGKeyArray | None = None
+    ) -> Quantized:
+        """Returns `x` in stored form; `key` is not used."""
+        codes, scales = super().encode(x, key)
+        if self.zero:
+            return Quantized(codes, scales)
+        # The code of a zero block is that of zero, whatever scale it is given later.
+        empty = blocks.spread(scales == 0, self.block_size, x.shape[-1])
+        return Quantized(jnp.where(empty, jnp.uint8(0), codes), scales)
+
     def _round(self, quotients: Array, key: PRNGKeyArray | None) -> Array:
         del key
         codes = nearest(quotients, self.levels)
-        if self.zero:
-            return codes
-        # The code of a zero block stays that of zero, whatever scale it is given later.
-        empty = jnp.all(quotients == 0, axis=-1, keepdims=True)
-        return jnp.where(empty, codes, jnp.maximum(codes, 1))
+        return codes if self.zero else jnp.maximum(codes, 1)
 
 
 @functools.cache

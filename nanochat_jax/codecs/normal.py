@@ -75,7 +75,8 @@ class Normal4(_Normal):
         0.0892, 0.1802, 0.2752, 0.3770, 0.4896, 0.6196, 0.7797, 1.0,
     )  # fmt: skip
 
-    def _scales(self, x_blocks: Array) -> Array:
+    def _scales(self, x: Array) -> Array:
+        x_blocks = blocks.split(x, self.block_size)
         highest, lowest = jnp.max(x_blocks, axis=-1), jnp.min(x_blocks, axis=-1)
         return jnp.where(highest >= -lowest, highest, lowest)
 
@@ -103,8 +104,13 @@ class Normal2(_Normal):
     # Max (1960), table I, for four levels: 0.4528 and 1.510 deviations.
     table = (-1.0, -0.29987, 0.29987, 1.0)
 
-    def _scales(self, x_blocks: Array) -> Array:
-        deviation = jnp.sqrt(jnp.mean(x_blocks**2, axis=-1, keepdims=True))
+    def _scales(self, x: Array) -> Array:
+        x_blocks = blocks.split(x, self.block_size)
+        # Least squares is over the entries there are, not those a last block lacks.
+        inside = blocks.split(jnp.ones(x.shape[-1]), self.block_size)
+        inside = jnp.broadcast_to(inside, x_blocks.shape)
+        squares = jnp.sum(x_blocks**2, axis=-1) / jnp.sum(inside, axis=-1)
+        deviation = jnp.sqrt(squares)[..., None]
         outermost = 1.510 * jnp.where(deviation > 0, deviation, 1.0)
-        levels = self._levels_of(nearest(x_blocks / outermost, self.levels))
+        levels = self._levels_of(nearest(x_blocks / outermost, self.levels)) * inside
         return jnp.sum(x_blocks * levels, -1) / jnp.sum(levels**2, -1)
