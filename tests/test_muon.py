@@ -8,6 +8,7 @@ import pytest
 
 import helpers
 import nanochat_jax as nj
+from nanochat_jax.memory import compiled_bytes
 
 PARAMS = {"wide": jnp.ones((8, 24)), "tall": jnp.ones((24, 8))}
 
@@ -91,6 +92,26 @@ def test_rms_scaling_gives_an_update_of_adam_size():
     updates, _ = tx.update(grads(0), tx.init(PARAMS))
     for u in updates.values():
         assert 0.15 < jnp.sqrt(jnp.mean(u**2)) < 0.25
+
+
+@pytest.mark.parametrize(("dtype", "atol"), [("float32", 1e-6), ("bfloat16", 1e-2)])
+@pytest.mark.parametrize("count", [4, 7, 12])  # two parts; two and a rest; four
+def test_a_few_matrices_at_a_time_give_what_all_give(count, dtype, atol):
+    params = {"stack": jax.random.normal(jax.random.key(0), (count, 16, 40), dtype)}
+    tx = nj.orthogonalize(max_bytes=3 * 4 * 16 * 40)
+    updates, _ = jax.jit(tx.update)(params, tx.init(params))
+    whole, _ = nj.orthogonalize().update(params, tx.init(params))
+    helpers.assert_close(updates, whole, atol=atol)
+
+
+def test_temporaries_are_those_of_the_matrices_worked_on_at_a_time():
+    params = {"stack": jax.ShapeDtypeStruct((16, 256, 256), jnp.float32)}
+    matrix = 4 * 256 * 256
+    temporaries = lambda max_bytes: compiled_bytes(
+        nj.orthogonalize(max_bytes=max_bytes), params
+    )["temp_bytes"]
+    assert temporaries(matrix) < 5 * matrix
+    assert temporaries(16 * matrix) > 16 * 2 * matrix
 
 
 @pytest.mark.parametrize("make", [nj.orthogonalize, nj.scale_by_shape])

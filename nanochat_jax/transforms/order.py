@@ -33,6 +33,7 @@ def in_turn(step: Step, inputs: Any, result: Any = None) -> tuple[Any, Any]:
     # Compilers before JAX 0.11 drop the barrier before they schedule. A loop they keep;
     # how often it runs, once, hangs on the result, so that it is not unrolled.
     updates, state, params = inputs
+    step = jax.jit(step)  # traced once, for the shapes of its results and for the loop
     first = jax.tree.leaves((updates, ()) if result is None else result)
     seen = sum(x.ravel()[0].astype(jnp.float32) for x in first)
     times = jnp.where(seen > jnp.inf, 0, 1)

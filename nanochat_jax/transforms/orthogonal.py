@@ -14,6 +14,7 @@ from jaxtyping import Array
 from nanochat_jax import linalg
 from nanochat_jax.coefficients import QUINTIC, Polynomials
 from nanochat_jax.transforms import distributed, placement, trees
+from nanochat_jax.transforms.rows import by_rows
 
 ShapeScale = Literal["width", "rms", "none"]
 
@@ -29,7 +30,8 @@ def orthogonalize(
     """Replaces each matrix of the updates by the nearest semi-orthogonal one.
 
     The last two axes are the matrix; the axes before them are a batch. Leaves of one
-    shape are stacked and iterated on together. Stateless, so Muon is
+    shape are stacked, and iterated on a few matrices at a time in a loop, which is
+    compiled once for the stack. Stateless, so Muon is
     `optax.chain(momentum(), orthogonalize(), scale_by_shape("width"), ...)`.
 
     Where it is known how the parameters are sharded, on a mesh of Explicit axes or
@@ -46,9 +48,10 @@ def orthogonalize(
       polynomials: Newton-Schulz polynomials, one for each step.
       dtype: Type of the iteration; the updates keep theirs.
       form: Form of the iteration; see `linalg.newton_schulz`.
-      max_bytes: Most float32 bytes of a stack; a larger leaf is alone. By default half
-        of what `sequence` takes together, since a square needs four more arrays of its
-        size. On several devices it is for each of them.
+      max_bytes: Most float32 bytes of the matrices iterated on at a time; a larger
+        matrix is alone. A stack has twice that. By default half of what `sequence`
+        takes together, since a square needs four more arrays of its size. On several
+        devices it is for each of them.
       max_matrix_bytes: Most float32 bytes of a sharded matrix that one device is given
         whole. All devices iterate on a larger one together, each on some of its
         columns, and add up a Gram matrix in each step.
@@ -65,16 +68,24 @@ def orthogonalize(
         linalg.newton_schulz, polynomials=polynomials, dtype=dtype, form=form
     )
 
+    def most() -> int:
+        return trees.group_bytes() // 2 if max_bytes is None else max_bytes
+
+    def iterate_in_parts(stack: Array) -> Array:
+        return by_rows(iterate, stack, max_bytes=most())
+
     def iterate_together(
         leaves: Sequence[Array], sharding: NamedSharding | None
     ) -> Sequence[Array]:
         if sharding is None or sharding.mesh.size == 1:
-            return list(iterate(jnp.stack(leaves)))
+            stack = jnp.stack(leaves)
+            done = iterate_in_parts(stack.reshape(-1, *stack.shape[-2:]))
+            return list(done.reshape(stack.shape))
         if 4 * math.prod(leaves[0].shape[-2:]) > max_matrix_bytes:
             work = lambda x, names: iterate(x, axis_name=names)
             return [distributed.in_columns(work, x, sharding) for x in leaves]
         sent = dtype if dtype == "bfloat16" else leaves[0].dtype
-        return distributed.share_out(iterate, leaves, sharding, sent)
+        return distributed.share_out(iterate_in_parts, leaves, sharding, sent)
 
     def update_fn(
         updates: optax.Updates, state: Any, params: optax.Params | None = None
@@ -84,8 +95,7 @@ def orthogonalize(
         flat, treedef = jax.tree.flatten_with_path(updates)
         leaves, places = [x for _, x in flat], [placement.of(*leaf) for leaf in flat]
         devices = placement.device_count()
-        most = trees.group_bytes() // 2 if max_bytes is None else max_bytes
-        for group in trees.group_by_shape(leaves, most, places, devices):
+        for group in trees.group_by_shape(leaves, 2 * most(), places, devices):
             done = iterate_together([leaves[i] for i in group], places[group[0]])
             for i, x in zip(group, done, strict=True):
                 leaves[i] = x

@@ -1,5 +1,6 @@
-"""Update a few rows of a leaf at a time, to bound the temporaries of a large one."""
+"""Work on a few rows of an array at a time, to bound the temporaries of a large one."""
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -12,6 +13,38 @@ from nanochat_jax.transforms import trees
 from nanochat_jax.transforms.bits import from_bits, to_bits
 from nanochat_jax.transforms.order import Step, in_turn
 from nanochat_jax.transforms.quantize import is_quantized
+
+
+def by_rows(work: Callable[[Array], Array], x: Array, max_bytes: int) -> Array:
+    """Returns `work(x)`, worked out a few rows at a time.
+
+    The temporaries of `work` are those of these rows alone. It is compiled once, unless
+    no number of rows that divides `x` comes near `max_bytes`: the rest is then apart.
+
+    Args:
+      work: Function that treats each row, each entry of the first axis, by itself, and
+        keeps shape and type.
+      x: `[n, *row]`.
+      max_bytes: Most bytes of the rows at a time, counted in float32.
+    """
+    most = max(1, max_bytes * len(x) // (4 * max(x.size, 1)))
+    if most >= len(x):
+        return work(x)
+    dividing = max(i for i in range(1, most + 1) if len(x) % i == 0)
+    rows = dividing if 2 * dividing >= most else most
+
+    def write(start: Array | int, count: int, bits: Array) -> Array:
+        part = from_bits(lax.dynamic_slice_in_dim(bits, start, count), x.dtype)
+        # A read fused with the write over it would cost a copy of the whole.
+        part = work(lax.optimization_barrier(part))
+        return lax.dynamic_update_slice_in_dim(bits, to_bits(part), start, 0)
+
+    pieces, rest = divmod(len(x), rows)
+    bits = lax.fori_loop(
+        0, pieces, lambda i, bits: write(i * rows, rows, bits), to_bits(x)
+    )
+    bits = write(pieces * rows, rest, bits) if rest else bits
+    return from_bits(bits, x.dtype)
 
 
 def update_by_rows(

@@ -38,7 +38,7 @@ def sequence(
     Args:
       inner: Transform to run.
       max_bytes: Most bytes of a group, counted in float32; a larger leaf is a group of
-        its own. On several devices it is for each of them. By default 12 MiB on a
+        its own. On several devices it is for each of them. By default 13 MiB on a
         processor and 64 MiB elsewhere.
       core_ndim: Number of last axes that `inner` treats together, if it treats what is
         along the axes before by itself: 1 for elementwise transforms, also quantised, 2
