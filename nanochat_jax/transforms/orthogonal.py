@@ -49,9 +49,9 @@ def orthogonalize(
       dtype: Type of the iteration; the updates keep theirs.
       form: Form of the iteration; see `linalg.newton_schulz`.
       max_bytes: Most float32 bytes of the matrices iterated on at a time; a larger
-        matrix is alone. A stack has twice that. By default half of what `sequence`
-        takes together, since a square needs four more arrays of its size. On several
-        devices it is for each of them.
+        matrix is alone. A stack is as large as that and as what `sequence` takes
+        together. By default it is half of the latter on a processor, which is no faster
+        on more, and all of it elsewhere. On several devices it is for each of them.
       max_matrix_bytes: Most float32 bytes of a sharded matrix that one device is given
         whole. All devices iterate on a larger one together, each on some of its
         columns, and add up a Gram matrix in each step.
@@ -69,7 +69,7 @@ def orthogonalize(
     )
 
     def most() -> int:
-        return trees.group_bytes() // 2 if max_bytes is None else max_bytes
+        return _default_bytes() if max_bytes is None else max_bytes
 
     def iterate_in_parts(stack: Array) -> Array:
         return by_rows(iterate, stack, max_bytes=most())
@@ -94,8 +94,10 @@ def orthogonalize(
         _require_matrices(updates, "orthogonalize")
         flat, treedef = jax.tree.flatten_with_path(updates)
         leaves, places = [x for _, x in flat], [placement.of(*leaf) for leaf in flat]
-        devices = placement.device_count()
-        for group in trees.group_by_shape(leaves, 2 * most(), places, devices):
+        devices, stack_bytes = placement.device_count(), trees.group_bytes()
+        for group in trees.group_by_shape(
+            leaves, max(most(), stack_bytes), places, devices
+        ):
             done = iterate_together([leaves[i] for i in group], places[group[0]])
             for i, x in zip(group, done, strict=True):
                 leaves[i] = x
@@ -104,6 +106,10 @@ def orthogonalize(
     return optax.GradientTransformation(
         optax.init_empty_state, placement.in_auto_mode(update_fn)
     )
+
+
+def _default_bytes() -> int:
+    return trees.group_bytes() // (2 if jax.default_backend() == "cpu" else 1)
 
 
 def scale_by_shape(mode: ShapeScale = "width") -> optax.GradientTransformation:
