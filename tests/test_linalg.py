@@ -277,6 +277,7 @@ def test_devices_add_up_gram_matrices_in_float32(monkeypatch):
     assert "bf16" not in sums
 
 
+@helpers.on_processors
 @pytest.mark.parametrize("name", METHODS)
 def test_rounding_products_to_bfloat16_loses_little(name, monkeypatch):
     x = gaussian(24, 40)
@@ -306,6 +307,7 @@ def test_a_sequence_says_how_many_steps_it_has():
         METHODS["you"].take(6)
 
 
+@helpers.on_processors
 def test_the_precision_is_that_of_the_machine(monkeypatch):
     assert linalg.resolve_dtype("float32") == "float32"
     for flags, expected in [("fma avx512_bf16", "bfloat16"), ("fma avx2", "float32")]:

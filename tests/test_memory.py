@@ -270,6 +270,7 @@ def test_compiled_bytes_count_what_goes_in_and_what_comes_out(values):
     assert planned["temp_bytes"] > 0
 
 
+@helpers.on_processors
 def test_a_donated_state_is_updated_in_place():
     """So that it takes no temporaries beside it."""
     tree = {"up": jnp.zeros((64, 256))}

@@ -104,6 +104,7 @@ def test_a_few_matrices_at_a_time_give_what_all_give(count, dtype, atol):
     helpers.assert_close(updates, whole, atol=atol)
 
 
+@helpers.on_processors
 def test_temporaries_are_those_of_the_matrices_worked_on_at_a_time():
     params = {"stack": jax.ShapeDtypeStruct((16, 256, 256), jnp.float32)}
     matrix = 4 * 256 * 256

@@ -107,6 +107,7 @@ def test_a_bare_array_is_worked_on_by_rows_too():
     helpers.assert_close(updates, expected, atol=1e-6)
 
 
+@helpers.on_processors
 @pytest.mark.parametrize("clip", [False, True])
 def test_temporaries_are_those_of_the_rows(clip):
     """The bound holds for any number of rows; without it they are several copies."""

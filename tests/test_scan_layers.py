@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
+import helpers
 import nanochat_jax as nj
 from nanochat_jax.config import Config, ModelConfig
 from nanochat_jax.lm import export, model
@@ -164,6 +165,7 @@ def test_galore_takes_a_stacked_model(values):
     assert report.total_bytes == sum(x.nbytes for x in jax.tree.leaves(state))
 
 
+@helpers.on_processors
 def test_few_layers_of_a_stack_are_worked_on_at_a_time():
     stack = {"a": jnp.zeros((32, 64, 64)), "b": jnp.zeros((8, 8))}
     muon = lambda **kwargs: nj.sequence(

@@ -47,6 +47,7 @@ VARIANTS = {
 }  # fmt: skip
 
 
+@helpers.on_processors
 @pytest.mark.parametrize("stacked", [False, True])
 @pytest.mark.parametrize("name", VARIANTS)
 def test_temporaries_are_those_of_one_group(name, stacked):
