@@ -26,7 +26,7 @@ class Quantized(NamedTuple):
 
 
 class Codec(Protocol):
-    """What `quantize_state` asks of a codec."""
+    """What `quantize_state` asks of a codec, a hashable value without state."""
 
     @property
     def name(self) -> str:

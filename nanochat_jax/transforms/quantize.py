@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax.tree_util import KeyPath, keystr
-from jaxtyping import Array, Float, Float32, Int32
+from jaxtyping import Array, Float, Float32, Int32, PRNGKeyArray
 
 from nanochat_jax.codecs import Codec, Quantized
 from nanochat_jax.transforms import placement, trees
@@ -55,9 +55,8 @@ class Stored:
         # One key must not serve two random draws, here and in the wrapped transform.
         name = f"quantize_state{self.name}"
         keyed = self.codec.needs_key
-        return self.codec.encode(
-            x, trees.leaf_key(self.seed, count, name) if keyed else None
-        )
+        key = trees.leaf_key(self.seed, count, name) if keyed else None
+        return _encode(self.codec, x, key)
 
     def stored_shape(self) -> Quantized:
         """Returns shapes and types of the stored form."""
@@ -65,7 +64,18 @@ class Stored:
 
     def decode(self, stored: Quantized) -> Float32[Array, "..."]:
         """Returns the leaf that `stored` stands for, in float32."""
-        return self.codec.decode(stored, self.shape[-1])
+        return _decode(self.codec, stored, self.shape[-1])
+
+
+# Traced once for each codec and shape, not once for each of many leaves.
+@functools.partial(jax.jit, static_argnums=0)
+def _encode(codec: Codec, x: Array, key: PRNGKeyArray | None) -> Quantized:
+    return codec.encode(x, key)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 2))
+def _decode(codec: Codec, stored: Quantized, size: int) -> Array:
+    return codec.decode(stored, size)
 
 
 @functools.cache
