@@ -46,6 +46,7 @@ def variants(dim):
         "optax.adamw": optax.adamw(0.02),
         "muon": config(),
         "muon_bf16": config(ns_dtype="bfloat16"),
+        "muon_aol_bf16": config(ns_dtype="bfloat16", ns_method="aol", ns_steps=4),
         "muon_8bit": config(use_8bit_optim=True),
         "muon_8bit_bf16": config(use_8bit_optim=True, ns_dtype="bfloat16"),
         "galore": config(use_galore=True),
