@@ -119,7 +119,7 @@ def matrix_with_spectrum(shape, spectrum, seed=0):
 
 on_processors = pytest.mark.skipif(
     jax.default_backend() != "cpu",
-    reason="holds for processors: GPUs plan 32 MiB more, and round products",
+    reason="holds for processors: GPUs plan 32 MiB more, and round otherwise",
 )
 
 

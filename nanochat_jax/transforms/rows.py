@@ -18,8 +18,7 @@ from nanochat_jax.transforms.quantize import is_quantized
 def by_rows(work: Callable[[Array], Array], x: Array, max_bytes: int) -> Array:
     """Returns `work(x)`, worked out a few rows at a time.
 
-    The temporaries of `work` are those of these rows alone. It is compiled once, unless
-    no number of rows that divides `x` comes near `max_bytes`: the rest is then apart.
+    The temporaries of `work` are those of these rows alone.
 
     Args:
       work: Function that treats each row, each entry of the first axis, by itself, and
@@ -27,11 +26,9 @@ def by_rows(work: Callable[[Array], Array], x: Array, max_bytes: int) -> Array:
       x: `[n, *row]`.
       max_bytes: Most bytes of the rows at a time, counted in float32.
     """
-    most = max(1, max_bytes * len(x) // (4 * max(x.size, 1)))
-    if most >= len(x):
+    rows = _rows_at_a_time(x, max_bytes)
+    if rows == len(x):
         return work(x)
-    dividing = max(i for i in range(1, most + 1) if len(x) % i == 0)
-    rows = dividing if 2 * dividing >= most else most
 
     def write(start: Array | int, count: int, bits: Array) -> Array:
         part = from_bits(lax.dynamic_slice_in_dim(bits, start, count), x.dtype)
@@ -39,12 +36,7 @@ def by_rows(work: Callable[[Array], Array], x: Array, max_bytes: int) -> Array:
         part = work(lax.optimization_barrier(part))
         return lax.dynamic_update_slice_in_dim(bits, to_bits(part), start, 0)
 
-    pieces, rest = divmod(len(x), rows)
-    bits = lax.fori_loop(
-        0, pieces, lambda i, bits: write(i * rows, rows, bits), to_bits(x)
-    )
-    bits = write(pieces * rows, rest, bits) if rest else bits
-    return from_bits(bits, x.dtype)
+    return from_bits(_in_pieces(write, len(x), rows, to_bits(x)), x.dtype)
 
 
 def update_by_rows(
@@ -66,7 +58,7 @@ def update_by_rows(
       Updates and state.
     """
     [(path, leaf)] = jax.tree.leaves_with_path(updates)
-    rows = max(1, max_bytes * leaf.shape[0] // (4 * leaf.size)) if leaf.ndim > 1 else 0
+    rows = _rows_at_a_time(leaf, max_bytes) if leaf.ndim > 1 else 0
     if not 0 < rows < leaf.shape[0] or not _keeps_shape(step, updates, state, params):
         return step(updates, state, params)
     before, treedef = jax.tree.flatten((updates, state, params))
@@ -90,13 +82,31 @@ def update_by_rows(
 
     whole = [to_bits(x) for x in before]
     done, params_bits = whole[: written.num_leaves], whole[written.num_leaves :]
-    pieces, rest = divmod(leaf.shape[0], rows)
-    done = lax.fori_loop(0, pieces, lambda i, done: work(i * rows, rows, done), done)
-    if rest:
-        done = work(pieces * rows, rest, done)
+    done = _in_pieces(work, leaf.shape[0], rows, done)
     return written.unflatten(
         from_bits(x, old.dtype) for x, old in zip(done, before, strict=False)
     )
+
+
+def _rows_at_a_time(x: Array, max_bytes: int) -> int:
+    """Returns how many rows to work on at a time: those that fit.
+
+    Fewer, down to half, if they divide all rows: a rest is compiled apart.
+    """
+    fitting = max(1, max_bytes * len(x) // (4 * max(x.size, 1)))
+    if fitting >= len(x):
+        return len(x)
+    dividing = max(i for i in range(1, fitting + 1) if len(x) % i == 0)
+    return dividing if 2 * dividing >= fitting else fitting
+
+
+def _in_pieces(
+    write: Callable[[Array | int, int, Any], Any], size: int, rows: int, done: Any
+) -> Any:
+    """Returns `done` after `write(start, count, done)` for each few of `size` rows."""
+    pieces, rest = divmod(size, rows)
+    done = lax.fori_loop(0, pieces, lambda i, done: write(i * rows, rows, done), done)
+    return write(pieces * rows, rest, done) if rest else done
 
 
 def _keeps_shape(step: Step, updates: Any, state: Any, params: Any) -> bool:
