@@ -13,7 +13,7 @@ from flax import nnx
 import helpers
 import nanochat_jax as nj
 from nanochat_jax.config import Config, ModelConfig
-from nanochat_jax.lm import export, model
+from nanochat_jax.lm import export, layers, model
 from nanochat_jax.lm.checkpoint import Checkpoints
 from nanochat_jax.lm.generate import generate
 from nanochat_jax.lm.stacking import stack_layers, unstack_layers
@@ -59,6 +59,23 @@ def test_a_seed_gives_the_same_parameters():
     chex.assert_trees_all_equal(stack_layers(apart), stacked)
     chex.assert_trees_all_equal(unstack_layers(stacked), apart)
     assert stacked["blocks"]["ffn"]["up"]["kernel"].shape == (3, 32, 86)
+
+
+def test_parameters_are_those_of_blocks_made_one_after_another():
+    rngs = nnx.Rngs(jax.random.key(0))
+    nnx.Embed(APART.table_size, APART.dim, rngs=rngs)  # draws first
+    blocks = [layers.Block(APART, rngs=rngs) for _ in range(APART.n_layers)]
+    pure = {i: nnx.to_pure_dict(nnx.state(block)) for i, block in enumerate(blocks)}
+    chex.assert_trees_all_close(initial(APART)[1]["blocks"], pure, rtol=1e-6)
+
+
+@helpers.on_processors
+@pytest.mark.parametrize("scan", [False, True], ids=["apart", "stacked"])
+def test_parameters_are_made_in_room_for_one_more_of_each(scan):
+    config = dataclasses.replace(APART, n_layers=16, scan_layers=scan)
+    init = jax.jit(lambda: model.init(config, 0)[1]).lower().compile()
+    plan = init.memory_analysis()
+    assert plan.temp_size_in_bytes <= plan.output_size_in_bytes
 
 
 @pytest.mark.parametrize("remat", [False, True])

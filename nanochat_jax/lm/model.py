@@ -20,7 +20,7 @@ from nanochat_jax.config import ModelConfig
 from nanochat_jax.lm import spread
 from nanochat_jax.lm.layers import Block, LayerCache, norm
 from nanochat_jax.lm.loss import cross_entropy
-from nanochat_jax.lm.stacking import Params, stack_trees
+from nanochat_jax.lm.stacking import Params, unstack_trees
 
 # Small, so that the first logits are near zero whether the table is tied or not.
 _table_init = nnx.initializers.normal(0.02)
@@ -54,8 +54,8 @@ class GPT(nnx.Module):
             embedding_init=_table_init,
             rngs=rngs,
         )
-        blocks = [Block(config, rngs=rngs) for _ in range(config.n_layers)]
-        self.blocks = _stack(blocks) if config.scan_layers else nnx.List(blocks)
+        blocks = _stacked_blocks(config, rngs)
+        self.blocks = blocks if config.scan_layers else nnx.List(_unstack(blocks))
         self.final_norm = norm(config, config.dim, rngs)
         if not config.weight_tied:
             self.head = nnx.Linear(
@@ -249,7 +249,20 @@ def count_flops_per_token(config: ModelConfig, seq_len: int | None = None) -> in
     return 6 * kernels + 12 * config.n_layers * config.dim * seq_len
 
 
-def _stack(blocks: list[Block]) -> Block:
-    """Returns one block whose arrays are those of all blocks, `[L, ...]`."""
-    states = [nnx.state(block) for block in blocks]
-    return nnx.merge(nnx.graphdef(blocks[0]), stack_trees(states))
+def _stacked_blocks(config: ModelConfig, rngs: nnx.Rngs) -> Block:
+    """Returns one block whose arrays are those of all blocks, `[L, ...]`.
+
+    Made in a loop, as a GPU compiles each kernel's random numbers for half a second.
+    """
+    make = nnx.scan(
+        lambda rngs: (rngs, Block(config, rngs=rngs)),
+        in_axes=nnx.Carry,
+        out_axes=(nnx.Carry, 0),
+        length=config.n_layers,
+    )
+    return make(rngs)[1]
+
+
+def _unstack(blocks: Block) -> list[Block]:
+    graphdef, state = nnx.split(blocks)
+    return [nnx.merge(graphdef, layer) for layer in unstack_trees(state)]

@@ -44,13 +44,17 @@ def unstack_layers(params: Params) -> Params:
     Returns:
       The same, where `blocks` has one tree by number of the layer, from 0.
     """
-    stacked = params["blocks"]
-    n_layers = len(jax.tree.leaves(stacked)[0])
-    pick = lambda i: jax.tree.map(lambda x: x[i], stacked)
-    return {**params, "blocks": {i: pick(i) for i in range(n_layers)}}
+    return {**params, "blocks": dict(enumerate(unstack_trees(params["blocks"])))}
 
 
 def stack_trees(trees: list[Any]) -> Any:
     """Returns one tree of arrays `[L, ...]` for L trees of arrays `[...]`."""
     stack: Any = lambda *xs: jnp.stack(xs)
     return jax.tree.map(stack, *trees)
+
+
+def unstack_trees(stacked: Any) -> list[Any]:
+    """Returns L trees of arrays `[...]` for one tree of arrays `[L, ...]`."""
+    n_layers = len(jax.tree.leaves(stacked)[0])
+    pick = lambda i: jax.tree.map(lambda x: x[i], stacked)
+    return [pick(i) for i in range(n_layers)]
