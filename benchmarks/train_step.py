@@ -2,8 +2,9 @@
 
     python benchmarks/train_step.py --config-file configs/nano_125m.toml
 
-One model and batch; the variants' compiled steps are called in turn in one process.
-Steps on which GaLore changes its basis are left out: `benchmarks/refresh.py` times it.
+One model and batch; the variants' compiled steps, and those of Optax's optimizers, are
+called in turn in one process. Steps on which GaLore changes its basis are left out:
+`benchmarks/refresh.py` times it.
 """
 
 import argparse
@@ -13,10 +14,13 @@ import gc
 import common
 import jax
 import jax.numpy as jnp
+import optax
 
+from nanochat_jax import label_params
 from nanochat_jax.config import Config
 from nanochat_jax.lm import setup, trainer
 from nanochat_jax.optimizer import build_optimizer
+from nanochat_jax.peers import build_adamw
 
 BOTH = {"use_8bit_optim": True, "use_galore": True}
 VARIANTS = {
@@ -29,12 +33,33 @@ VARIANTS = {
 }
 
 
+def optax_muon(config, params):
+    """Builds Optax's Muon for the matrices, and AdamW for the rest."""
+    adamw = optax.adamw(config.lr)
+    axes = optax.contrib.MuonDimensionNumbers(-2, -1)  # for stacked layers too
+    muon = optax.contrib.muon(
+        config.lr,
+        beta=config.muon_momentum,
+        muon_weight_dimension_numbers=lambda params: jax.tree.map(
+            lambda _: axes, params
+        ),
+    )
+    by_label = {"embedding": adamw, "head": adamw, "vector": adamw, "matrix": muon}
+    return optax.chain(
+        optax.clip_by_global_norm(config.grad_clip),
+        optax.partition(by_label, label_params(params)),
+    )
+
+
+PEERS = {"optax.contrib.muon": optax_muon, "optax.adamw": build_adamw}
+
+
 class Step:
     """A compiled training step with its own state, called again and again."""
 
-    def __init__(self, config):
+    def __init__(self, config, build=build_optimizer):
         graphdef, params = setup.abstract_model(config)
-        tx = build_optimizer(config, params)
+        tx = build(config, params)
         run = setup.Run(config, graphdef, params, tx, None, None)
         self.step = trainer.compile_train_step(run)
         self.state = trainer.init_state(run)
@@ -58,8 +83,10 @@ def main():
         "--rank", type=int, help="GaLore rank; a quarter of dim if unset"
     )
     parser.add_argument("--ns-dtype", default="auto")
+    parser.add_argument("--compute-dtype", default="float32")
+    parser.add_argument("--scan-layers", action="store_true")
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--only", nargs="*", default=list(VARIANTS))
+    parser.add_argument("--only", nargs="*", default=[*VARIANTS, *PEERS])
     parser.add_argument("--output", help="JSON file to write")
     args = parser.parse_args()
 
@@ -69,12 +96,17 @@ def main():
         seq_len=args.seq_len,
         grad_accum_steps=1,
         ns_dtype=args.ns_dtype,
+        compute_dtype=args.compute_dtype,
+        scan_layers=args.scan_layers,
     )
     config = dataclasses.replace(config, galore_rank=args.rank or config.dim // 4)
-    names = [name for name in VARIANTS if name in {"muon", *args.only}]
     steps = {
-        name: Step(dataclasses.replace(config, **VARIANTS[name])) for name in names
+        name: Step(dataclasses.replace(config, **settings))
+        for name, settings in VARIANTS.items()
+        if name in {"muon", *args.only}
     }
+    peers = {name: Step(config, PEERS[name]) for name in PEERS if name in args.only}
+    steps |= peers
     gc.collect()
     seconds = common.interleave(steps, args.repeats)
     rows = [
@@ -89,7 +121,7 @@ def main():
     result = {
         "config": args.config_file,
         "tokens": config.tokens_per_step,
-        "ns_dtype": args.ns_dtype,
+        "settings": vars(args),
         "machine": common.machine(),
         "rows": rows,
     }
