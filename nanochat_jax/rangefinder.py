@@ -74,18 +74,18 @@ def range_basis(
         short, long = x.shape[-2:]
         form_gram = _gram_is_cheaper(short, long, rank, power_steps)
     multiply = _products_with_gram(x, form_gram)
-    sketch = _sketch(seed, (*x.shape[:-1], rank))
-    y = sketch if start is None else start.astype(jnp.float32)
+    sketch = _sketch(seed, (*x.shape[:-2], rank, x.shape[-2]))
+    y = sketch if start is None else start.astype(jnp.float32).mT
     # Where `x` has less than full rank, the sketch fills up the basis.
-    mend = lambda y: normalize(y) + _NOISE * sketch
+    mend = lambda y: _unit(y) + _NOISE * sketch
     for _ in range(power_steps - 1):
-        y = _precondition(mend(multiply(y)), _SHIFTS[0])
+        y = _precondition(mend(multiply(y)))
     if not aligned:
-        return _orthonormalize(mend(multiply(y)))
-    y = _orthonormalize(y)
+        return _orthonormalize(mend(multiply(y))).mT
+    y = _nearly_orthonormalize(y)  # which is enough for the eigenvectors
     z = multiply(y)
-    vectors = jnp.linalg.eigh(product("...mk,...mr->...kr", y, z))[1][..., ::-1]
-    return _orthonormalize(mend(product("...mk,...kr->...mr", z, vectors)))
+    vectors = jnp.linalg.eigh(product("...rm,...km->...rk", y, z))[1][..., ::-1]
+    return _orthonormalize(mend(product("...kr,...km->...rm", vectors, z))).mT
 
 
 def range_basis_flops(
@@ -103,19 +103,19 @@ def range_basis_flops(
         total = 2 * short**2 * (long + power_steps * rank)
     else:
         total = 4 * power_steps * short * long * rank
-    # As if `aligned`: twice orthonormal, turned, and what comes before.
-    passes = power_steps - 1 + 2 * len(_SHIFTS)
+    # As if `aligned`: nearly orthonormal, turned, orthonormal, and what comes before.
+    passes = power_steps - 1 + 2 + 4
     total += passes * (3 * short * rank**2 + rank**3 // 3) + 4 * short * rank**2
     return math.prod(shape[:-2]) * total
 
 
 def _products_with_gram(x: Array, form_gram: bool) -> Callable[[Array], Array]:
-    """Returns the function `q -> XXᵀq`."""
+    """Returns the function `q -> qXXᵀ`."""
     if form_gram:
         gram = product("...mn,...kn->...mk", x, x)
-        return lambda q: product("...mk,...kr->...mr", gram, q)
+        return lambda q: product("...rk,...km->...rm", q, gram)
     return lambda q: product(
-        "...mn,...nr->...mr", x, product("...mn,...mr->...nr", x, q)
+        "...rn,...mn->...rm", product("...rm,...mn->...rn", q, x), x
     )
 
 
@@ -134,29 +134,42 @@ def _sketch(seed: ArrayLike, shape: tuple[int, ...]) -> Array:
     return jnp.where(bits >> 31, 1.0, -1.0) / math.sqrt(shape[-2])
 
 
-# Shifts of the Gram matrix, over its trace. In float32 Cholesky's method fails on
-# matrices of condition over 3e3; each shifted pass takes at most the root of it.
-_SHIFTS = (1e-6, 1e-7, 0.0, 0.0)
-
-
 def _orthonormalize(y: Array) -> Array:
-    """Returns orthonormal columns that span those of `y`, of condition up to 1e6.
+    """Returns orthonormal rows that span those of `y`, of norm one.
 
-    Shifted Cholesky QR (Fukaya et al. 2020).
+    Shifted Cholesky QR (Fukaya et al. 2020). In float32 Cholesky's method fails on
+    matrices of condition over 3e3; a shifted pass takes at most the root of it, so that
+    `y` may have one of 1e6.
     """
-    for shift in _SHIFTS:
-        y = _precondition(y, shift)
-    return y
+    y = _nearly_orthonormalize(_precondition(y))
+    return _cholesky_qr(y, 0.0)
 
 
-def _precondition(y: Array, shift: float) -> Array:
-    """Returns `yL⁻ᵀ`, where `LLᵀ` is the Gram matrix of `y`'s columns, shifted."""
-    gram = product("...mr,...mk->...rk", y, y)
-    trace = jnp.trace(gram, axis1=-2, axis2=-1)[..., None, None]
-    eye = jnp.broadcast_to(jnp.eye(y.shape[-1]), gram.shape)
-    factor = jnp.linalg.cholesky(gram + shift * trace * eye, symmetrize_input=False)
+def _precondition(y: Array) -> Array:
+    """Returns rows of length up to one that span those of `y`, of norm one."""
+    return _cholesky_qr(y, 1e-6)
+
+
+def _nearly_orthonormalize(y: Array) -> Array:
+    """Returns rows that span those of `y`, of length up to one, orthonormal to 1e-5."""
+    return _cholesky_qr(_cholesky_qr(y, 1e-7 * y.shape[-2]), 0.0)
+
+
+def _cholesky_qr(y: Array, shift: float) -> Array:
+    """Returns `L⁻¹y`, where `LLᵀ` is the Gram matrix of the rows of `y`, shifted."""
+    gram = product("...rm,...km->...rk", y, y)
+    if shift:
+        gram += jnp.broadcast_to(shift * jnp.eye(y.shape[-2]), gram.shape)
+    factor = jnp.linalg.cholesky(gram, symmetrize_input=False)
+    # Columns of the transpose, which is how the library has them: nothing is copied.
     solve: Any = jax.lax.linalg.triangular_solve
-    return solve(factor, y, lower=True, transpose_a=True)
+    return solve(factor, y.mT, lower=True, transpose_a=True).mT
+
+
+def _unit(y: Array) -> Array:
+    """Returns matrices of Frobenius norm one; zero stays zero."""
+    norm = jnp.linalg.norm(y, axis=(-2, -1), keepdims=True)
+    return y / jnp.where(norm > 0, norm, 1.0)
 
 
 def mix_bits(x: UInt32[Array, "*shape"]) -> UInt32[Array, "*shape"]:
