@@ -66,6 +66,18 @@ def test_temporaries_are_those_of_one_group(name, stacked):
         assert theirs > 3 * group
 
 
+@helpers.on_processors
+@pytest.mark.parametrize("name", VARIANTS)
+def test_temporaries_of_a_stack_are_those_of_one_group(name, monkeypatch):
+    """The bound holds for any number of layers in one leaf."""
+    matrix = 4 * 128 * 520
+    monkeypatch.setattr(trees, "group_bytes", lambda: 4 * matrix)
+    params = {"w": jax.ShapeDtypeStruct((16, 128, 520), jnp.float32)}
+    config = nj.OptimizerConfig(**VARIANTS[name], galore_rank=32, grad_clip=0.0)
+    tx = nj.build_optimizer(config, params)
+    assert compiled_bytes(tx, params)["temp_bytes"] <= 3 * 4 * matrix
+
+
 def test_a_bound_below_one_byte_is_refused():
     with pytest.raises(ValueError, match="`max_bytes` must be at least 1, got 0"):
         nj.sequence(nj.momentum(), max_bytes=0)

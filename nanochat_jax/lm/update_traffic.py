@@ -115,8 +115,8 @@ def stacks(config: Config, params: Params) -> Iterator[Stack]:
             for x in (matrices[i] for i in outer)
         ]
         places = [x.sharding for x in leaves]
-        half = trees.group_bytes() // 2
-        for inner in trees.group_by_shape(leaves, half, places, devices):
+        most = trees.group_bytes()
+        for inner in trees.group_by_shape(leaves, most, places, devices):
             first = leaves[inner[0]]
             count = len(inner) * math.prod(first.shape[:-2])
             inside, replicas = _shares(first, count)

@@ -107,7 +107,8 @@ def _by_rows(
     leaves = jax.tree.leaves(inputs[0])
     if len(leaves) != 1 or leaves[0].ndim <= core_ndim:
         return step(*inputs)
-    return update_by_rows(step, *inputs, max_bytes=max_bytes)
+    # Half of what whole leaves may take: of rows updates and state are copies too.
+    return update_by_rows(step, *inputs, max_bytes=max_bytes // 2)
 
 
 def _owners(state: optax.OptState, names: set[str]) -> list[str | None]:
