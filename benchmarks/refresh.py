@@ -4,11 +4,13 @@
 
 Both give the leading `rank` left singular directions of a Gaussian matrix, in turn in
 one run. `captured` is the energy of the projection over the most any basis can have.
+LAPACK has one thread, as on the command line, unless `OPENBLAS_NUM_THREADS` is set.
 """
 
 import argparse
 import functools
 import itertools
+import os
 
 import common
 import jax
@@ -35,6 +37,7 @@ def main():
     parser.add_argument("--output", help="JSON file to write")
     args = parser.parse_args()
 
+    threads = os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     rows = []
     for shape, rank in CASES:
         if max(shape) > args.largest:
@@ -60,7 +63,7 @@ def main():
                     "captured": float(jnp.sum((basis.mT @ x) ** 2)) / best,
                 }
             )
-    result = {"machine": common.machine(), "rows": rows}
+    result = {"machine": common.machine(), "lapack_threads": threads, "rows": rows}
     common.write(args.output, result)
     print(result["machine"])
     common.show(

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import re
 import subprocess
 import sys
@@ -214,6 +215,15 @@ def test_help_has_the_values_of_the_file_and_groups(config, capsys):
         assert f"\n{title}\n" in out
     fields = {field.name for field in dataclasses.fields(cli.COMMANDS["train"])}
     assert help.GROUPS.keys() <= fields
+
+
+@pytest.mark.parametrize(("given", "used"), [(None, "1"), ("3", "3")])
+def test_lapack_has_one_thread_unless_told_otherwise(given, used, monkeypatch, capsys):
+    monkeypatch.delenv("OPENBLAS_NUM_THREADS", raising=False)
+    if given:
+        monkeypatch.setenv("OPENBLAS_NUM_THREADS", given)
+    assert cli.main(["--help"]) == 0
+    assert os.environ["OPENBLAS_NUM_THREADS"] == used
 
 
 def test_help_names_every_command(capsys):
