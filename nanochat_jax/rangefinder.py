@@ -13,9 +13,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
-from jaxtyping import Array, Float, Float32, UInt32
+from jaxtyping import Array, Float, Float32
 
 from nanochat_jax.linalg import normalize
+from nanochat_jax.noise import signs
 from nanochat_jax.products import product
 
 POWER_STEPS = 3
@@ -74,7 +75,7 @@ def range_basis(
         short, long = x.shape[-2:]
         form_gram = _gram_is_cheaper(short, long, rank, power_steps)
     multiply = _products_with_gram(x, form_gram)
-    sketch = _sketch(seed, (*x.shape[:-2], rank, x.shape[-2]))
+    sketch = signs(seed, (*x.shape[:-2], rank, x.shape[-2])) / math.sqrt(x.shape[-2])
     y = sketch if start is None else start.astype(jnp.float32).mT
     # Where `x` has less than full rank, the sketch fills up the basis.
     mend = lambda y: _unit(y) + _NOISE * sketch
@@ -125,15 +126,6 @@ def _gram_is_cheaper(short: int, long: int, rank: int, power_steps: int) -> bool
     return short * (long + products / 2) < products * long
 
 
-def _sketch(seed: ArrayLike, shape: tuple[int, ...]) -> Array:
-    """Returns random signs, columns of norm one."""
-    # Not `jax.random`: a sketch needs no generator of that quality, whose code for each
-    # leaf took a third of the time to compile GaLore. A mixed counter is random enough.
-    count = jax.lax.iota(jnp.uint32, math.prod(shape)).reshape(shape)
-    bits = mix_bits(count ^ mix_bits(jnp.asarray(seed, jnp.uint32)))
-    return jnp.where(bits >> 31, 1.0, -1.0) / math.sqrt(shape[-2])
-
-
 def _orthonormalize(y: Array) -> Array:
     """Returns orthonormal rows that span those of `y`, of norm one.
 
@@ -170,10 +162,3 @@ def _unit(y: Array) -> Array:
     """Returns matrices of Frobenius norm one; zero stays zero."""
     norm = jnp.linalg.norm(y, axis=(-2, -1), keepdims=True)
     return y / jnp.where(norm > 0, norm, 1.0)
-
-
-def mix_bits(x: UInt32[Array, "*shape"]) -> UInt32[Array, "*shape"]:
-    """Returns a hash of each integer: the last mixing step of MurmurHash3."""
-    x = (x ^ (x >> 16)) * jnp.uint32(0x85EBCA6B)
-    x = (x ^ (x >> 13)) * jnp.uint32(0xC2B2AE35)
-    return x ^ (x >> 16)

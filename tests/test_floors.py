@@ -14,7 +14,15 @@ import nanochat_jax as nj
 
 PACKAGE = Path(nj.__file__).parent
 FLOORS = {
-    0: ("settings", "coefficients", "products", "linalg", "rangefinder", "codecs"),
+    0: (
+        "settings",
+        "coefficients",
+        "noise",
+        "products",
+        "linalg",
+        "rangefinder",
+        "codecs",
+    ),
     1: ("transforms",),
     2: ("labels", "memory", "config", "sharding"),
     3: ("optimizer", "flops", "peers"),

@@ -39,6 +39,7 @@ def test_groups_have_one_shape_and_fit_unless_alone():
 VARIANTS = {
     "muon": {},
     "8-bit": {"use_8bit_optim": True},
+    "8-bit, stochastic": {"use_8bit_optim": True, "stochastic_rounding": True},
     "galore": {"use_galore": True},
     "both": {"use_galore": True, "use_8bit_optim": True},
     "both, plain": {

@@ -17,7 +17,7 @@ from jax.sharding import NamedSharding
 from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, Float32, Int32, UInt32
 
-from nanochat_jax import rangefinder
+from nanochat_jax import noise, rangefinder
 from nanochat_jax.transforms import placement, projection
 from nanochat_jax.transforms.adaptive import Adaptive, AdaptiveState
 
@@ -91,9 +91,7 @@ class Refresh:
     def sketch_seed(self, count: Int32[Array, ""], name: str) -> UInt32[Array, ""]:
         """Returns what the sketch of a leaf hangs on: seed, path and step."""
         base = jnp.uint32(zlib.crc32(f"{self.seed} galore{name}".encode()))
-        return rangefinder.mix_bits(
-            base ^ rangefinder.mix_bits(count.astype(jnp.uint32))
-        )
+        return noise.mix_bits(base ^ noise.mix_bits(count.astype(jnp.uint32)))
 
     def renew(
         self, leaves: Sequence[Leaf], sharding: NamedSharding | None = None

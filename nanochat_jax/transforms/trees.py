@@ -11,6 +11,7 @@ import zlib
 from collections.abc import Collection, Hashable, Sequence
 
 import jax
+import jax.numpy as jnp
 from jax.tree_util import GetAttrKey, KeyPath, keystr
 from jaxtyping import Array, PRNGKeyArray
 
@@ -97,5 +98,7 @@ def leaf_key(seed: int, count: Array, name: str) -> PRNGKeyArray:
 
     Keys follow from seed, step and name, so that no state holds one.
     """
-    key = jax.random.key(zlib.crc32(f"{seed} {name}".encode()))
-    return jax.random.fold_in(key, count)
+    # Put together, not derived, which would be code of its own for each leaf.
+    words = [count, jnp.uint32(zlib.crc32(f"{seed} {name}".encode()))]
+    data = jnp.stack([word.astype(jnp.uint32) for word in words])
+    return jax.random.wrap_key_data(data, impl="threefry2x32")
