@@ -83,7 +83,8 @@ def range_basis(
         y = _precondition(mend(multiply(y)))
     if not aligned:
         return _orthonormalize(mend(multiply(y))).mT
-    y = _nearly_orthonormalize(y)  # which is enough for the eigenvectors
+    # Nearly is enough for the eigenvectors.
+    y = _nearly_orthonormalize(_precondition(_unit(y)))
     z = multiply(y)
     vectors = jnp.linalg.eigh(product("...rm,...km->...rk", y, z))[1][..., ::-1]
     return _orthonormalize(mend(product("...kr,...km->...rm", vectors, z))).mT
@@ -105,7 +106,7 @@ def range_basis_flops(
     else:
         total = 4 * power_steps * short * long * rank
     # As if `aligned`: nearly orthonormal, turned, orthonormal, and what comes before.
-    passes = power_steps - 1 + 2 + 4
+    passes = power_steps - 1 + 5 + 2 * _shifted_passes(rank, short)
     total += passes * (3 * short * rank**2 + rank**3 // 3) + 4 * short * rank**2
     return math.prod(shape[:-2]) * total
 
@@ -131,10 +132,9 @@ def _orthonormalize(y: Array) -> Array:
 
     Shifted Cholesky QR (Fukaya et al. 2020). In float32 Cholesky's method fails on
     matrices of condition over 3e3; a shifted pass takes at most the root of it, so that
-    `y` may have one of 1e6.
+    `y` may have one of 1e6, and of 1e9 if it is nearly square.
     """
-    y = _nearly_orthonormalize(_precondition(y))
-    return _cholesky_qr(y, 0.0)
+    return _cholesky_qr(_nearly_orthonormalize(_precondition(y)))
 
 
 def _precondition(y: Array) -> Array:
@@ -144,14 +144,25 @@ def _precondition(y: Array) -> Array:
 
 def _nearly_orthonormalize(y: Array) -> Array:
     """Returns rows that span those of `y`, of length up to one, orthonormal to 1e-5."""
-    return _cholesky_qr(_cholesky_qr(y, 1e-7 * y.shape[-2]), 0.0)
+    for _ in range(_shifted_passes(*y.shape[-2:])):
+        # Of the size it has, which may be that of a few rows, not of the most of all.
+        y = _cholesky_qr(y, 1e-7 * jnp.sum(y * y, axis=(-2, -1), keepdims=True))
+    return _cholesky_qr(y)
 
 
-def _cholesky_qr(y: Array, shift: float) -> Array:
+def _shifted_passes(rank: int, short: int) -> int:
+    """Returns how many passes bring rows near enough to orthonormal ones.
+
+    A random sketch of most of a space is far worse conditioned than one of a part.
+    """
+    return 2 if 2 * rank > short else 1
+
+
+def _cholesky_qr(y: Array, shift: Array | float | None = None) -> Array:
     """Returns `L⁻¹y`, where `LLᵀ` is the Gram matrix of the rows of `y`, shifted."""
     gram = product("...rm,...km->...rk", y, y)
-    if shift:
-        gram += jnp.broadcast_to(shift * jnp.eye(y.shape[-2]), gram.shape)
+    if shift is not None:
+        gram += shift * jnp.broadcast_to(jnp.eye(y.shape[-2]), gram.shape)
     factor = jnp.linalg.cholesky(gram, symmetrize_input=False)
     # Columns of the transpose, which is how the library has them: nothing is copied.
     solve: Any = jax.lax.linalg.triangular_solve

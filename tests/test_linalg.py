@@ -107,6 +107,18 @@ def test_the_basis_is_orthonormal_whatever_the_matrix(name, rank, aligned):
     helpers.assert_close(p.mT @ p, jnp.broadcast_to(jnp.eye(rank), (3, rank, rank)))
 
 
+@pytest.mark.parametrize("rank", [200, 256])
+@pytest.mark.parametrize("aligned", [False, True])
+def test_the_basis_of_most_of_a_space_is_orthonormal_too(aligned, rank):
+    """A sketch of all of a space is nearly singular, by chance as far as 1e-11."""
+    k = np.arange(256)
+    for spectrum in (k < 5, 2.0 ** (-k / 4), 10.0 ** -(k // 50)):
+        x = helpers.matrix_with_spectrum((256, 300), spectrum.astype(np.float64))
+        for seed in range(12):
+            p = rangefinder.range_basis(x, rank, seed, aligned=aligned)
+            helpers.assert_close(p.mT @ p, jnp.eye(rank), atol=2e-5)
+
+
 def test_the_basis_spans_an_exactly_low_rank_matrix():
     x = gaussian(2, 24, 4) @ gaussian(2, 4, 64, seed=1)
     p = rangefinder.range_basis(x, 4, 2)
