@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import optax
 from rich.console import Console
 from rich.table import Table
 
@@ -31,6 +32,13 @@ def interleave(calls: Calls, repeats: int) -> dict[str, list[float]]:
             jax.block_until_ready(call())
             seconds[name].append(time.perf_counter() - start)
     return seconds
+
+
+def optax_muon(rate: float, beta: float = 0.95) -> optax.GradientTransformation:
+    """Returns Optax's Muon for the last two axes of all, stacked or not."""
+    axes = optax.contrib.MuonDimensionNumbers(-2, -1)
+    dimensions = lambda params: jax.tree.map(lambda _: axes, params)
+    return optax.contrib.muon(rate, beta=beta, muon_weight_dimension_numbers=dimensions)
 
 
 def median(values: Sequence[float]) -> float:

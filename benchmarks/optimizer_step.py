@@ -9,6 +9,7 @@ compiler plans, and seconds to compile.
 """
 
 import argparse
+import math
 import time
 
 import common
@@ -29,6 +30,7 @@ SIZES = {
     "tiny": layer(256, 1024),
     "28m": layer(768, 3072) * 4,
     "nano_125m": [*layer(768, 2064), (768, 2064)] * 12,
+    "nano_125m_stacked": [(12, *shape) for shape in [*layer(768, 2064), (768, 2064)]],
     "2048": layer(2048, 8192),
 }
 
@@ -41,7 +43,7 @@ def variants(dim):
     both = {"use_galore": True, "use_8bit_optim": True}
     plain = {"galore_residual": 0.0}
     return {
-        "optax.contrib.muon": optax.contrib.muon(0.02),
+        "optax.contrib.muon": common.optax_muon(0.02),
         "optax.contrib.galore": optax.contrib.galore(0.02, rank=dim // 4),
         "optax.adamw": optax.adamw(0.02),
         "muon": config(),
@@ -94,7 +96,10 @@ def main():
         f"w{i}": jnp.asarray(rng.normal(size=shape) * 0.02, jnp.float32)
         for i, shape in enumerate(shapes)
     }
-    chosen = variants(min(shapes[0]))
+    chosen = variants(shapes[0][-1])
+    unknown = set(args.only or []) - chosen.keys()
+    if unknown:
+        parser.error(f"--only takes some of {list(chosen)}, got {sorted(unknown)}")
     if args.only:
         names = {"optax.contrib.muon", *args.only}
         chosen = {name: tx for name, tx in chosen.items() if name in names}
@@ -115,7 +120,7 @@ def main():
     result = {"size": args.size, "machine": common.machine(), "rows": rows}
     common.write(args.output, result)
     print(result["machine"])
-    count = sum(m * n for m, n in shapes)
+    count = sum(math.prod(shape) for shape in shapes)
     common.show(
         f"One optimizer step, {args.size}: {count / 1e6:.1f}M parameters",
         [

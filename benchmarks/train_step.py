@@ -36,14 +36,7 @@ VARIANTS = {
 def optax_muon(config, params):
     """Builds Optax's Muon for the matrices, and AdamW for the rest."""
     adamw = optax.adamw(config.lr)
-    axes = optax.contrib.MuonDimensionNumbers(-2, -1)  # for stacked layers too
-    muon = optax.contrib.muon(
-        config.lr,
-        beta=config.muon_momentum,
-        muon_weight_dimension_numbers=lambda params: jax.tree.map(
-            lambda _: axes, params
-        ),
-    )
+    muon = common.optax_muon(config.lr, config.muon_momentum)
     by_label = {"embedding": adamw, "head": adamw, "vector": adamw, "matrix": muon}
     return optax.chain(
         optax.clip_by_global_norm(config.grad_clip),
@@ -74,7 +67,7 @@ class Step:
         return metrics
 
 
-def main():
+def arguments():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--config-file", default="configs/tiny_cpu.toml")
     parser.add_argument("--batch-size", type=int, default=4)
@@ -86,10 +79,14 @@ def main():
     parser.add_argument("--compute-dtype", default="float32")
     parser.add_argument("--scan-layers", action="store_true")
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--only", nargs="*", default=[*VARIANTS, *PEERS])
+    names = [*VARIANTS, *PEERS]
+    parser.add_argument("--only", nargs="*", choices=names, default=names)
     parser.add_argument("--output", help="JSON file to write")
-    args = parser.parse_args()
+    return parser.parse_args()
 
+
+def main():
+    args = arguments()
     config = dataclasses.replace(
         Config.from_toml(args.config_file),
         batch_size=args.batch_size,
@@ -105,8 +102,7 @@ def main():
         for name, settings in VARIANTS.items()
         if name in {"muon", *args.only}
     }
-    peers = {name: Step(config, PEERS[name]) for name in PEERS if name in args.only}
-    steps |= peers
+    steps |= {name: Step(config, PEERS[name]) for name in PEERS if name in args.only}
     gc.collect()
     seconds = common.interleave(steps, args.repeats)
     rows = [
@@ -119,7 +115,6 @@ def main():
         for name, step in steps.items()
     ]
     result = {
-        "config": args.config_file,
         "tokens": config.tokens_per_step,
         "settings": vars(args),
         "machine": common.machine(),

@@ -54,7 +54,7 @@ def main(args: Sequence[str] | None = None) -> int:
     """
     warnings.showwarning = _show_warning
     # LAPACK's threads wait for work by spinning, and so take cores from XLA's: a change
-    # of GaLore's basis takes 1.3 to 1.8 times as long with them.
+    # of GaLore's basis takes up to 1.6 times as long with them.
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     args = sys.argv[1:] if args is None else args
     try:

@@ -164,7 +164,6 @@ def _cholesky_qr(y: Array, shift: Array | float | None = None) -> Array:
     if shift is not None:
         gram += shift * jnp.broadcast_to(jnp.eye(y.shape[-2]), gram.shape)
     factor = jnp.linalg.cholesky(gram, symmetrize_input=False)
-    # Columns of the transpose, which is how the library has them: nothing is copied.
     solve: Any = jax.lax.linalg.triangular_solve
     return solve(factor, y.mT, lower=True, transpose_a=True).mT
 

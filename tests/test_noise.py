@@ -19,7 +19,7 @@ def key(*words):
 
 
 def correlation(x, y):
-    """Of independent numbers it is within 4 / sqrt(n), but for one time in 16,000."""
+    """In standard deviations: of independent numbers below 4, but once in 16,000."""
     return abs(np.corrcoef(np.ravel(x), np.ravel(y))[0, 1]) * np.sqrt(np.size(x))
 
 

@@ -115,8 +115,7 @@ def stacks(config: Config, params: Params) -> Iterator[Stack]:
             for x in (matrices[i] for i in outer)
         ]
         places = [x.sharding for x in leaves]
-        most = trees.group_bytes()
-        for inner in trees.group_by_shape(leaves, most, places, devices):
+        for inner in trees.group_by_shape(leaves, trees.group_bytes(), places, devices):
             first = leaves[inner[0]]
             count = len(inner) * math.prod(first.shape[:-2])
             inside, replicas = _shares(first, count)

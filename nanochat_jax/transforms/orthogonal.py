@@ -69,7 +69,7 @@ def orthogonalize(
     )
 
     def most() -> int:
-        return _default_bytes() if max_bytes is None else max_bytes
+        return trees.piece_bytes() if max_bytes is None else max_bytes
 
     def iterate_in_parts(stack: Array) -> Array:
         return by_rows(iterate, stack, max_bytes=most())
@@ -106,10 +106,6 @@ def orthogonalize(
     return optax.GradientTransformation(
         optax.init_empty_state, placement.in_auto_mode(update_fn)
     )
-
-
-def _default_bytes() -> int:
-    return trees.group_bytes() // (2 if jax.default_backend() == "cpu" else 1)
 
 
 def scale_by_shape(mode: ShapeScale = "width") -> optax.GradientTransformation:

@@ -43,7 +43,8 @@ def sequence(
       core_ndim: Number of last axes that `inner` treats together, if it treats what is
         along the axes before by itself: 1 for elementwise transforms, also quantised, 2
         for those of matrices. A larger leaf of more axes is then worked on a few
-        entries of its first axis at a time; not if it is spread over devices.
+        entries of its first axis at a time, by default on a processor half of what a
+        group takes; not if it is spread over devices.
 
     Returns:
       A transformation with the updates and the state of `inner`.
@@ -64,10 +65,11 @@ def sequence(
         flat, treedef = jax.tree.flatten_with_path(updates)
         names, leaves = [keystr(path) for path, _ in flat], [x for _, x in flat]
         most = trees.group_bytes() if max_bytes is None else max_bytes
+        rows = trees.piece_bytes() if max_bytes is None else max_bytes
         groups = trees.group_by_shape(leaves, most, devices=placement.device_count())
         step = functools.partial(inner.update, **extra_args)
         if core_ndim is not None and placement.device_count() == 1:
-            step = functools.partial(_by_rows, step, most, core_ndim)
+            step = functools.partial(_by_rows, step, rows, core_ndim)
         if len(groups) < 2:
             return step(updates, state, params)
         weights = None if params is None else treedef.flatten_up_to(params)
@@ -107,8 +109,7 @@ def _by_rows(
     leaves = jax.tree.leaves(inputs[0])
     if len(leaves) != 1 or leaves[0].ndim <= core_ndim:
         return step(*inputs)
-    # Half of what whole leaves may take: of rows updates and state are copies too.
-    return update_by_rows(step, *inputs, max_bytes=max_bytes // 2)
+    return update_by_rows(step, *inputs, max_bytes=max_bytes)
 
 
 def _owners(state: optax.OptState, names: set[str]) -> list[str | None]:

@@ -10,6 +10,7 @@ from nanochat_jax.lm import mesh, model, setup, spread
 from nanochat_jax.lm.collectives import KINDS, collectives
 from nanochat_jax.lm.traffic import step_traffic
 from nanochat_jax.lm.update_traffic import update_traffic
+from nanochat_jax.transforms import trees
 
 SMALL = {
     "dim": 64, "n_layers": 4, "n_heads": 8, "ffn_mult": 4.0, "vocab_size": 128,
@@ -112,6 +113,17 @@ def test_an_update_sends_what_is_predicted(sizes, values):
     rows = [row for row in update_traffic(config, params) if row.every == 1]
     found = [x for x in updated(config, params) if not x.in_branch]
     # Groups of matrices take their turns in loops that run once.
+    assert_as_predicted(found, rows)
+    exchanges = [x for x in found if x.kind == "all-to-all"]
+    assert len(exchanges) == sum(x.count for x in rows if x.kind == "all-to-all")
+
+
+def test_a_group_is_sent_whole(monkeypatch):
+    config, _, params = place({"fsdp": 8})
+    square = 4 * config.dim**2
+    # All 16 square matrices are one group, and half of the bytes would make two.
+    monkeypatch.setattr(trees, "group_bytes", lambda: 16 * square // 8)
+    rows, found = update_traffic(config, params), updated(config, params)
     assert_as_predicted(found, rows)
     exchanges = [x for x in found if x.kind == "all-to-all"]
     assert len(exchanges) == sum(x.count for x in rows if x.kind == "all-to-all")
