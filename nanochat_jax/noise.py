@@ -30,15 +30,15 @@ def uniform(key: PRNGKeyArray, shape: tuple[int, ...]) -> Float32[Array, "*shape
     return (bits >> 8).astype(jnp.float32) * 2.0**-24
 
 
-def signs(seed: ArrayLike, shape: tuple[int, ...]) -> Float32[Array, "*shape"]:
-    """Returns signs, -1 or 1.
+def symmetric(seed: ArrayLike, shape: tuple[int, ...]) -> Float32[Array, "*shape"]:
+    """Returns numbers evenly spread over `[-√3, √3)`: of mean 0 and variance 1.
 
     Args:
-      seed: Unsigned 32-bit integer that they hang on.
+      seed: Unsigned 32-bit integer that fixes them.
       shape: Shape of the result.
     """
     bits = _hashes([seed], shape)
-    return jnp.where(bits >> 31, 1.0, -1.0)
+    return ((bits >> 8).astype(jnp.float32) * 2.0**-23 - 1.0) * math.sqrt(3.0)
 
 
 def mix_bits(x: UInt32[Array, "*shape"]) -> UInt32[Array, "*shape"]:

@@ -16,7 +16,7 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Float32
 
 from nanochat_jax.linalg import normalize
-from nanochat_jax.noise import signs
+from nanochat_jax.noise import symmetric
 from nanochat_jax.products import product
 
 POWER_STEPS = 3
@@ -75,7 +75,10 @@ def range_basis(
         short, long = x.shape[-2:]
         form_gram = _gram_is_cheaper(short, long, rank, power_steps)
     multiply = _products_with_gram(x, form_gram)
-    sketch = signs(seed, (*x.shape[:-2], rank, x.shape[-2])) / math.sqrt(x.shape[-2])
+    # Of no few values: a small matrix of signs is singular now and then, and the basis
+    # then hangs on rounding.
+    sketch = symmetric(seed, (*x.shape[:-2], rank, x.shape[-2]))
+    sketch /= math.sqrt(x.shape[-2])
     y = sketch if start is None else start.astype(jnp.float32).mT
     # Where `x` has less than full rank, the sketch fills up the basis.
     mend = lambda y: _unit(y) + _NOISE * sketch
@@ -87,7 +90,10 @@ def range_basis(
     y = _nearly_orthonormalize(_precondition(_unit(y)))
     z = multiply(y)
     vectors = jnp.linalg.eigh(product("...rm,...km->...rk", y, z))[1][..., ::-1]
-    return _orthonormalize(mend(product("...kr,...km->...rm", vectors, z))).mT
+    # Filled up by `y`, which is orthonormal: `y(XXᵀ + c)` has full rank for sure, where
+    # a sketch of all of the space may be nearly singular.
+    z = _unit(z) + _NOISE * y
+    return _orthonormalize(product("...kr,...km->...rm", vectors, z)).mT
 
 
 def range_basis_flops(
@@ -162,7 +168,9 @@ def _cholesky_qr(y: Array, shift: Array | float | None = None) -> Array:
     """Returns `L⁻¹y`, where `LLᵀ` is the Gram matrix of the rows of `y`, shifted."""
     gram = product("...rm,...km->...rk", y, y)
     if shift is not None:
-        gram += shift * jnp.broadcast_to(jnp.eye(y.shape[-2]), gram.shape)
+        gram += shift * jnp.broadcast_to(
+            jnp.eye(*gram.shape[-2:], dtype=gram.dtype), gram.shape
+        )
     factor = jnp.linalg.cholesky(gram, symmetrize_input=False)
     solve: Any = jax.lax.linalg.triangular_solve
     return solve(factor, y.mT, lower=True, transpose_a=True).mT

@@ -51,10 +51,11 @@ def test_every_kind_of_key_will_do():
 
 
 @pytest.mark.parametrize("seed", [0, 1, 2**32 - 1])
-def test_signs_are_as_often_of_either_kind(seed):
-    x = np.asarray(noise.signs(jnp.uint32(seed), SHAPE))
-    assert set(np.unique(x)) == {-1.0, 1.0}
+def test_symmetric_numbers_have_mean_zero_and_variance_one(seed):
+    x = np.asarray(noise.symmetric(jnp.uint32(seed), SHAPE))
+    assert abs(x).max() <= np.float32(3**0.5)
     assert abs(x.mean()) < 4 / np.sqrt(COUNT)
+    assert abs(x.var() - 1) < 4 / np.sqrt(COUNT)
     assert correlation(x[1:], x[:-1]) < 4
 
 
