@@ -17,7 +17,9 @@ from jax.tree_util import keystr
 from nanochat_jax import label_params
 from nanochat_jax.config import ModelConfig
 from nanochat_jax.lm import layers, model
+from nanochat_jax.lm.accumulate import mean_gradient
 from nanochat_jax.lm.generate import _next_token, generate, sample
+from nanochat_jax.lm.loss import cross_entropy
 
 CONFIG = ModelConfig(
     dim=32, n_layers=2, n_heads=4, n_kv_heads=2, vocab_size=61, max_seq_len=16
@@ -285,6 +287,40 @@ def test_bfloat16_is_the_type_of_activations_only():
     exact = logits_of()(params, token_ids())
     assert logits.dtype == loss.dtype == jnp.float32
     assert 1e-4 < jnp.abs(logits - exact).max() < 0.1 * jnp.abs(exact).max()
+
+
+def test_bfloat16_keeps_the_gradient_of_a_frequent_token():
+    """A sum in bfloat16 stands still from 256 equal terms on."""
+    config = dataclasses.replace(CONFIG, compute_dtype="bfloat16")
+    graphdef, params = initial(config)
+    ids = jax.random.randint(jax.random.key(0), (64, 64), 0, CONFIG.vocab_size)
+    frequent = jax.random.bernoulli(jax.random.key(1), 0.5, ids.shape)
+    ids = jnp.where(frequent, 7, ids)  # 2,000 of 4,096
+    weights = jax.random.uniform(jax.random.key(2), (*ids.shape, CONFIG.dim))
+    weights = weights.astype(jnp.bfloat16)
+
+    def total(params):
+        return jnp.sum(nnx.merge(graphdef, params)._look_up(ids) * weights)
+
+    grads = jax.jit(jax.grad(total))(params)["embed"]["embedding"]
+    exact = jnp.zeros_like(grads).at[ids].add(weights.astype(jnp.float32))
+    error = jnp.linalg.norm(grads - exact, axis=-1) / jnp.linalg.norm(exact, axis=-1)
+    assert error.max() < 0.01
+
+
+def test_sums_over_chunks_and_microbatches_are_not_in_a_short_type():
+    """In bfloat16 they would stop at 256 ones."""
+    weights = jnp.ones([2], jnp.bfloat16)
+    count = 300
+    loss = lambda weights, batch: jnp.sum(weights.astype(jnp.float32))
+    batch = jnp.zeros((count, 1, 2), jnp.int32)
+    _, mean = mean_gradient(loss, weights, batch)
+    np.testing.assert_array_equal(mean.astype(jnp.float32), 1.0)
+    head = lambda weights, x: x * weights.astype(jnp.float32)[None, None]
+    x, labels = jnp.ones((1, count, 2)), jnp.zeros((1, count), jnp.int32)
+    grad = jax.grad(lambda w, chunk: cross_entropy(head, w, x, labels, chunk))
+    whole, chunks = (grad(weights, c).astype(jnp.float32) for c in (0, 1))
+    np.testing.assert_allclose(chunks, whole, rtol=0.01)
 
 
 def test_foreign_tokens_show_as_nan():

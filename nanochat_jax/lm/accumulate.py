@@ -4,6 +4,7 @@ Axes: A microbatches, B sequences, S tokens of a sequence.
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -25,6 +26,8 @@ def mean_gradient(
 ) -> tuple[Float32[Array, ""], optax.Updates]:
     """Returns mean loss and gradient over the microbatches, one at a time.
 
+    They are added up in float32, whatever their type.
+
     Args:
       loss_fn: Loss of a microbatch, `[B, S + 1]`.
       params: Parameters of the model.
@@ -38,14 +41,16 @@ def mean_gradient(
 
     if batch.shape[0] == 1:
         return evaluate(batch[0])
+    plus = lambda total, x: total + x.astype(total.dtype)
     add = lambda total, microbatch: (
-        jax.tree.map(jnp.add, total, evaluate(microbatch)),
+        jax.tree.map(plus, total, evaluate(microbatch)),
         None,
     )
     like = jax.eval_shape(evaluate, batch[0])
-    zero = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), like)
+    zero = jax.tree.map(lambda x: jnp.zeros(x.shape, _sum_dtype(x)), like)
     total, _ = jax.lax.scan(add, zero, batch)
-    return jax.tree.map(lambda x: x / batch.shape[0], total)
+    mean = lambda total, x: (total / batch.shape[0]).astype(x.dtype)
+    return jax.tree.map(mean, total, like)
 
 
 def accumulator_bytes(
@@ -69,5 +74,12 @@ def accumulator_bytes(
         state = jax.eval_shape(tx.init, params)
         project = lambda state, grads: project_gradients(tx, state, grads, params)
         usual = jax.eval_shape(project, state, params)
-    count = lambda tree: sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))
+    count = lambda tree: sum(
+        x.size * _sum_dtype(x).itemsize for x in jax.tree.leaves(tree)
+    )
     return {"refresh": count(params), "usual": count(usual)}
+
+
+def _sum_dtype(x: Any) -> Any:
+    """Returns the type in which arrays like `x` are added up."""
+    return jnp.promote_types(x.dtype, jnp.float32)

@@ -93,7 +93,7 @@ def _in_chunks(
 ) -> Float32[Array, ""]:
     """Returns the sum of `loss` over chunks."""
     add = lambda total, chunk: (total + loss(weights, *chunk), None)
-    return jax.lax.scan(add, jnp.zeros([]), (x, labels))[0]
+    return jax.lax.scan(add, jnp.zeros([], jnp.float32), (x, labels))[0]
 
 
 def _forward(
@@ -101,11 +101,14 @@ def _forward(
 ) -> tuple[Array, Any]:
     def add(totals: Any, chunk: Any) -> tuple[Any, Array]:
         value, (d_weights, d_x) = jax.value_and_grad(loss, (0, 1))(weights, *chunk)
-        return jax.tree.map(jnp.add, totals, (value, d_weights)), d_x
+        total, d_total = totals
+        return (total + value, d_total + d_weights.astype(d_total.dtype)), d_x
 
-    zero = (jnp.zeros([]), jnp.zeros_like(weights))
+    # Chunks may be many: in a short type the last ones would not count.
+    dtype = jnp.promote_types(weights.dtype, jnp.float32)
+    zero = (jnp.zeros([], jnp.float32), jnp.zeros_like(weights, dtype))
     (value, d_weights), d_x = jax.lax.scan(add, zero, (x, labels))
-    return value, (d_weights, d_x)
+    return value, (d_weights.astype(weights.dtype), d_x)
 
 
 def _backward(

@@ -123,8 +123,9 @@ class GPT(nnx.Module):
         return jnp.where(known[(None,) * (logits.ndim - 1)], logits, -jnp.inf)
 
     def _look_up(self, tokens: Array) -> Array:
-        table = self.embed.embedding[...].astype(self.dtype)
-        return spread.looked_up(jnp.take(spread.by_columns(table), tokens, axis=0))
+        table = spread.by_columns(self.embed.embedding[...])
+        # Cast after: gradients of a token seen often are then added up in float32.
+        return spread.looked_up(jnp.take(table, tokens, axis=0).astype(self.dtype))
 
     def _run_blocks(self, tokens: Array, positions: Array, caches: Any) -> Any:
         """Returns the normalised residual stream, and the caches of the blocks."""
