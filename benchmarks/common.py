@@ -34,10 +34,17 @@ def interleave(calls: Calls, repeats: int) -> dict[str, list[float]]:
     return seconds
 
 
-def optax_muon(rate: float, beta: float = 0.95) -> optax.GradientTransformation:
-    """Returns Optax's Muon for the last two axes of all, stacked or not."""
-    axes = optax.contrib.MuonDimensionNumbers(-2, -1)
-    dimensions = lambda params: jax.tree.map(lambda _: axes, params)
+def optax_muon(
+    rate: float, beta: float = 0.95, axes: Mapping[str, Any] | None = None
+) -> optax.GradientTransformation:
+    """Returns Optax's Muon, by axes of paths, else for the last two, stacked or not."""
+    numbers = optax.contrib.MuonDimensionNumbers
+    last = numbers(-2, -1)
+    given = {k: numbers(v.fan_in, v.fan_out) for k, v in (axes or {}).items() if v}
+    name = lambda path: jax.tree_util.keystr(path, simple=True, separator="/")
+    dimensions = lambda params: jax.tree.map_with_path(
+        lambda path, _: given.get(name(path), last), params
+    )
     return optax.contrib.muon(rate, beta=beta, muon_weight_dimension_numbers=dimensions)
 
 

@@ -1,11 +1,15 @@
 """Times one optimizer step of every variant beside those of Optax.
 
     python benchmarks/optimizer_step.py --size 28m --output step.json
+    python benchmarks/optimizer_step.py --size nano_125m_heads --only muon muon_8bit
 
 Peers and variants are compiled for the same parameters and called in turn, each on its
 own donated state, in one process. Columns: median seconds of a step without a change of
 basis, its ratio to `optax.contrib.muon`, bytes of state, bytes of temporaries that the
 compiler plans, and seconds to compile.
+
+`nano_125m_heads` has the kernels of attention in three axes, `[features, heads,
+head_dim]`, and times each variant once more on the same matrices in two.
 """
 
 import argparse
@@ -26,10 +30,24 @@ def layer(dim, ffn):
     return [(dim, dim)] * 4 + [(dim, ffn), (ffn, dim)]
 
 
+def attention(dim, heads):
+    """Shapes of query, key, value and output kernels, as Flax has them."""
+    return [(dim, heads, dim // heads)] * 3 + [(heads, dim // heads, dim)]
+
+
+def axes_of(path, shape):
+    """The axes of a kernel of attention, in which heads are fewer than features."""
+    del path
+    heads_first = shape[0] < shape[1]
+    return nj.MatrixAxes((0, 1), 2) if heads_first else nj.MatrixAxes(0, (1, 2))
+
+
 SIZES = {
     "tiny": layer(256, 1024),
+    "tiny_heads": [*attention(256, 4), (256, 1024), (1024, 256)],
     "28m": layer(768, 3072) * 4,
     "nano_125m": [*layer(768, 2064), (768, 2064)] * 12,
+    "nano_125m_heads": [*attention(768, 12), *[(768, 2064)] * 2, (2064, 768)] * 12,
     "nano_125m_stacked": [(12, *shape) for shape in [*layer(768, 2064), (768, 2064)]],
     "2048": layer(2048, 8192),
 }
@@ -59,6 +77,24 @@ def variants(dim):
         "galore_plain_8bit": config(**both, **plain),
         "galore_plain_8bit_bf16": config(**both, **plain, ns_dtype="bfloat16"),
     }
+
+
+def with_heads(chosen, params):
+    """Returns steps on kernels of three axes, and beside each on the same in two."""
+    rule = lambda path, shape: axes_of(path, shape) if len(shape) == 3 else None
+    views = {name: rule(name, x.shape) for name, x in params.items()}
+    flat = {
+        name: x if views[name] is None else x.reshape(views[name].view_shape(x.shape))
+        for name, x in params.items()
+    }
+    steps = {}
+    for name, tx in chosen.items():
+        seen = nj.sequence(nj.as_matrices(tx, rule))
+        if name == "optax.contrib.muon":
+            seen = common.optax_muon(0.02, axes=views)
+        steps[name] = Step(seen, params)
+        steps[f"{name}, 2 axes"] = Step(tx, flat)
+    return steps
 
 
 class Step:
@@ -96,7 +132,7 @@ def main():
         f"w{i}": jnp.asarray(rng.normal(size=shape) * 0.02, jnp.float32)
         for i, shape in enumerate(shapes)
     }
-    chosen = variants(shapes[0][-1])
+    chosen = variants(max(shapes[0][-2:]))
     unknown = set(args.only or []) - chosen.keys()
     if unknown:
         parser.error(f"--only takes some of {list(chosen)}, got {sorted(unknown)}")
@@ -104,6 +140,8 @@ def main():
         names = {"optax.contrib.muon", *args.only}
         chosen = {name: tx for name, tx in chosen.items() if name in names}
     steps = {name: Step(tx, params) for name, tx in chosen.items()}
+    if args.size.endswith("heads"):
+        steps = with_heads(chosen, params)
     seconds = common.interleave(steps, args.repeats)
     base = seconds["optax.contrib.muon"]
     rows = [

@@ -1,10 +1,9 @@
-"""An Equinox model, and transforms of this library.
+"""An Equinox model under Muon with momentum in 8 bits.
 
 Run it with `python examples/equinox_train.py`; it takes a few seconds. A small network
 learns the ripples of a pond. What in a module is no array, such as its activation, is
 `None` among the parameters, as `eqx.filter` leaves it. Kernels of Equinox are
-`(out, in)`, so the update is scaled by `"rms"`, which takes both axes alike, not by
-`"width"`, which reads the last as the output.
+`(out, in)`, which `muon` knows from the modules.
 """
 
 import equinox as eqx
@@ -33,26 +32,14 @@ class Pond(eqx.Module):
         return self.mlp(jnp.concatenate([jnp.sin(angles), jnp.cos(angles)]))
 
 
-def optimizer() -> optax.GradientTransformationExtraArgs:
-    muon = optax.chain(
-        nj.quantize_state(
-            optax.chain(nj.momentum(0.9), nj.orthogonalize()),
-            {"momentum": nj.Int8(block_size=64)},
-        ),
-        nj.scale_by_shape("rms"),
-        optax.scale_by_learning_rate(optax.linear_schedule(0.02, 0.0, STEPS)),
-    )
-    by_label = {"matrix": muon, "vector": optax.adam(0.003)}
-    return optax.partition(by_label, nj.label_params)
-
-
 @eqx.filter_value_and_grad
 def loss_fn(model: Pond, points: jax.Array, heights: jax.Array) -> jax.Array:
     return jnp.mean((jax.vmap(model)(points) - heights) ** 2)
 
 
 def main() -> dict[str, float]:
-    model, tx = Pond(jax.random.key(0)), optimizer()
+    model = Pond(jax.random.key(0))
+    tx = nj.muon(optax.linear_schedule(0.05, 0.0, STEPS), bits=8, block_size=64)
     state = tx.init(eqx.filter(model, eqx.is_inexact_array))
     points = jax.random.uniform(jax.random.key(1), (512, 2), minval=-1)
     heights = jnp.cos(8 * jnp.linalg.norm(points, axis=1))

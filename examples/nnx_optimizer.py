@@ -2,8 +2,7 @@
 
 Run it with `python examples/nnx_optimizer.py`; it takes a few seconds. A small network
 learns to tell sixteen words of 64 bits apart, of which one bit in five is flipped. Its
-optimizer, momentum in 8 bits and in a space of rank 16, is built for the parameters as
-plain arrays; `for_nnx` lets `nnx.Optimizer` hold its state.
+optimizer has its momentum in 8 bits and in a space of rank 16.
 """
 
 import jax
@@ -12,7 +11,6 @@ import optax
 from flax import nnx
 
 import nanochat_jax as nj
-from nanochat_jax.lm.nnx_optimizer import for_nnx
 
 CONFIG = nj.OptimizerConfig(
     lr=0.02,
@@ -63,7 +61,7 @@ def main() -> dict[str, float]:
     model = Reader(nnx.Rngs(0))
     params = nnx.as_pure(nnx.state(model, nnx.Param))
     tx = nj.build_optimizer(CONFIG, params)
-    optimizer = nnx.Optimizer(model, for_nnx(tx), wrt=nnx.Param)
+    optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
     keys = jax.random.split(jax.random.key(1), CONFIG.total_steps)
     losses = [float(train_step(model, optimizer, key)) for key in keys]
     held = sum(x.nbytes for x in jax.tree.leaves(nnx.as_pure(optimizer.opt_state)))

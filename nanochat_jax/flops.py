@@ -1,6 +1,7 @@
 """Floating-point operations of an optimizer's update, counted from shapes."""
 
 import math
+from typing import Any
 
 import jax
 import optax
@@ -8,12 +9,14 @@ import optax
 from nanochat_jax import linalg, rangefinder
 from nanochat_jax.coefficients import POLYNOMIALS
 from nanochat_jax.config import OptimizerConfig
-from nanochat_jax.labels import label_params
 from nanochat_jax.optimizer import projector_cost
+from nanochat_jax.roles import matrices_of, settle
 from nanochat_jax.transforms import projection
 
 
-def update_flops(config: OptimizerConfig, params: optax.Params) -> dict[str, int]:
+def update_flops(
+    config: OptimizerConfig, params: optax.Params, matrix_axes: Any = None
+) -> dict[str, int]:
     """Counts the products of one update of the matrices.
 
     Elementwise work is left out; it is bound by memory, not by operations.
@@ -21,22 +24,20 @@ def update_flops(config: OptimizerConfig, params: optax.Params) -> dict[str, int
     Args:
       config: What the optimizer is.
       params: Parameters, as arrays or `jax.ShapeDtypeStruct`s.
+      matrix_axes: As for `build_optimizer`.
 
     Returns:
       Operations by part: `newton_schulz`, `projection`, and `refresh`, the change of
       basis divided by the steps between two.
     """
-    labels = label_params(params)
-    ranks = jax.tree.map(lambda _: 0, params)
+    matrices = matrices_of(params, settle(params, matrix_axes=matrix_axes))
+    ranks = jax.tree.map(lambda _: 0, matrices)
     if config.use_galore:
-        ranks = projection.ranks(params, config.rank)
+        ranks = projection.ranks(matrices, config.rank)
     total = {"newton_schulz": 0, "projection": 0, "refresh": 0}
-    for x, label, rank in zip(
-        *map(jax.tree.leaves, (params, labels, ranks)), strict=True
-    ):
-        if label == "matrix":
-            for part, count in _leaf_flops(config, x.shape, rank).items():
-                total[part] += count
+    for x, rank in zip(*map(jax.tree.leaves, (matrices, ranks)), strict=True):
+        for part, count in _leaf_flops(config, x.shape, rank).items():
+            total[part] += count
     return total
 
 

@@ -228,13 +228,14 @@ def _segments(
 
 def _gram_polynomial(x: Array, steps: Sequence[Coefficients]) -> Array:
     """Returns the matrix by which `steps` multiply a `y` with the Gram matrix `x`."""
-    eye, dtype = jnp.broadcast_to(jnp.eye(x.shape[-1]), x.shape), x.dtype
+    dtype, wide = x.dtype, lambda x: x.astype(jnp.float32)
+    eye = jnp.broadcast_to(jnp.eye(x.shape[-1], dtype=jnp.float32), x.shape)
     # All are polynomials of one symmetric matrix, so they commute.
     multiply = lambda p, q: mirror(commuting_product(p, q)).astype(dtype)
 
     def factor_of(x: Array, coefficients: Coefficients | Array) -> Array:
         a, b, c = coefficients
-        return (a * eye + b * x + c * multiply(x, x)).astype(dtype)
+        return (a * eye + b * wide(x) + c * wide(multiply(x, x))).astype(dtype)
 
     def advance(
         carry: tuple[Array, ...], step: Array

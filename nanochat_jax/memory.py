@@ -5,16 +5,19 @@ the compiler's own plan.
 """
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 import jax
 import optax
-from jax.tree_util import GetAttrKey, KeyPath, keystr
+from jax.tree_util import keystr
 
-from nanochat_jax.labels import label_params
+from nanochat_jax.interop.arrays import as_arrays
+from nanochat_jax.roles import settle
 from nanochat_jax.sharding import bytes_per_device, shardings_of, state_sharding
-from nanochat_jax.transforms import trees
-from nanochat_jax.transforms.quantize import is_quantized
+from nanochat_jax.transforms import record
+from nanochat_jax.transforms.state_paths import Place, locate
+from nanochat_jax.transforms.stored import is_quantized
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,7 +113,7 @@ class MemoryReport:
 def memory_report(
     tx: optax.GradientTransformation,
     params: optax.Params,
-    labels: optax.Params | None = None,
+    labels: Any = None,
 ) -> MemoryReport:
     """Counts the bytes of `tx`'s state for `params`, without allocating it.
 
@@ -123,21 +126,27 @@ def memory_report(
       tx: Transformation whose state to count.
       params: Parameters, as arrays or `jax.ShapeDtypeStruct`s. If they are sharded over
         several devices, so is the state, as `state_sharding` has it.
-      labels: A tree like `params` of labels; by `label_params` if not given.
+      labels: Labels, as for `build_optimizer`; those that `tx` goes by, if it does, or
+        by names if not given. Frozen parameters are left out of the report.
 
     Returns:
       The report.
     """  # noqa: E501 (the row is printed on one line)
-    labels = label_params(params) if labels is None else labels
-    names = [keystr(path) for path, _ in jax.tree.leaves_with_path(params)]
-    label_of = dict(zip(names, jax.tree.leaves(labels), strict=True))
-    counts: dict[str, int] = {}
-    for x, label in zip(jax.tree.leaves(params), jax.tree.leaves(labels), strict=True):
-        counts[label] = counts.get(label, 0) + x.size
+    params = as_arrays(params)
+    roles = record.record_of(tx, params).roles if labels is None else {}
+    roles = roles or settle(params, labels=labels, refuse=False)
+    label_of, counts = {name: role.label for name, role in roles.items()}, {}
+    for path, x in jax.tree.leaves_with_path(params):
+        label = label_of[keystr(path)]
+        if label != "frozen":
+            counts[label] = counts.get(label, 0) + x.size
     state = _placed_state(tx, params)
+    places = locate(state, params)
     sums: dict[tuple[str, str, str], list[int]] = {}
     for path, node in jax.tree.leaves_with_path(state, is_leaf=is_quantized):
-        label, field = _place(path, node, label_of)
+        place = places[keystr(path)]
+        label = label_of[place.name] if place.name is not None else "other"
+        field = place.fields[-1] if place.fields else ""
         parts = zip(("", ".scales"), node if is_quantized(node) else (node,))  # noqa: B905
         for suffix, x in parts:
             key = (label, field + suffix, x.dtype.name)
@@ -148,7 +157,7 @@ def memory_report(
         MemoryRow(*key, entries, size, here if spread else None)
         for key, (entries, size, here) in sums.items()
     )
-    return MemoryReport(rows, counts, _full_rank(state, label_of))
+    return MemoryReport(rows, counts, _full_rank(state, places, label_of))
 
 
 def compiled_bytes(
@@ -200,7 +209,7 @@ def planned_bytes(compiled: jax.stages.Compiled) -> dict[str, int]:
 
 def _placed_state(tx: optax.GradientTransformation, params: optax.Params) -> Any:
     """Returns shapes and types of the state, with shardings if `params` have some."""
-    state = jax.eval_shape(tx.init, params)
+    state = record.abstract_init(tx, params)
     shardings = shardings_of(params)
     if shardings is None:
         return state
@@ -211,26 +220,15 @@ def _placed_state(tx: optax.GradientTransformation, params: optax.Params) -> Any
     )
 
 
-def _full_rank(state: optax.OptState, label_of: dict[str, str]) -> tuple[str, ...]:
-    leaves = jax.tree.leaves_with_path(state, is_leaf=lambda node: node is None)
-    places = [trees.split_path(path, ("projector",)) for path, x in leaves if x is None]
-    return tuple(
-        place[1] for place in places if place and label_of.get(place[1]) == "matrix"
-    )
-
-
-def _place(path: KeyPath, node: Any, label_of: dict[str, str]) -> tuple[str, str]:
-    """Returns label and field of a state leaf, by the parameter its path ends in."""
-    for i in range(len(path) + 1):
-        fields = [key.name for key in path[:i] if isinstance(key, GetAttrKey)]
-        floating = is_quantized(node) or jax.numpy.issubdtype(
-            node.dtype, jax.numpy.floating
-        )
-        if floating and fields and keystr(path[i:]) in label_of:
-            return label_of[keystr(path[i:])], fields[-1]
-    return "other", next(
-        (key.name for key in reversed(path) if isinstance(key, GetAttrKey)), ""
-    )
+def _full_rank(
+    state: optax.OptState, places: Mapping[str, Place], label_of: Mapping[str, str]
+) -> tuple[str, ...]:
+    """Returns the matrices in whose place the projector has nothing."""
+    nodes = jax.tree.leaves_with_path(state, is_leaf=lambda node: node is None)
+    found = [places[keystr(path)] for path, node in nodes if node is None]
+    names = [place.name for place in found if place.field(["projector"])]
+    # What has no label is absent from the parameters too.
+    return tuple(name for name in names if name and label_of.get(name) == "matrix")
 
 
 def _reduction(held: int, baseline: int) -> float:

@@ -8,8 +8,8 @@ import optax
 import optax.contrib
 
 from nanochat_jax.config import OptimizerConfig
-from nanochat_jax.labels import label_params
 from nanochat_jax.optimizer import schedule
+from nanochat_jax.roles import label_params
 
 
 def build_adamw(

@@ -91,8 +91,10 @@ def build(
 def check_types(config: Any) -> None:
     """Refuses values that are not of the type of their field.
 
+    What stands for a value of that type, such as a NumPy number, is replaced by it.
+
     Args:
-      config: Dataclass instance.
+      config: Dataclass instance, which may be frozen.
 
     Raises:
       ValueError: If a value has the wrong type, or is a float that is not finite.
@@ -101,7 +103,7 @@ def check_types(config: Any) -> None:
     for key, hint in _types(type(config)).items():
         value = getattr(config, key)
         try:
-            _coerce(value, hint)
+            object.__setattr__(config, key, _coerce(value, hint))
         except TypeError as error:
             errors.append((False, f"`{key}` {error}"))
     require(*errors)
@@ -175,6 +177,7 @@ def _coerce(value: Any, hint: Any) -> Any:
     """Returns `value` as `hint` wants it, or raises `TypeError` with what is wrong."""
     options = typing.get_args(hint)
     origin = typing.get_origin(hint)
+    value = _as_python(value)
     if origin is typing.Literal:
         if (type(value), value) not in [(type(o), o) for o in options]:
             raise TypeError(f"must be one of {list(options)}, got {value!r}.")
@@ -205,6 +208,23 @@ def _coerce(value: Any, hint: Any) -> Any:
             f"must be of type {hint.__name__}, got {value!r} ({type(value).__name__})."
         )
     return value
+
+
+def _as_python(value: Any) -> Any:
+    """Returns a number of Python for one of NumPy or JAX, and other values as they are.
+
+    Raises:
+      TypeError: If the number is traced.
+    """
+    if getattr(value, "ndim", None) != 0 or not hasattr(value, "item"):
+        return value
+    try:
+        return value.item()
+    except Exception:
+        raise TypeError(
+            "must be known when the settings are made, got a traced value. "
+            "`build_optimizer(..., learning_rate=)` and `muon` take one."
+        ) from None
 
 
 def _coerce_to_any(value: Any, options: list[Any]) -> Any:

@@ -1,6 +1,7 @@
 """Placement of an optimizer and its state on a mesh of devices.
 
-The rule, for every transform: what has the shape of a parameter is sharded as it. What
+The rule, for every transform: what has the shape of a parameter, or of the matrices
+that it is seen as, is sharded as it, a merged axis as the first of its parts. What
 else belongs to a parameter keeps the mesh axes of the dimensions that survive, and the
 others go to the first dimension that they divide. The rest, such as counts, is
 replicated. So
@@ -23,9 +24,10 @@ import optax
 from jax.sharding import NamedSharding
 from jax.tree_util import KeyPath, keystr
 
-from nanochat_jax.transforms import placement, specs, trees
-from nanochat_jax.transforms.quantize import Stored
+from nanochat_jax.transforms import placement, record, specs
+from nanochat_jax.transforms.state_paths import locate
 from nanochat_jax.transforms.storage import storage_of
+from nanochat_jax.transforms.stored import Stored
 
 
 def state_sharding(
@@ -58,19 +60,26 @@ def state_sharding(
     shardings = _by_path(params, param_shardings)
     shapes = {keystr(path): x.shape for path, x in jax.tree.leaves_with_path(params)}
     mesh = next(iter(shardings.values()))
+    with record.recording() as told:
+        storage = storage_of(tx, params)
+    places = locate(storage, params)
 
     def place(path: KeyPath, leaf: Any) -> Any:
-        name = trees.owner(path, shapes)
+        name = places[keystr(path)].name
         if name is None:
             return specs.replicated(mesh)
-        whole = specs.derived(leaf.shape, shapes[name], shardings[name])
+        like, where = shapes[name], shardings[name]
+        view = told.views.get(name)
+        if view is not None and leaf.shape != like:
+            like, where = view.view_shape, specs.viewed(view, where)
+        whole = specs.derived(leaf.shape, like, where)
         if not isinstance(leaf, Stored):
             return whole
         return jax.tree.map(lambda x: specs.fit(x.shape, whole), leaf.stored_shape())
 
     # Codes that share a byte do not tell the shape of what they stand for.
     is_stored = lambda node: isinstance(node, Stored)
-    return jax.tree.map_with_path(place, storage_of(tx, params), is_leaf=is_stored)
+    return jax.tree.map_with_path(place, storage, is_leaf=is_stored)
 
 
 def init_sharded(

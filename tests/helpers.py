@@ -1,6 +1,7 @@
 """The transforms under test, and a small tree of parameters for every branch."""
 
 import functools
+from typing import Any, NamedTuple
 
 import chex
 import jax
@@ -37,9 +38,11 @@ def quantized(inner, codecs):
     return nj.quantize_state(inner, codecs, min_size=1)
 
 
-def built(**kwargs):
+def built(tree=None, **kwargs):
     config = nj.OptimizerConfig(**kwargs, galore_rank=5, galore_update_freq=2)
-    return nj.build_optimizer(config, params())
+    last_two = lambda path, shape: nj.MatrixAxes(fan_in=-2, fan_out=-1)
+    tree = params() if tree is None else tree
+    return nj.build_optimizer(config, tree, matrix_axes=last_two)
 
 
 STOCHASTIC = {"momentum": nj.Int8(16, stochastic_rounding=True)}
@@ -52,6 +55,7 @@ TRANSFORMS = {
     "stochastic int8(muon)": lambda: quantized(muon(), STOCHASTIC),
     "int8(adam.mu)": lambda: quantized(optax.scale_by_adam(), {"mu": nj.Int8()}),
     "galore(muon)": lambda: low_rank(muon()),
+    "adaptive galore(muon)": lambda: low_rank(muon(), adaptive=nj.Adaptive()),
     "galore(adam), bf16 projector": lambda: low_rank(
         optax.scale_by_adam(), projector_dtype="bfloat16"
     ),
@@ -63,19 +67,34 @@ TRANSFORMS = {
     "int8, 2 bits(two speeds)": lambda: quantized(
         two_speed(), BOTH | {"rest": nj.Normal2(16)}
     ),
+    "as_matrices(int8(joint))": lambda: nj.as_matrices(
+        quantized(joint(), BOTH), lambda path, shape: nj.MatrixAxes(-1, -2)
+    ),
     "sequence(int8(joint))": lambda: nj.sequence(quantized(joint(), BOTH), max_bytes=1),
     "built, both flags": lambda: built(use_8bit_optim=True, use_galore=True),
 }
 
 
+class Named(NamedTuple):
+    """Parameters with the names of fields of states."""
+
+    momentum: Any
+    nu: Any
+
+
 def params(dtype=jnp.float32):
-    """A tall matrix, wide ones stacked, a small one, and the `None` Equinox leaves."""
+    """A tall matrix, wide ones stacked, a small one, and the `None` Equinox leaves.
+
+    Some are nested, under names that others have too.
+    """
     shapes = {"tall": (40, 8), "stack": (2, 8, 24), "small": (2, 3)}
-    leaves = {
-        name: jax.random.normal(jax.random.key(i), shape, dtype)
-        for i, (name, shape) in enumerate(shapes.items())
-    }
-    return leaves | {"absent": None}
+    shapes["nested"] = Named({"tall": (40, 8)}, (2, 3))
+    flat, treedef = jax.tree.flatten(shapes, is_leaf=lambda x: type(x) is tuple)
+    leaves = [
+        jax.random.normal(jax.random.key(i), shape, dtype)
+        for i, shape in enumerate(flat)
+    ]
+    return treedef.unflatten(leaves) | {"absent": None}
 
 
 def gradients(step, dtype=jnp.float32):
@@ -83,6 +102,13 @@ def gradients(step, dtype=jnp.float32):
         lambda x: jax.random.normal(jax.random.key(100 + step), x.shape, dtype),
         params(dtype),
     )
+
+
+def make(name, tree):
+    """The transform of that name, for a tree of other parameters."""
+    if name.startswith("built"):
+        return built(tree, use_8bit_optim=True, use_galore=True)
+    return optax.with_extra_args_support(TRANSFORMS[name]())
 
 
 def types(tree):

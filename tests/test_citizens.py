@@ -14,8 +14,10 @@ every = pytest.mark.parametrize("name", helpers.TRANSFORMS)
 
 # Each of these is made of parts that the others have too.
 ALIKE = {
-    "stochastic int8(muon)", "galore(adam), bf16 projector", "galore(int8(momentum))",
-    "int8(galore(muon))", "int8(joint)", "sequence(int8(joint))",
+    "stochastic int8(muon)", "adaptive galore(muon)",
+    "galore(adam), bf16 projector", "galore(int8(momentum))",
+    "int8(galore(muon))", "int8(joint)", "as_matrices(int8(joint))",
+    "sequence(int8(joint))",
 }  # fmt: skip
 wrapped = pytest.mark.parametrize(
     "name",
@@ -112,11 +114,16 @@ def test_multi_steps_gives_the_update_of_the_mean_gradient(name):
 
 
 @every
-def test_map_params_finds_every_copy_and_changes_nothing(name):
+def test_map_params_finds_every_copy_and_nothing_else(name):
     tx, _ = helpers.compiled(name)
     _, state = helpers.run(name, 1)
-    mapped = optax.tree.map_params(tx, lambda x: x, state)
-    chex.assert_trees_all_equal(mapped, state)
+    mapped = optax.tree.map_params(tx, lambda x: x + 1, state)
+    assert jax.tree.structure(mapped) == jax.tree.structure(state)
+    before, after = map(jax.tree.leaves_with_path, (state, mapped))
+    kept = [path for (path, x), (_, y) in zip(before, after, strict=True) if x is y]
+    assert all(path[-1] == jax.tree_util.GetAttrKey("count") for path in kept)
+    copies = sum(path[-1] != jax.tree_util.GetAttrKey("count") for path, _ in before)
+    assert len(before) - len(kept) == copies
 
 
 @wrapped

@@ -7,8 +7,11 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
+import helpers
+import nanochat_jax as nj
 from nanochat_jax import OptimizerConfig, settings
 from nanochat_jax.config import PARENT_ONLY, Config, ModelConfig
 from nanochat_jax.optimizer import schedule
@@ -382,3 +385,31 @@ def test_loading_a_file_without_foreign_keys_warns_of_nothing(write):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         Config.from_toml(write("lr = 0.01\nseq_len = 64\n"))
+
+
+def test_numbers_of_numpy_and_jax_are_numbers():
+    plain = nj.OptimizerConfig(lr=0.5, galore_rank=64, adam_betas=(0.5, 0.25))
+    for make in (np.float32, np.float64, jnp.float32):
+        betas = [make(0.5), make(0.25)]
+        config = nj.OptimizerConfig(
+            lr=make(0.5), galore_rank=np.int64(64), adam_betas=betas
+        )
+        assert config == plain
+        assert type(config.lr) is float and type(config.galore_rank) is int
+
+
+def test_rates_that_are_traced_or_scheduled_are_given_to_the_builder():
+    config = nj.OptimizerConfig(grad_clip=0.0)
+    params = {"kernel": jnp.ones((4, 8))}
+
+    @jax.jit
+    def update(rate):
+        with pytest.raises(ValueError, match=r"`lr` must be known.*build_optimizer"):
+            nj.OptimizerConfig(lr=rate)
+        tx = nj.build_optimizer(config, params, learning_rate=rate)
+        return tx.update(params, tx.init(params), params)[0]
+
+    tx = nj.build_optimizer(config, params, learning_rate=lambda count: 0.5)
+    scheduled, _ = tx.update(params, tx.init(params), params)
+    helpers.assert_close(update(0.5), scheduled)
+    helpers.assert_close(update(1.0), optax.tree.scale(2, scheduled))

@@ -89,8 +89,8 @@ def table_rows():
 @pytest.mark.parametrize(("module", "text"), list(docstring_examples()))
 def test_a_docstring_example_prints_what_it_shows(module, text):
     public = {name: getattr(nj, name) for name in vars(nj) if name[0] != "_"}
-    names = vars(importlib.import_module(module)) | public
-    names |= {"jax": jax, "jnp": jnp, "optax": optax}
+    names = public | {"jax": jax, "jnp": jnp, "optax": optax}
+    names |= vars(importlib.import_module(module))
     test = doctest.DocTestParser().get_doctest(text, names, module, module, 0)
     output = []
     failed, _ = doctest.DocTestRunner(optionflags=OPTIONS).run(test, out=output.append)
@@ -104,6 +104,11 @@ def test_the_python_blocks_of_the_readme_run_in_order(monkeypatch):
     for line, block in blocks("python"):
         # Empty lines before it, so that a traceback names the line of the README.
         exec(compile("\n" * line + block, README, "exec"), names)
+
+
+def test_the_first_block_of_the_readme_prints_what_it_shows(capsys):
+    exec(compile(blocks("python")[0][1], README, "exec"), {"__name__": "readme"})
+    assert capsys.readouterr().out.strip() == blocks("text")[0][1].strip()
 
 
 @pytest.mark.parametrize("args", readme_commands("make"))

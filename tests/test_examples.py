@@ -64,13 +64,38 @@ def test_nnx_optimizer_learns_with_the_state_it_planned(capsys):
     assert result["state_bytes"] < 0.5 * full
 
 
-def test_equinox_train_learns_with_two_of_its_matrices_in_8_bits():
+def test_equinox_train_learns_with_its_matrices_in_8_bits():
     pytest.importorskip("equinox", reason="equinox is missing: `make test` has it")
     result = run("equinox_train")
     assert result["last_loss"] < 1e-3 * result["first_loss"]
-    stored = 2 * (64 * 64 + 4 * 64) + 4 * (2 * 32 + 64)  # scales are float32
+    stored = 2 * (64 * 64 + 2 * 64)  # scales are bfloat16
+    small = 4 * (2 * 32 + 64)  # under `min_size`: frequencies, and the last layer
     adam = 2 * 4 * (64 + 64 + 1)
-    assert result["state_bytes"] == stored + adam + 3 * 4  # and three counts
+    assert result["state_bytes"] == stored + small + adam + 11 * 4  # and the counts
+
+
+def test_linen_attention_learns_to_repeat(capsys):
+    """With no word about its axes: that is the task of `test_copy_task`."""
+    result = run("linen_attention")
+    assert result["last_loss"] < 0.05
+    table = capsys.readouterr().out
+    for name in ("query", "key", "value"):
+        assert re.search(rf"/{name}/kernel +64x4x16 +64x64 +matrix", table)
+    assert re.search(r"/out/kernel +4x16x64 +64x64 +matrix", table)
+
+
+def test_nnx_cnn_learns_with_kernels_seen_as_matrices(capsys):
+    result = run("nnx_cnn")
+    assert result["last_loss"] < 0.5 * result["first_loss"]
+    assert re.search(r"second/kernel +3x3x16x32 +144x32", capsys.readouterr().out)
+
+
+def test_lora_learns_with_state_for_its_adapters_only(capsys):
+    result = run("lora")
+    assert result["last_loss"] < 0.02 * result["first_loss"]
+    assert result["frozen"]
+    assert result["params"] == 2 * 4 * (32 + 128)
+    assert "up/kernel" in capsys.readouterr().out
 
 
 def test_multi_device_learns_the_same_on_eight_devices_with_an_eighth_on_each():

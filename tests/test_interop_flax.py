@@ -18,8 +18,7 @@ pytest.importorskip("flax")
 from flax import linen, nnx, serialization
 from flax.training.train_state import TrainState
 
-from nanochat_jax.lm.flax_serialization import register_named_chain
-from nanochat_jax.lm.nnx_optimizer import for_nnx
+import nanochat_jax as nj
 
 every = network.every
 BOTH = ["galore_8bit", "by hand"]  # their states are least like the parameters
@@ -73,7 +72,9 @@ def train_nnx(name, mesh=None):
     place = lambda new, old: jax.device_put(new, old.sharding)
     nnx.update(model, jax.tree.map(place, network.init(), params))
     params = nnx.as_pure(nnx.state(model, nnx.Param))
-    tx = for_nnx(network.optimizer(name, params))
+    tx = network.optimizer(name, params)
+    if name == "by hand":
+        tx = nj.for_nnx(tx)
     optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
 
     @nnx.jit
@@ -148,7 +149,6 @@ def check_four_devices():
 
 @every
 def test_a_state_round_trips_through_flax_serialization(name):
-    register_named_chain()
     tx, update = network.compiled(name)
     params = network.init()
     empty = tx.init(params)

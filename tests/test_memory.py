@@ -11,6 +11,7 @@ from jax.tree_util import keystr
 import helpers
 import nanochat_jax as nj
 from nanochat_jax.config import Config
+from nanochat_jax.flops import update_flops
 from nanochat_jax.lm import setup
 from nanochat_jax.memory import MemoryRow, compiled_bytes, planned_bytes
 
@@ -63,7 +64,13 @@ def abstract(tree):
 
 def build(values, tree):
     config = nj.OptimizerConfig(**{"grad_clip": 0.0} | values)
-    return nj.build_optimizer(config, tree)
+    return nj.build_optimizer(config, tree, matrix_axes=stacked)
+
+
+def stacked(path, shape):
+    """The axes of a stack of matrices, which its name does not tell."""
+    del path
+    return nj.MatrixAxes(-2, -1) if len(shape) > 2 else None
 
 
 def held(tree):
@@ -151,7 +158,9 @@ def test_the_promised_reductions_at_nano_125m(name, most, whole):
     """Of the matrices' state, and of the whole optimizer's."""
     config = Config.from_toml(CONFIGS / f"{name}.toml")
     _, tree = setup.abstract_model(config)
-    report = nj.memory_report(nj.build_optimizer(config, tree), tree)
+    report = nj.memory_report(
+        nj.build_optimizer(config, tree, matrix_axes=stacked), tree
+    )
     assert report.matrix_bytes <= most * report.fp32_muon_bytes
     assert report.total_bytes <= whole * report.fp32_muon_adamw_bytes
     assert report.matrix_bytes == pytest.approx(
@@ -290,3 +299,48 @@ def test_planned_bytes_count_a_donated_argument_once():
     for plan in plans:
         new = plan["output_bytes"] - plan["alias_bytes"]
         assert plan["peak_bytes"] == 2 * size + new + plan["temp_bytes"]
+
+
+HEADS = {  # a block of attention, its kernels as Flax has them and in two axes
+    "query": {"kernel": (256, 4, 64)},
+    "key": {"kernel": (256, 2, 64)},
+    "value": {"kernel": (256, 2, 64)},
+    "out": {"kernel": (4, 64, 256)},
+}
+FLAT = {
+    "query": {"kernel": (256, 256)},
+    "key": {"kernel": (256, 128)},
+    "value": {"kernel": (256, 128)},
+    "out": {"kernel": (256, 256)},
+}
+
+
+@pytest.mark.parametrize("rank", [None, 16, 64])
+@pytest.mark.parametrize("bits", [32, 8, 4])
+def test_kernels_of_attention_take_the_bytes_of_the_matrices_they_are(bits, rank):
+    """By names alone; today's state of heads at rank 64 was eight times too large."""
+    shaped = lambda tree: {
+        "attention": jax.tree.map(
+            lambda shape: jax.ShapeDtypeStruct(shape, jnp.float32),
+            tree,
+            is_leaf=lambda node: isinstance(node, tuple),
+        )
+    }
+    tx = nj.muon(0.02, bits=bits, rank=rank)
+    heads, flat = (nj.memory_report(tx, shaped(tree)) for tree in (HEADS, FLAT))
+    assert heads.rows == flat.rows
+    assert heads.full_rank == flat.full_rank == ()
+    config = nj.OptimizerConfig(use_galore=rank is not None, galore_rank=rank)
+    flops = [update_flops(config, shaped(tree)) for tree in (HEADS, FLAT)]
+    assert flops[0] == flops[1]
+
+
+def test_frozen_parameters_are_left_out():
+    """With them a LoRA of 3 % of the parameters would be a reduction by 97 %."""
+    lora = {"lora_a": jnp.ones((64, 4)), "lora_b": jnp.ones((4, 64))}
+    params = {"up": {"kernel": jnp.ones((64, 64)), "bias": jnp.ones(64), "lora": lora}}
+    labels = {"up": {"kernel": "frozen", "bias": "frozen", "lora": None}}
+    report = nj.memory_report(nj.muon(0.02, labels=labels), params)
+    assert report.params == {"matrix": 2 * 4 * 64}
+    assert report.to_dict()["total"]["reduction"] == pytest.approx(0, abs=0.01)
+    assert report.total_bytes >= report.fp32_muon_bytes

@@ -126,3 +126,107 @@ def test_vectors_are_refused_all_at_once(make):
 def test_an_unknown_shape_rule_is_refused_with_those_that_are():
     with pytest.raises(ValueError, match=r"'width', 'rms', 'none'.*'spectral'"):
         nj.scale_by_shape("spectral")
+
+
+def optax_labels(params):
+    """Optax's rule: what has two axes is a matrix."""
+    return jax.tree.map(lambda x: "matrix" if x.ndim == 2 else "vector", params)
+
+
+TREE = PARAMS | {"bias": jnp.ones(24), "embed": jnp.ones((16, 8))}
+
+
+def train(tx, steps):
+    """Twenty steps on gradients that depend on the parameters."""
+    params, state, update = TREE, tx.init(TREE), jax.jit(tx.update)
+    for step in range(steps):
+        keys = jax.random.split(jax.random.key(step), len(params))
+        noise = {
+            name: jax.random.normal(key, params[name].shape)
+            for name, key in zip(params, keys, strict=True)
+        }
+        grads = jax.tree.map(lambda p, n: p + n, params, noise)
+        updates, state = update(grads, state, params)
+        params = optax.apply_updates(params, updates)
+    return params
+
+
+@pytest.mark.parametrize("rate", [0.02, optax.linear_schedule(0.05, 0.01, 20)])
+def test_muon_is_that_of_optax_for_twenty_steps(rate):
+    ours = nj.muon(
+        rate,
+        bias_correction=True,
+        ns_dtype="float32",
+        weight_decay=0.1,
+        adam_learning_rate=rate,
+        adam_b2=0.999,
+        adam_weight_decay=0.0,
+        adam_nesterov=True,
+        labels=optax_labels,
+    )
+    theirs = optax.contrib.muon(rate, weight_decay=0.1)
+    helpers.assert_close(train(ours, 20), train(theirs, 20), atol=1e-5, rtol=0)
+
+
+def test_muon_is_what_build_optimizer_makes_of_the_same_settings():
+    config = nj.OptimizerConfig(
+        lr=0.02, fallback_lr=0.003, weight_decay=0.1, use_8bit_optim=True,
+        use_galore=True, galore_rank=5, galore_update_freq=2, quant_min_size=1,
+        total_steps=10**9, grad_clip=1.0, seed=3,
+    )  # fmt: skip
+    built = nj.build_optimizer(config, TREE)
+    muon = nj.muon(
+        0.02, bits=8, rank=5, refresh_every=2, weight_decay=0.1, min_size=1,
+        grad_clip=1.0, seed=3,
+    )  # fmt: skip
+    helpers.assert_close(train(muon, 3), train(built, 3), atol=1e-6)
+
+
+@pytest.mark.parametrize("bits", [32, 8])
+def test_rates_decays_and_betas_of_muon_can_be_injected(bits):
+    tx = optax.inject_hyperparams(nj.muon, static_args=nj.MUON_STATIC)(
+        learning_rate=0.02, bits=bits, weight_decay=0.1, beta=0.9, min_size=1
+    )
+    state = tx.init(TREE)
+    assert {"learning_rate", "weight_decay", "beta", "adam_b1", "adam_b2"} <= set(
+        state.hyperparams
+    )
+    update = jax.jit(tx.update)
+    grads = jax.tree.map(jnp.ones_like, TREE)
+    for rate, decay in [(0.02, 0.1), (0.05, 0.0)]:
+        state.hyperparams["learning_rate"] = jnp.asarray(rate)
+        state.hyperparams["weight_decay"] = jnp.asarray(decay)
+        updates, _ = update(grads, state, TREE)
+        plain = nj.muon(rate, bits=bits, weight_decay=decay, beta=0.9, min_size=1)
+        wanted, _ = plain.update(grads, plain.init(TREE), TREE)
+        helpers.assert_close(updates, wanted, atol=1e-6)
+    assert update._cache_size() == 1
+
+
+def test_what_must_not_be_traced_is_said_in_one_message():
+    tx = optax.inject_hyperparams(nj.muon)(learning_rate=0.02, bits=8, rank=4)
+    with pytest.raises(TypeError, match=r"'bits', 'rank'.*'ns_steps'.*MUON_STATIC"):
+        tx.init(TREE)
+    for wrong in ({"bits": 16}, {"rank": 0}, {"ns_method": "none"}):
+        with pytest.raises(ValueError, match=f"`{next(iter(wrong))}`"):
+            nj.muon(0.02, **wrong)
+
+
+def test_the_rate_of_adam_follows_that_of_muon():
+    grads = jax.tree.map(jnp.ones_like, TREE)
+    update = lambda rate, **kwargs: nj.muon(rate, **kwargs).update(
+        grads, nj.muon(rate, **kwargs).init(TREE), TREE
+    )[0]["bias"]
+    helpers.assert_close(update(0.02), jnp.full(24, -0.003))
+    helpers.assert_close(update(lambda _: 0.02), jnp.full(24, -0.003))
+    helpers.assert_close(update(0.02, adam_learning_rate=0.5), jnp.full(24, -0.5))
+
+
+def test_vectors_are_not_decayed_and_tables_are_as_told():
+    zeros = optax.tree.zeros_like(TREE)
+    for given, of_tables in ({}, 0.1), ({"adam_weight_decay": 0.5}, 0.5):
+        tx = nj.muon(1.0, weight_decay=0.1, adam_learning_rate=1.0, **given)
+        updates, _ = tx.update(zeros, tx.init(TREE), TREE)
+        helpers.assert_close(updates["bias"], jnp.zeros(24))
+        helpers.assert_close(updates["embed"], jnp.full((16, 8), -of_tables))
+        helpers.assert_close(updates["wide"], jnp.full((8, 24), -0.1))

@@ -1,5 +1,7 @@
 """The laws of `quantize_state`, for any transform inside."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -150,3 +152,43 @@ def test_a_decoded_int4_basis_stays_nearly_orthonormal():
     _, state = tx.update(g, tx.init(g))
     p = nj.Int4(16).decode(state.inner.projector["w"], 16)
     assert jnp.abs(p.mT @ p - jnp.eye(16)).max() < 0.1
+
+
+# Those of a row look alike.
+LOOKS = [
+    [nj.Int8(16)],
+    [nj.Int8(32), nj.Int8(64)],  # one block a row
+    [nj.Int8(16, scale_dtype="bfloat16")],
+    [nj.Int4(16)],
+    [nj.Int4(8, scale_dtype="bfloat16"), nj.Normal4(8)],
+    [nj.Dynamic8(16), nj.Dynamic8(16, signed=False, zero=False), nj.MuLaw8(16)],
+    [nj.Float8(16)],
+    [nj.Normal2(16)],
+]
+
+
+def test_a_state_of_another_codec_is_refused_and_both_are_named():
+    make = lambda codec: helpers.quantized(nj.momentum(), {"momentum": codec})
+    of_look = [(look, codec) for look, codecs in enumerate(LOOKS) for codec in codecs]
+    refused = 0
+    for look, codec in of_look:
+        state = jax.eval_shape(make(codec).init, PARAMS)
+        for other, given in of_look:
+            tx = make(given)
+            if look == other:
+                jax.eval_shape(tx.update, PARAMS, state, PARAMS)
+                continue
+            codes = state.inner.momentum["w"].codes.dtype
+            message = rf"momentum\['w'\] .* {codes}(.|\n)*{re.escape(str(given))}"
+            for read in (tx.update, lambda g, s, p, tx=tx: nj.dequantize(tx, s, p)):
+                with pytest.raises(ValueError, match=message):
+                    jax.eval_shape(read, PARAMS, state, PARAMS)
+            refused += 1
+    assert refused == len(of_look) ** 2 - sum(len(codecs) ** 2 for codecs in LOOKS)
+
+
+def test_a_leaf_that_is_stored_without_a_codec_is_refused():
+    state = helpers.quantized(optax.scale_by_adam(), {"mu": nj.Int8(16)}).init(PARAMS)
+    tx = helpers.quantized(optax.scale_by_adam(), {"nu": nj.Int8(16)})
+    with pytest.raises(ValueError, match=r"mu\['b'\](.|\n)*mu\['w'\](.|\n)*no codec"):
+        tx.update(PARAMS, state, PARAMS)

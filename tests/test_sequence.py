@@ -48,6 +48,12 @@ VARIANTS = {
 }  # fmt: skip
 
 
+def built(name, params):
+    config = nj.OptimizerConfig(**VARIANTS[name], galore_rank=32, grad_clip=0.0)
+    last_two = lambda path, shape: nj.MatrixAxes(fan_in=-2, fan_out=-1)
+    return nj.build_optimizer(config, params, matrix_axes=last_two)
+
+
 @helpers.on_processors
 @pytest.mark.parametrize("stacked", [False, True])
 @pytest.mark.parametrize("name", VARIANTS)
@@ -58,8 +64,7 @@ def test_temporaries_are_those_of_one_group(name, stacked):
     params = {f"w{i}": leaf for i in range(count)}
     if stacked:
         params = {"w": jax.ShapeDtypeStruct((count, *shape), jnp.float32)}
-    config = nj.OptimizerConfig(**VARIANTS[name], galore_rank=32, grad_clip=0.0)
-    tx = nj.sequence(nj.build_optimizer(config, params), max_bytes=1)
+    tx = nj.sequence(built(name, params), max_bytes=1)
     group = 4 * 128 * 520 * (count if stacked else 1)
     assert compiled_bytes(tx, params)["temp_bytes"] <= 3 * group
     if not stacked:  # Optax sends stacks to Adam
@@ -74,8 +79,7 @@ def test_temporaries_of_a_stack_are_those_of_one_group(name, monkeypatch):
     matrix = 4 * 128 * 520
     monkeypatch.setattr(trees, "group_bytes", lambda: 4 * matrix)
     params = {"w": jax.ShapeDtypeStruct((16, 128, 520), jnp.float32)}
-    config = nj.OptimizerConfig(**VARIANTS[name], galore_rank=32, grad_clip=0.0)
-    tx = nj.build_optimizer(config, params)
+    tx = built(name, params)
     assert compiled_bytes(tx, params)["temp_bytes"] <= 3 * 4 * matrix
 
 

@@ -39,7 +39,7 @@ BUILDERS = {
             "a": nj.sequence(wrap(nj.momentum(), {"momentum": nj.Int4(16)})),
             "b": optax.chain(optax.clip(1.0), wrap(optax.scale_by_adam(), ADAM)),
         },
-        {"tall": "a", "stack": "b", "small": "b", "absent": "b"},
+        {"tall": "a", "stack": "b", "small": "b", "nested": "a", "absent": "b"},
     ),
     "one in another": lambda wrap: wrap(
         wrap(optax.scale_by_adam(), {"mu": nj.Int8(16)}), {"nu": SECOND_MOMENT}
@@ -107,6 +107,7 @@ def test_after_one_step_the_plain_view_is_within_the_error_of_the_codec():
         errors = nj.quantization_error(tx, state, reference, helpers.params())
         assert set(errors) == {
             ".momentum['tall']", ".momentum['stack']", ".momentum['small']",
+            ".momentum['nested'].momentum['tall']", ".momentum['nested'].nu",
         }  # fmt: skip
         assert 0 < errors[".momentum['stack']"].relative < largest, codec
 
@@ -126,9 +127,10 @@ def test_the_error_is_that_of_the_definition():
     assert error.relative == pytest.approx(difference / size, rel=1e-6)
     assert error.zeros == 1 / 8
     zero = jax.tree.map(jnp.zeros_like, reference)
-    [error] = nj.quantization_error(
-        tx, tx.init(zero.momentum), zero, zero.momentum
-    ).values()
+    with jax.debug_nans(True):
+        [error] = nj.quantization_error(
+            tx, tx.init(zero.momentum), zero, zero.momentum
+        ).values()
     assert error == (0, 0)
 
 

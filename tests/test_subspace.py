@@ -24,6 +24,8 @@ OPTIMIZERS = {
             grad_clip=0.0,
         ),
         PARAMS,
+        matrix_axes={"tall": nj.MatrixAxes(-2, -1)}
+        | dict.fromkeys(SHAPES.keys() - {"tall"}),
     ),
 }
 

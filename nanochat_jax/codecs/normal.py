@@ -3,6 +3,7 @@
 import dataclasses
 from typing import ClassVar
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Float32, PRNGKeyArray
 
@@ -106,11 +107,23 @@ class Normal2(_Normal):
 
     def _scales(self, x: Array) -> Array:
         x_blocks = blocks.split(x, self.block_size)
+        # Squares of 1e30 or 1e-25 would over- or underflow.
+        unit = _power_of_two(jnp.max(jnp.abs(x_blocks), axis=-1))
         # Least squares is over the entries there are, not those a last block lacks.
-        inside = blocks.split(jnp.ones(x.shape[-1]), self.block_size)
+        inside = blocks.split(jnp.ones(x.shape[-1], x.dtype), self.block_size)
         inside = jnp.broadcast_to(inside, x_blocks.shape)
-        squares = jnp.sum(x_blocks**2, axis=-1) / jnp.sum(inside, axis=-1)
-        deviation = jnp.sqrt(squares)[..., None]
+        squares = jnp.sum((x_blocks / unit[..., None]) ** 2, axis=-1)
+        deviation = (unit * jnp.sqrt(squares / jnp.sum(inside, axis=-1)))[..., None]
         outermost = 1.510 * jnp.where(deviation > 0, deviation, 1.0)
         levels = self._levels_of(nearest(x_blocks / outermost, self.levels)) * inside
         return jnp.sum(x_blocks * levels, -1) / jnp.sum(levels**2, -1)
+
+
+def _power_of_two(x: Float32[Array, "*shape"]) -> Float32[Array, "*shape"]:
+    """Returns the largest power of two up to each entry, 1 for zero.
+
+    Dividing by it rounds nothing.
+    """
+    bits = jax.lax.bitcast_convert_type(x, jnp.uint32) & jnp.uint32(0x7F800000)
+    power = jax.lax.bitcast_convert_type(bits, jnp.float32)
+    return jnp.where(power > 0, power, 1.0)

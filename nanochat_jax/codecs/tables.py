@@ -49,7 +49,8 @@ def nearest(x: Float32[Array, "*shape"], levels: Levels) -> UInt8[Array, "*shape
     # A flat position: compilers turn two indices into code ten times slower.
     side = (bits >> 31) * (bins.high - bins.low + 1)
     below = jnp.asarray(bins.below)[side + leading - bins.low]
-    return below + (x >= jnp.asarray(bins.midpoints)[below])
+    above = x >= jnp.asarray(bins.midpoints)[below]
+    return below + above.astype(below.dtype)
 
 
 class _Bins(NamedTuple):

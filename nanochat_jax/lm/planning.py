@@ -11,9 +11,9 @@ import jax
 from nanochat_jax.config import Config
 from nanochat_jax.lm import model, setup
 from nanochat_jax.lm.report import megabytes
+from nanochat_jax.lm.roles import build_optimizer
 from nanochat_jax.lm.usage import memory_in_use
 from nanochat_jax.memory import planned_bytes
-from nanochat_jax.optimizer import build_optimizer
 from nanochat_jax.sharding import bytes_per_device
 
 

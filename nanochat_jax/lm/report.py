@@ -14,11 +14,11 @@ from rich.table import Table
 
 from nanochat_jax.config import HARDWARE_RANKS, Config
 from nanochat_jax.flops import update_flops
-from nanochat_jax.labels import label_params
 from nanochat_jax.linalg import GRAM_RATIO, resolve_dtype
 from nanochat_jax.lm.model import count_flops_per_token
+from nanochat_jax.lm.roles import build_optimizer, kernel_axes, label_params
 from nanochat_jax.memory import MemoryReport, memory_report
-from nanochat_jax.optimizer import build_optimizer, fallback_codecs, state_codecs
+from nanochat_jax.optimizer import fallback_codecs, state_codecs
 
 _LABELS = ("matrix", "embedding", "head", "vector")
 
@@ -159,7 +159,7 @@ def rank_table(config: Config, params: optax.Params) -> Table:
 
 def step_flops(config: Config, params: optax.Params) -> dict[str, float]:
     """Returns the operations of a training step, and the update's share of them."""
-    parts = update_flops(config, params)
+    parts = update_flops(config, params, matrix_axes=kernel_axes)
     model = count_flops_per_token(config, config.sequence) * config.tokens_per_step
     update = sum(parts.values())
     return {

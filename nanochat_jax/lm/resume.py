@@ -13,9 +13,9 @@ from jaxtyping import Array, Int32
 from nanochat_jax.config import Config
 from nanochat_jax.lm import records
 from nanochat_jax.lm.checkpoint import Checkpoints
+from nanochat_jax.lm.roles import build_optimizer
 from nanochat_jax.lm.setup import FORMAT, Run
 from nanochat_jax.lm.trainer import TrainState, abstract_state, state_places
-from nanochat_jax.optimizer import build_optimizer
 from nanochat_jax.transforms import dequantize, quantize
 
 # Settings under which a resumed run may differ and still be the same run.

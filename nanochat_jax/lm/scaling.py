@@ -13,11 +13,11 @@ from rich.table import Table
 
 from nanochat_jax.config import Config
 from nanochat_jax.lm import mesh, report, setup, spread, variants
+from nanochat_jax.lm.roles import build_optimizer
 from nanochat_jax.lm.stacking import Params
 from nanochat_jax.lm.traffic import Traffic, step_traffic
 from nanochat_jax.lm.update_traffic import busiest_flops, update_traffic
 from nanochat_jax.memory import MemoryReport, memory_report
-from nanochat_jax.optimizer import build_optimizer
 from nanochat_jax.sharding import bytes_per_device
 
 VARIANTS = (

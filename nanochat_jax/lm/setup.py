@@ -14,8 +14,8 @@ from nanochat_jax.config import Config, ModelConfig
 from nanochat_jax.lm import machine, mesh, model, spread
 from nanochat_jax.lm.corpus import Corpus, load_corpus
 from nanochat_jax.lm.data import Batches
+from nanochat_jax.lm.roles import build_optimizer
 from nanochat_jax.lm.tokenizer import Tokenizer, load_tokenizer
-from nanochat_jax.optimizer import build_optimizer
 
 FORMAT = 1
 """Layout of a checkpoint's state and record; one that has another is not read."""

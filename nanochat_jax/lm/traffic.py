@@ -29,8 +29,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from nanochat_jax.config import Config
-from nanochat_jax.labels import label_params
 from nanochat_jax.lm.collectives import Collective
+from nanochat_jax.lm.roles import label_params
 from nanochat_jax.lm.stacking import Params
 from nanochat_jax.transforms import specs
 

@@ -28,7 +28,7 @@ import jax
 from nanochat_jax import rangefinder
 from nanochat_jax.config import Config
 from nanochat_jax.flops import newton_schulz_flops
-from nanochat_jax.labels import label_params
+from nanochat_jax.lm.roles import label_params
 from nanochat_jax.lm.stacking import Params
 from nanochat_jax.lm.traffic import Traffic
 from nanochat_jax.optimizer import projector_cost

@@ -15,7 +15,7 @@ import optax
 
 from nanochat_jax import settings
 from nanochat_jax.config import Config, OptimizerConfig
-from nanochat_jax.optimizer import build_optimizer
+from nanochat_jax.lm.roles import build_optimizer
 from nanochat_jax.peers import build_adamw
 
 BASELINE = "muon"

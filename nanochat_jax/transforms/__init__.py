@@ -17,12 +17,15 @@ from nanochat_jax.transforms.adaptive import (
     Adaptive as Adaptive,
     AdaptiveState as AdaptiveState,
 )
+from nanochat_jax.transforms.axes import MatrixAxes as MatrixAxes
 from nanochat_jax.transforms.galore import GaloreState as GaloreState, galore as galore
 from nanochat_jax.transforms.momentum import (
+    CorrectedMomentumState as CorrectedMomentumState,
     MomentumState as MomentumState,
     momentum as momentum,
 )
 from nanochat_jax.transforms.orthogonal import (
+    ShapeScale as ShapeScale,
     orthogonalize as orthogonalize,
     scale_by_shape as scale_by_shape,
 )
@@ -31,6 +34,7 @@ from nanochat_jax.transforms.quantize import (
     quantize_state as quantize_state,
 )
 from nanochat_jax.transforms.sequence import sequence as sequence
+from nanochat_jax.transforms.stages import stages as stages
 from nanochat_jax.transforms.storage import (
     QuantizationError as QuantizationError,
     dequantize as dequantize,
@@ -38,3 +42,4 @@ from nanochat_jax.transforms.storage import (
     quantize as quantize,
 )
 from nanochat_jax.transforms.subspace import project_gradients as project_gradients
+from nanochat_jax.transforms.views import as_matrices as as_matrices

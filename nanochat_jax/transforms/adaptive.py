@@ -1,6 +1,7 @@
 """When adaptive `galore` renews the basis of a leaf: by what its gradients do."""
 
 import dataclasses
+import math
 from typing import Any, NamedTuple
 
 import jax
@@ -68,10 +69,15 @@ class Adaptive:
 
     def init(self, like: Any, refresh_every: int) -> AdaptiveState:
         """Returns what is remembered of the leaves of `like` before the first step."""
-        fill = lambda value: jax.tree.map(lambda _: value, like)
-        unknown = fill(jnp.float32(-1.0))
+        # An array for each leaf, since one that serves two cannot be donated.
+        fill = lambda value, dtype: jax.tree.map(
+            lambda _: jnp.full([], value, dtype), like
+        )
         return AdaptiveState(
-            unknown, unknown, fill(jnp.int32(refresh_every)), fill(jnp.int32(0))
+            fill(-1.0, jnp.float32),
+            fill(-1.0, jnp.float32),
+            fill(refresh_every, jnp.int32),
+            fill(0, jnp.int32),
         )
 
     def is_due(
@@ -81,7 +87,7 @@ class Adaptive:
         age = count - (memory.due - memory.interval)
         known = memory.fresh >= 0
         fallen = known & (memory.captured < self.drop * memory.fresh)
-        early = fallen & (age >= self.shortest * refresh_every)
+        early = fallen & (age >= math.ceil(self.shortest * refresh_every))
         return (count >= memory.due) | early
 
     def observe(
@@ -101,10 +107,11 @@ class Adaptive:
           refresh_every: The interval to begin with.
           renewed: Whether its basis was renewed at this step.
           overlap: If so, share of the basis before that the new one spans.
-          share: Share of its gradient's energy within the basis.
+          share: Share of its gradient's energy within the basis; what is no share, as
+            of a gradient of zeros, is left out.
         """
         captured, fresh, interval, due = memory
-        share = jnp.where(jnp.isfinite(share), share, captured)
+        share = jnp.where(jnp.isfinite(share) & (share >= 0), share, captured)
         average = self.decay * captured + (1 - self.decay) * share
         known = fresh >= 0
         # A basis flatters the gradient it is made from: the next one is the first fair.

@@ -12,6 +12,7 @@ from jaxtyping import Array
 from nanochat_jax.transforms import placement, trees
 from nanochat_jax.transforms.adaptive import AdaptiveState
 from nanochat_jax.transforms.refresh import Leaf, Refresh
+from nanochat_jax.transforms.state_paths import locate
 
 
 def change_bases(
@@ -29,9 +30,9 @@ def change_bases(
     memories = _by_leaf(treedef, state.adaptive)
     inner, inner_def = jax.tree.flatten(state.inner)
     rest, rest_def = jax.tree.flatten(state.rest)
-    owned = _moments_by_parameter(state.inner, reproject)
-    owned_rest = _moments_by_parameter(state.rest, reproject)
-    if not all(len(owned[x]) == len(of_rest) for x, of_rest in owned_rest.items()):
+    owned = _moments_by_parameter(state.inner, updates, reproject)
+    owned_rest = _moments_by_parameter(state.rest, updates, reproject)
+    if any(len(owned.get(name, ())) != len(x) for name, x in owned_rest.items()):
         owned_rest = {}  # They are not of one kind, so they stay apart.
     leaves = {
         i: Leaf(
@@ -85,7 +86,6 @@ def observe(
         return None
     flat, treedef = jax.tree.flatten_with_path(updates)
     memories = _by_leaf(treedef, state.adaptive)
-    energy = lambda x: jnp.sum(jnp.square(x.astype(jnp.float32)))
     for i, ((path, g), low) in enumerate(zip(flat, jax.tree.leaves(low_rank))):  # noqa: B905
         name = keystr(path)
         if name in renewal:
@@ -94,12 +94,23 @@ def observe(
                 state.count,
                 refresh.every,
                 *renewal[name],
-                energy(low) / energy(g),
+                _captured(low, g),
             )
     columns = [
         [m and getattr(m, field) for m in memories] for field in AdaptiveState._fields
     ]
     return AdaptiveState(*(treedef.unflatten(column) for column in columns))
+
+
+def _captured(low: Array, g: Array) -> Array:
+    """Returns the share of a gradient's energy in the basis, -1 of one of zeros."""
+    g = g.astype(jnp.float32)
+    # Divided out first, so that no square over- or underflows.
+    largest = jnp.max(jnp.abs(g))
+    unit = jnp.where(largest > 0, largest, 1.0)
+    energy = lambda x: jnp.sum(jnp.square(x / unit))
+    whole = jnp.where(largest > 0, energy(g), 1.0)
+    return jnp.where(largest > 0, energy(low) / whole, -1.0)
 
 
 def _by_leaf(treedef: Any, memory: AdaptiveState | None) -> list[Any]:
@@ -111,12 +122,13 @@ def _by_leaf(treedef: Any, memory: AdaptiveState | None) -> list[Any]:
 
 
 def _moments_by_parameter(
-    state: optax.OptState, fields: Collection[str]
+    state: optax.OptState, updates: Any, fields: Collection[str]
 ) -> dict[str, list[int]]:
     """Returns, by parameter path, which leaves of `state` are its first moments."""
     owned: dict[str, list[int]] = {}
+    places = locate(state, updates)
     for i, (path, _) in enumerate(jax.tree.leaves_with_path(state)):
-        found = trees.split_path(path, fields)
-        if found:
-            owned.setdefault(found[1], []).append(i)
+        place = places.get(keystr(path))  # stored leaves are several
+        if place and place.name is not None and place.field(fields):
+            owned.setdefault(place.name, []).append(i)
     return owned

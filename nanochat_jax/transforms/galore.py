@@ -17,12 +17,13 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Int32
 
 from nanochat_jax import rangefinder
-from nanochat_jax.codecs import Quantized
-from nanochat_jax.transforms import bases, placement, projection, trees
+from nanochat_jax.transforms import bases, checks, placement, precision, projection
 from nanochat_jax.transforms.adaptive import Adaptive
 from nanochat_jax.transforms.projection import Rank
 from nanochat_jax.transforms.refresh import Refresh
 from nanochat_jax.transforms.residual import Residual
+from nanochat_jax.transforms.state_paths import locate
+from nanochat_jax.transforms.stored import is_quantized
 
 
 class GaloreState(NamedTuple):
@@ -139,10 +140,10 @@ def galore(
       A transformation whose state is a `GaloreState`.
 
     Raises:
-      TypeError: If a rank is not a Python number.
+      TypeError: If a rank is not a Python number; at `init`, if a leaf is complex.
       ValueError: If a number is out of range; at `init`, if no pattern of `rank`
         matches a matrix, or `inner` stores a field of `reproject` quantised; at
-        `update`, if `projected` gradients will not do.
+        `update`, if `projected` gradients will not do, or `inner` asks for parameters.
     """
     projection.check_rank(rank)
     _check_arguments(refresh_every, refresh_stagger, adaptive, power_steps)
@@ -174,11 +175,12 @@ def galore(
         return jnp.broadcast_to(basis, (*x.shape[:-2], short, r))
 
     def init_fn(params: optax.Params) -> GaloreState:
+        checks.require_real(params, "galore")
         ranks = projection.ranks(params, rank)
         projector = jax.tree.map(first_basis, params, ranks)
         zeros = lambda x, p: jnp.zeros(projection.low_rank_shape(x, p), jnp.float32)
         inner_state = inner.init(jax.tree.map(zeros, params, projector))
-        _require_plain(inner_state, reproject)
+        _require_plain(inner_state, params, reproject)
         memory = adaptive.init(projector, refresh_every) if adaptive else None
         count, rest_state = jnp.zeros([], jnp.int32), combined.init(params, projector)
         return GaloreState(count, projector, inner_state, memory, rest_state)
@@ -191,6 +193,7 @@ def galore(
         projected: bool = False,
         **extra_args: Any,
     ) -> tuple[optax.Updates, GaloreState]:
+        checks.require_state(state, GaloreState, "galore")
         whole: Any = updates
         renewal = {}
         if projected:
@@ -204,8 +207,8 @@ def galore(
             low_rank = optax.tree.cast(updates, jnp.float32)
         else:
             low_rank = jax.tree.map(projection.project, updates, projector)
-        inner_updates, inner_state = inner.update(
-            low_rank, state.inner, None, **extra_args
+        inner_updates, inner_state = checks.update_without_params(
+            inner, low_rank, state.inner, "inner", extra_args
         )
         new_updates, rest_state = combined.combine(
             whole, low_rank, inner_updates, projector, state.rest, extra_args
@@ -216,7 +219,7 @@ def galore(
             adaptive=bases.observe(refresh, state, updates, low_rank, renewal),
             rest=rest_state,
         )
-        return optax.tree.cast_like(new_updates, updates), new_state
+        return precision.cast_like(new_updates, updates), new_state
 
     return optax.GradientTransformationExtraArgs(
         init_fn, placement.in_auto_mode(update_fn)
@@ -252,14 +255,14 @@ def _require_published(
         )
 
 
-def _require_plain(state: optax.OptState, reproject: Collection[str]) -> None:
-    nodes = jax.tree.leaves_with_path(
-        state, is_leaf=lambda node: isinstance(node, Quantized)
-    )
+def _require_plain(
+    state: optax.OptState, params: optax.Params, reproject: Collection[str]
+) -> None:
+    places = locate(state, params)
     found = [
         f"  {keystr(path)}"
-        for path, node in nodes
-        if isinstance(node, Quantized) and trees.split_path(path, reproject)
+        for path, node in jax.tree.leaves_with_path(state, is_leaf=is_quantized)
+        if is_quantized(node) and places[keystr(path)].field(reproject)
     ]
     if found:
         raise ValueError(

@@ -3,8 +3,12 @@
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import optax
 from jax.typing import ArrayLike
+from jaxtyping import Array, Int32
+
+from nanochat_jax.transforms import checks, precision
 
 
 class MomentumState(NamedTuple):
@@ -17,15 +21,32 @@ class MomentumState(NamedTuple):
     momentum: optax.Updates
 
 
+class CorrectedMomentumState(NamedTuple):
+    """State of `momentum` that corrects the early bias.
+
+    Attributes:
+      count: Steps taken.
+      momentum: Moving average of the updates, shaped as the parameters.
+    """
+
+    count: Int32[Array, ""]  # pyright: ignore[reportIncompatibleMethodOverride]
+    momentum: optax.Updates
+
+
 def momentum(
-    beta: ArrayLike = 0.95, *, nesterov: bool = True, dtype: str = "float32"
+    beta: ArrayLike = 0.95,
+    *,
+    nesterov: bool = True,
+    bias_correction: bool = False,
+    dtype: str = "float32",
 ) -> optax.GradientTransformation:
     """Replaces updates by their exponential moving average.
 
     With gradient `g` and state `m`, computes `m ← βm + (1-β)g` and returns `m`, or with
     `nesterov` the average one step ahead, `βm + (1-β)g` with the new `m`, as Muon does
-    (Jordan 2024). There is no correction of the early bias: orthogonalisation divides
-    the scale out.
+    (Jordan 2024). The average starts at zero and so is too small at first. To plain
+    Muon this makes no difference, since orthogonalisation divides the scale out; with
+    `nesterov` it weights the two terms a little otherwise for some tens of steps.
 
     Example:
       >>> tx = momentum(0.9, nesterov=False)
@@ -37,27 +58,45 @@ def momentum(
     Args:
       beta: Decay `β` of the average.
       nesterov: Whether to look one step ahead.
+      bias_correction: Whether to divide `m` by `1 - βᵗ` after `t` steps, and with
+        `nesterov` its two terms by `1 - βᵗ⁺¹` and `1 - βᵗ`, as `optax.contrib.muon`
+        does.
       dtype: Type of the state, whatever the type of the parameters.
 
     Returns:
-      A transformation whose state is a `MomentumState`.
+      A transformation whose state is a `MomentumState`, or with `bias_correction` a
+      `CorrectedMomentumState`.
     """
 
-    def init_fn(params: optax.Params) -> MomentumState:
-        return MomentumState(optax.tree.zeros_like(params, dtype=dtype))
+    def init_fn(params: optax.Params) -> MomentumState | CorrectedMomentumState:
+        checks.require_real(params, "momentum")
+        zeros = optax.tree.zeros_like(params, dtype=dtype)
+        if bias_correction:
+            return CorrectedMomentumState(jnp.zeros([], jnp.int32), zeros)
+        return MomentumState(zeros)
 
     def update_fn(
         updates: optax.Updates,
         state: Any,
         params: optax.Params | None = None,
-    ) -> tuple[optax.Updates, MomentumState]:
+    ) -> tuple[optax.Updates, MomentumState | CorrectedMomentumState]:
         del params
+        checks.require_state(state, (MomentumState, CorrectedMomentumState), "momentum")
         average = lambda g, m: beta * m + (1 - beta) * g.astype(m.dtype)
         # A traced `beta` must not change the type of the state.
         m = jax.tree.map(
             lambda g, m: average(g, m).astype(m.dtype), updates, state.momentum
         )
-        ahead = jax.tree.map(average, updates, m) if nesterov else m
-        return optax.tree.cast_like(ahead, updates), MomentumState(m)
+        if not bias_correction:
+            ahead = jax.tree.map(average, updates, m) if nesterov else m
+            return precision.cast_like(ahead, updates), MomentumState(m)
+        count = jnp.asarray(optax.safe_increment(state.count))
+        bias = lambda steps: (1 - beta**steps).astype(dtype)
+        now, later = bias(count), bias(count + 1)
+        ahead = jax.tree.map(lambda m: m / now, m)
+        if nesterov:
+            term = lambda g, m: average(g.astype(m.dtype) / now, m / later)
+            ahead = jax.tree.map(term, updates, m)
+        return precision.cast_like(ahead, updates), CorrectedMomentumState(count, m)
 
     return optax.GradientTransformation(init_fn, update_fn)

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import optax
 
 from nanochat_jax.transforms import placement
+from nanochat_jax.transforms.varying import varying_axes
 
 Step = Callable[[Any, Any, Any], tuple[Any, Any]]
 """An `update` of a transform: updates, state and params to updates and state."""
@@ -27,7 +28,7 @@ def in_turn(step: Step, inputs: Any, result: Any = None) -> tuple[Any, Any]:
       inputs: Updates, state and params, complete before any of the work is begun.
       result: What has to be there first, if anything.
     """
-    if _BARRIER_HOLDS or placement.device_count() > 1:
+    if _BARRIER_HOLDS or placement.device_count() > 1 or varying_axes(inputs):
         inputs, result = jax.lax.optimization_barrier((inputs, result))
         return step(*inputs), result
     # Compilers before JAX 0.11 drop the barrier before they schedule. A loop they keep;
@@ -35,11 +36,11 @@ def in_turn(step: Step, inputs: Any, result: Any = None) -> tuple[Any, Any]:
     updates, state, params = inputs
     step = jax.jit(step)  # traced once, for the shapes of its results and for the loop
     first = jax.tree.leaves((updates, ()) if result is None else result)
-    seen = sum(x.ravel()[0].astype(jnp.float32) for x in first)
+    seen = sum(x.ravel()[0].astype(jnp.float32) for x in first if x.size)
     times = jnp.where(seen > jnp.inf, 0, 1)
-    # Results are written over what they come from, unless `step` changes their shape.
+    # Results are written over what they come from, unless `step` changes shape or type.
     results = jax.eval_shape(step, *inputs)[0]
-    in_place = jax.tree.map(jnp.shape, results) == jax.tree.map(jnp.shape, updates)
+    in_place = layouts(results) == layouts(updates)
     start = updates if in_place else optax.tree.zeros_like(results)
     take = lambda carried: carried if in_place else updates
     _, *new = jax.lax.while_loop(
@@ -48,3 +49,11 @@ def in_turn(step: Step, inputs: Any, result: Any = None) -> tuple[Any, Any]:
         (0, start, state),
     )
     return tuple(new), result
+
+
+def layouts(tree: Any) -> list[tuple[tuple[int, ...], Any]]:
+    """Returns shapes and types of the leaves of a tree.
+
+    A list, and not a tree, as there are nodes that compare entry by entry.
+    """
+    return [(x.shape, x.dtype) for x in jax.tree.leaves(tree)]

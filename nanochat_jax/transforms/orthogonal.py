@@ -13,7 +13,13 @@ from jaxtyping import Array
 
 from nanochat_jax import linalg
 from nanochat_jax.coefficients import QUINTIC, Polynomials
-from nanochat_jax.transforms import distributed, placement, trees
+from nanochat_jax.transforms import (
+    checks,
+    distributed,
+    placement,
+    precision,
+    trees,
+)
 from nanochat_jax.transforms.rows import by_rows
 
 ShapeScale = Literal["width", "rms", "none"]
@@ -77,6 +83,8 @@ def orthogonalize(
     def iterate_together(
         leaves: Sequence[Array], sharding: NamedSharding | None
     ) -> Sequence[Array]:
+        if not leaves[0].size:
+            return leaves
         if sharding is None or sharding.mesh.size == 1:
             stack = jnp.stack(leaves)
             done = iterate_in_parts(stack.reshape(-1, *stack.shape[-2:]))
@@ -92,7 +100,7 @@ def orthogonalize(
     ) -> tuple[optax.Updates, Any]:
         del params
         _require_matrices(updates, "orthogonalize")
-        flat, treedef = jax.tree.flatten_with_path(updates)
+        flat, treedef = jax.tree.flatten_with_path(precision.inexact(updates))
         leaves, places = [x for _, x in flat], [placement.of(*leaf) for leaf in flat]
         devices, stack_bytes = placement.device_count(), trees.group_bytes()
         for group in trees.group_by_shape(
@@ -131,7 +139,7 @@ def scale_by_shape(mode: ShapeScale = "width") -> optax.GradientTransformation:
         two axes.
     """
     rules = {
-        "width": lambda fan_in, fan_out: math.sqrt(max(1.0, fan_out / fan_in)),
+        "width": lambda fan_in, fan_out: math.sqrt(max(1.0, fan_out / max(fan_in, 1))),
         "rms": lambda fan_in, fan_out: 0.2 * math.sqrt(max(fan_in, fan_out)),
         "none": lambda fan_in, fan_out: 1.0,
     }
@@ -143,12 +151,14 @@ def scale_by_shape(mode: ShapeScale = "width") -> optax.GradientTransformation:
     ) -> optax.Updates:
         del params
         _require_matrices(updates, "scale_by_shape")
-        return jax.tree.map(lambda x: x * rules[mode](*x.shape[-2:]), updates)
+        scale = lambda x: x * rules[mode](*x.shape[-2:])
+        return jax.tree.map(scale, precision.inexact(updates))
 
     return optax.stateless(update_fn)
 
 
 def _require_matrices(updates: optax.Updates, who: str) -> None:
+    checks.require_real(updates, who)
     found = [
         f"  {jax.tree_util.keystr(path)} has shape {x.shape}"
         for path, x in jax.tree.leaves_with_path(updates)

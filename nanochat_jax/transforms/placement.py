@@ -18,6 +18,7 @@ from jax.tree_util import KeyPath, keystr
 from jaxtyping import Array
 
 from nanochat_jax.transforms import specs
+from nanochat_jax.transforms.axes import ResolvedAxes
 
 Update = Callable[..., tuple[Any, Any]]
 """The `update` of a transform."""
@@ -48,6 +49,38 @@ def using(params: Any, shardings: Mapping[str, NamedSharding]) -> Iterator[None]
         yield
     finally:
         _PLACES.reset(token)
+
+
+@contextlib.contextmanager
+def viewed(views: Mapping[str, ResolvedAxes]) -> Iterator[None]:
+    """Makes known where parameters lie that are seen as matrices.
+
+    Args:
+      views: Views by path; parameters without one are seen as they are.
+    """
+    places = dict(_PLACES.get())
+    for name in views.keys() & places.keys():
+        view, sharding = views[name], places[name].sharding
+        places[name] = _Place(view.view_shape, specs.viewed(view, sharding))
+    token = _PLACES.set(places)
+    try:
+        yield
+    finally:
+        _PLACES.reset(token)
+
+
+def seen_as(view: ResolvedAxes, x: Array) -> Array:
+    """Returns a leaf as matrices, sharded as the view is where axes are Explicit.
+
+    Args:
+      view: The view.
+      x: The leaf.
+    """
+    if _explicit_mesh(x) is None:
+        return view.to_view(x)
+    out = specs.viewed(view, jax.typeof(x).sharding)
+    run: Any = jax.sharding.auto_axes(view.to_view, out_sharding=out)
+    return run(x)
 
 
 def of(path: KeyPath, x: Array) -> NamedSharding | None:

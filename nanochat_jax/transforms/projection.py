@@ -104,7 +104,7 @@ def projected_rank(
       projector_cost: As for `galore`.
       min_saving: As for `galore`.
     """
-    if len(shape) < 2:
+    if len(shape) < 2 or 0 in shape:
         return None
     short, long = sorted(shape[-2:])
     r = min(rank, short)
@@ -138,11 +138,20 @@ def project(g: Array, basis: Array | None) -> Array:
 
 def norm_ratio(u: Array, low: Array) -> Float32[Array, "*batch 1 1"]:
     """Returns `‖u‖ / ‖low‖` of each matrix, 0 where `low` is zero."""
-    norm = lambda x: jnp.linalg.norm(
-        x.astype(jnp.float32), axis=(-2, -1), keepdims=True
+    size, largest = _norm(low)
+    of_u, largest_of_u = _norm(u)
+    ratio = (of_u / jnp.where(size > 0, size, 1.0)) * (
+        largest_of_u / jnp.where(size > 0, largest, 1.0)
     )
-    size = norm(low)
-    return jnp.where(size > 0, norm(u) / jnp.where(size > 0, size, 1.0), 0.0)
+    return jnp.where(size > 0, ratio, 0.0)
+
+
+def _norm(x: Array) -> tuple[Array, Array]:
+    """Returns norms of matrices over their largest entries, and these."""
+    x = x.astype(jnp.float32)
+    largest = jnp.max(jnp.abs(x), axis=(-2, -1), keepdims=True)
+    unit = x / jnp.where(largest > 0, largest, 1.0)
+    return jnp.linalg.norm(unit, axis=(-2, -1), keepdims=True), largest
 
 
 def lift(

@@ -1,8 +1,6 @@
 """Keep the state of any transform quantised between steps."""
 
 import contextvars
-import dataclasses
-import functools
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -10,10 +8,16 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax.tree_util import KeyPath, keystr
-from jaxtyping import Array, Float, Float32, Int32, PRNGKeyArray
+from jaxtyping import Array, Int32
 
 from nanochat_jax.codecs import Codec, Quantized
-from nanochat_jax.transforms import placement, trees
+from nanochat_jax.transforms import checks, placement, precision
+from nanochat_jax.transforms.state_paths import locate
+from nanochat_jax.transforms.stored import (
+    Stored,
+    is_quantized as is_quantized,
+    require_stored,
+)
 
 SHOWS_STORAGE = contextvars.ContextVar("SHOWS_STORAGE", default=False)
 """Whether `init` says how leaves are stored, by `Stored` nodes, and stores none."""
@@ -29,66 +33,6 @@ class QuantizeState(NamedTuple):
 
     count: Int32[Array, ""]  # pyright: ignore[reportIncompatibleMethodOverride]
     inner: optax.OptState
-
-
-@jax.tree_util.register_static
-@dataclasses.dataclass(frozen=True)
-class Stored:
-    """How a leaf of a state is stored; it stands for the leaf and has no arrays.
-
-    Attributes:
-      codec: How its entries become codes.
-      shape: Its shape, which codes do not tell if two share a byte.
-      dtype: Its type in the state of the wrapped transform.
-      name: Its path there, by which stochastic rounding is keyed.
-      seed: Seed of that rounding.
-    """
-
-    codec: Codec
-    shape: tuple[int, ...]
-    dtype: Any
-    name: str
-    seed: int
-
-    def encode(self, x: Float[Array, "..."], count: Int32[Array, ""]) -> Quantized:
-        """Returns the leaf in stored form, after `count` steps."""
-        # One key must not serve two random draws, here and in the wrapped transform.
-        name = f"quantize_state{self.name}"
-        keyed = self.codec.needs_key
-        key = trees.leaf_key(self.seed, count, name) if keyed else None
-        return _encode(self.codec, x, key)
-
-    def stored_shape(self) -> Quantized:
-        """Returns shapes and types of the stored form."""
-        return _stored_shape(self.codec, self.shape)
-
-    def decode(self, stored: Quantized) -> Float32[Array, "..."]:
-        """Returns the leaf that `stored` stands for, in float32."""
-        return _decode(self.codec, stored, self.shape[-1])
-
-
-# Traced once for each codec and shape, not once for each of many leaves.
-@functools.partial(jax.jit, static_argnums=0)
-def _encode(codec: Codec, x: Array, key: PRNGKeyArray | None) -> Quantized:
-    return codec.encode(x, key)
-
-
-@functools.partial(jax.jit, static_argnums=(0, 2))
-def _decode(codec: Codec, stored: Quantized, size: int) -> Array:
-    return codec.decode(stored, size)
-
-
-@functools.cache
-def _stored_shape(codec: Codec, shape: tuple[int, ...]) -> Quantized:
-    key = jax.random.key(0) if codec.needs_key else None
-    return jax.eval_shape(
-        lambda x: codec.encode(x, key), jax.ShapeDtypeStruct(shape, jnp.float32)
-    )
-
-
-def is_quantized(node: Any) -> bool:
-    """Returns whether a tree node is a `Quantized` array; for `is_leaf` arguments."""
-    return isinstance(node, Quantized)
 
 
 def quantize_state(
@@ -124,37 +68,44 @@ def quantize_state(
       A transformation with the updates of `inner`, whose state is a `QuantizeState`.
 
     Raises:
-      ValueError: At `init`, if `inner` lacks a field named in `codecs`.
+      TypeError: At `init`, if a parameter is complex.
+      ValueError: At `init`, if `inner` lacks a field named in `codecs`; at `update`, if
+        shapes or types of the state are those of another codec or size of blocks. Two
+        tables of 256 levels, such as `Dynamic8` and `MuLaw8`, look alike.
     """
     inner = optax.with_extra_args_support(inner)
 
-    def storage(path: KeyPath, x: Any) -> Stored:
-        field, _ = trees.split_path(path, codecs) or ("", "")
-        return Stored(codecs[field], x.shape, x.dtype, keystr(path), seed)
-
-    def is_chosen(path: KeyPath, x: Array) -> bool:
-        return (
-            trees.split_path(path, codecs) is not None
-            and jnp.issubdtype(x.dtype, jnp.floating)
-            and x.ndim > 0
-            and x.size >= min_size
-        )
+    def storage(state: Any, params: optax.Params) -> dict[str, Stored]:
+        """Returns by path how the leaves of the chosen fields are stored."""
+        found, places = {}, locate(state, params)
+        for path, x in jax.tree.leaves_with_path(state, is_leaf=is_quantized):
+            name = keystr(path)
+            field = places[name].field(codecs)
+            # What another `quantize_state` inside has stored is stored for `inner` too.
+            if field is None or is_quantized(x):
+                continue
+            if jnp.issubdtype(x.dtype, jnp.floating) and x.ndim > 0:
+                found[name] = Stored(codecs[field], x.shape, x.dtype, name, seed)
+        return found
 
     def init_fn(params: optax.Params) -> QuantizeState:
+        checks.require_real(params, "quantize_state")
         # Initial states are constants, which XLA would spend minutes folding encoded.
         state = jax.lax.optimization_barrier(inner.init(params))
         if jax.tree.leaves(params):
-            _require_fields(state, codecs)
-        count, shows = jnp.zeros([], jnp.int32), SHOWS_STORAGE.get()
+            _require_fields(state, params, codecs)
+        count, shows = jnp.zeros([], jnp.int32), _shows_storage()
+        stored = storage(state, params)
 
-        def store(path: KeyPath, x: Array) -> Any:
-            if not is_chosen(path, x):
+        def store(path: KeyPath, x: Any) -> Any:
+            how = stored.get(keystr(path))
+            if how is None or x.size < max(min_size, 1):
                 return x
-            stored = storage(path, x)
-            encode = lambda x: stored.encode(x, count)
-            return stored if shows else placement.sharded_as(encode, x)
+            encode = lambda x: how.encode(x, count)
+            return how if shows else placement.sharded_as(encode, x)
 
-        return QuantizeState(count, jax.tree.map_with_path(store, state))
+        state = jax.tree.map_with_path(store, state, is_leaf=is_quantized)
+        return QuantizeState(count, state)
 
     def update_fn(
         updates: optax.Updates,
@@ -162,40 +113,67 @@ def quantize_state(
         params: optax.Params | None = None,
         **extra_args: Any,
     ) -> tuple[optax.Updates, QuantizeState]:
+        checks.require_state(state, QuantizeState, "quantize_state")
         # Of the parameters, if they are given: projected gradients have other shapes.
-        like = jax.eval_shape(inner.init, updates if params is None else params)
-        # What another `quantize_state` inside has stored is stored for `inner` too.
-        decode = lambda path, x, like: (
-            storage(path, like).decode(x)
-            if is_quantized(x) and not is_quantized(like)
-            else x
+        whole = updates if params is None else params
+        like = jax.eval_shape(inner.init, whole)
+        stored = _chosen(state.inner, like, storage(like, whole))
+        decode = lambda path, x: (
+            stored[keystr(path)].decode(x) if keystr(path) in stored else x
         )
-        decoded = jax.tree.map_with_path(
-            decode, state.inner, like, is_leaf=is_quantized
+        decoded = jax.tree.map_with_path(decode, state.inner, is_leaf=is_quantized)
+        new_updates, new_inner = inner.update(
+            precision.widened(updates), decoded, params, **extra_args
         )
-        new_updates, new_inner = inner.update(updates, decoded, params, **extra_args)
-        store = lambda path, old, new: (
-            storage(path, new).encode(new, state.count)
-            if is_quantized(old) and not is_quantized(new)
+        encode = lambda path, old, new: (
+            stored[keystr(path)].encode(new, state.count)
+            if keystr(path) in stored
             else optax.tree.cast_like(new, old)
         )
-        stored = jax.tree.map_with_path(
-            store, state.inner, new_inner, is_leaf=is_quantized
+        new_inner = jax.tree.map_with_path(
+            encode, state.inner, new_inner, is_leaf=is_quantized
         )
         count = jnp.asarray(optax.safe_increment(state.count))
-        new_updates = optax.tree.cast_like(new_updates, updates)
-        return new_updates, QuantizeState(count, stored)
+        new_updates = precision.cast_like(new_updates, updates)
+        return new_updates, QuantizeState(count, new_inner)
 
     return optax.GradientTransformationExtraArgs(
         init_fn, placement.in_auto_mode(update_fn)
     )
 
 
-def _require_fields(state: optax.OptState, codecs: Mapping[str, Codec]) -> None:
+def _shows_storage() -> bool:
+    # Not in `init`, with which the variable would be pickled, which it cannot be.
+    return SHOWS_STORAGE.get()
+
+
+def _chosen(
+    state: optax.OptState, like: optax.OptState, storage: Mapping[str, Stored]
+) -> dict[str, Stored]:
+    """Returns how the leaves are stored that are, by path, after a check of each.
+
+    Args:
+      state: State with stored leaves.
+      like: Shapes of the state of the wrapped transform.
+      storage: How leaves may be stored.
+    """
+    found, inside = _quantized_leaves(state), _quantized_leaves(like)
+    found = {name: node for name, node in found.items() if name not in inside}
+    require_stored(found, storage)
+    return {name: storage[name] for name in found}
+
+
+def _quantized_leaves(state: optax.OptState) -> dict[str, Quantized]:
+    nodes = jax.tree.leaves_with_path(state, is_leaf=is_quantized)
+    return {keystr(path): node for path, node in nodes if is_quantized(node)}
+
+
+def _require_fields(
+    state: optax.OptState, params: optax.Params, codecs: Mapping[str, Codec]
+) -> None:
     # Fields with no array count too: `galore` may leave every leaf unprojected.
-    absent = lambda node: node is None or isinstance(node, optax.MaskedNode)
-    paths = jax.tree.leaves_with_path(state, is_leaf=absent)
-    found = set().union(*(trees.field_names(path) for path, _ in paths))
+    places = locate(state, params).values()
+    found = {field for place in places for field in place.fields}
     missing = sorted(set(codecs) - found)
     if missing:
         raise ValueError(

@@ -20,6 +20,7 @@ from jaxtyping import Array, Bool, Float, Float32, Int32, UInt32
 from nanochat_jax import noise, rangefinder
 from nanochat_jax.transforms import placement, projection
 from nanochat_jax.transforms.adaptive import Adaptive, AdaptiveState
+from nanochat_jax.transforms.varying import vary_over, varying_axes
 
 
 class Leaf(NamedTuple):
@@ -102,6 +103,8 @@ class Refresh:
           leaves: The leaves.
           sharding: How the gradient of each is sharded, if that is known.
         """
+        # All as one of them, since branches must agree in that too.
+        leaves = vary_over(list(leaves), varying_axes(leaves))
         renew_if_due = functools.partial(self._renew_if_due, sharding=sharding)
         if len(leaves) == 1:
             return [renew_if_due(leaves[0])]
@@ -109,9 +112,8 @@ class Refresh:
         def renew_due() -> list[Renewed]:
             # Picked one by one, as a stack of them would be a copy of all.
             pick = lambda i: jax.lax.switch(i, [lambda x=x: x for x in leaves])
-            renewed = jax.lax.map(
-                lambda i: renew_if_due(pick(i)), jnp.arange(len(leaves))
-            )
+            turns = jnp.arange(len(leaves), dtype=jnp.int32)
+            renewed = jax.lax.map(lambda i: renew_if_due(pick(i)), turns)
             return [
                 jax.tree.map(lambda x, i=i: x[i], renewed) for i in range(len(leaves))
             ]
@@ -167,4 +169,5 @@ def _whole_moments(leaf: Leaf) -> list[Array]:
 
 
 def _same(leaf: Leaf) -> Renewed:
-    return Renewed(leaf.basis, leaf.moments, leaf.rests, jnp.float32(1.0))
+    overlap = vary_over(jnp.float32(1.0), varying_axes(leaf))
+    return Renewed(leaf.basis, leaf.moments, leaf.rests, overlap)

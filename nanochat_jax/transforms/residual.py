@@ -9,7 +9,7 @@ import optax
 from jax.typing import ArrayLike
 from jaxtyping import Array
 
-from nanochat_jax.transforms import projection
+from nanochat_jax.transforms import checks, projection
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,7 +72,9 @@ class Residual:
                 lambda g, x, p: None if p is None else projection.cut_off(g, x, p),
                 *(whole, low, projector),
             )
-            rest, state = self.rest.update(cut, state, None, **extra_args)
+            rest, state = checks.update_without_params(
+                self.rest, cut, state, "rest", extra_args
+            )
             rest = jax.tree.map(
                 lambda g, p, r: g if p is None else r, whole, projector, rest
             )

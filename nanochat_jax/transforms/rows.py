@@ -4,15 +4,14 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from jax import lax
 from jax.tree_util import keystr
 from jaxtyping import Array
 
-from nanochat_jax.transforms import trees
 from nanochat_jax.transforms.bits import from_bits, to_bits
-from nanochat_jax.transforms.order import Step, in_turn
-from nanochat_jax.transforms.quantize import is_quantized
+from nanochat_jax.transforms.order import Step, in_turn, layouts
+from nanochat_jax.transforms.state_paths import locate
+from nanochat_jax.transforms.stored import is_quantized
 
 
 def by_rows(work: Callable[[Array], Array], x: Array, max_bytes: int) -> Array:
@@ -57,12 +56,12 @@ def update_by_rows(
     Returns:
       Updates and state.
     """
-    [(path, leaf)] = jax.tree.leaves_with_path(updates)
+    [leaf] = jax.tree.leaves(updates)
     rows = _rows_at_a_time(leaf, max_bytes) if leaf.ndim > 1 else 0
-    if not 0 < rows < leaf.shape[0] or not _keeps_shape(step, updates, state, params):
+    if not 0 < rows < leaf.shape[0] or not _keeps_layout(step, updates, state, params):
         return step(updates, state, params)
     before, treedef = jax.tree.flatten((updates, state, params))
-    owned = _owned((updates, state, params), keystr(path))
+    owned = _owned((updates, state, params), updates)
     written = jax.tree.structure((updates, state))
 
     def work(start: Array | int, count: int, done: list[Array]) -> list[Array]:
@@ -109,17 +108,17 @@ def _in_pieces(
     return write(pieces * rows, rest, done) if rest else done
 
 
-def _keeps_shape(step: Step, updates: Any, state: Any, params: Any) -> bool:
+def _keeps_layout(step: Step, updates: Any, state: Any, params: Any) -> bool:
     """Returns whether rows can be written over those they come from."""
     results = jax.eval_shape(step, updates, state, params)[0]
-    return jax.tree.map(jnp.shape, results) == jax.tree.map(jnp.shape, updates)
+    return layouts(results) == layouts(updates)
 
 
-def _owned(tree: Any, name: str) -> list[bool]:
-    """Returns which arrays of a tree belong to the parameter `name`, leaf by leaf."""
-    nodes = jax.tree.leaves_with_path(tree, is_leaf=is_quantized)
+def _owned(tree: Any, updates: Any) -> list[bool]:
+    """Returns which arrays of a tree belong to the one leaf of the updates."""
+    places = locate(tree, updates)
     return [
-        trees.owner(path, {name}) is not None and x.ndim > 0
-        for path, node in nodes
+        places[keystr(path)].name is not None and x.ndim > 0
+        for path, node in jax.tree.leaves_with_path(tree, is_leaf=is_quantized)
         for x in jax.tree.leaves(node)
     ]

@@ -9,8 +9,10 @@ from jax.tree_util import keystr
 
 from nanochat_jax.transforms import placement, trees
 from nanochat_jax.transforms.order import Step, in_turn
-from nanochat_jax.transforms.quantize import is_quantized
 from nanochat_jax.transforms.rows import update_by_rows
+from nanochat_jax.transforms.state_paths import locate
+from nanochat_jax.transforms.stored import is_quantized
+from nanochat_jax.transforms.varying import varying_axes
 
 
 def sequence(
@@ -68,13 +70,14 @@ def sequence(
         rows = trees.piece_bytes() if max_bytes is None else max_bytes
         groups = trees.group_by_shape(leaves, most, devices=placement.device_count())
         step = functools.partial(inner.update, **extra_args)
-        if core_ndim is not None and placement.device_count() == 1:
+        alone = placement.device_count() == 1 and not varying_axes(updates)
+        if core_ndim is not None and alone:
             step = functools.partial(_by_rows, step, rows, core_ndim)
         if len(groups) < 2:
             return step(updates, state, params)
         weights = None if params is None else treedef.flatten_up_to(params)
         nodes, state_def = jax.tree.flatten(state, is_leaf=is_quantized)
-        owners = _owners(state, set(names))
+        owners = _owners(state, updates)
         new_leaves, new_nodes = list(leaves), list(nodes)
 
         def collect(result: tuple[optax.Updates, optax.OptState]) -> None:
@@ -112,10 +115,11 @@ def _by_rows(
     return update_by_rows(step, *inputs, max_bytes=max_bytes)
 
 
-def _owners(state: optax.OptState, names: set[str]) -> list[str | None]:
+def _owners(state: optax.OptState, updates: optax.Updates) -> list[str | None]:
     """Returns which parameter each node of `state` belongs to; `None` for counts."""
     nodes = jax.tree.leaves_with_path(state, is_leaf=is_quantized)
-    return [trees.owner(path, names) for path, _ in nodes]
+    places = locate(state, updates)
+    return [places[keystr(path)].name for path, _ in nodes]
 
 
 def _only(items: list[Any], keep: list[bool]) -> list[Any]:

@@ -5,6 +5,8 @@ from collections.abc import Sequence
 
 from jax.sharding import NamedSharding, PartitionSpec
 
+from nanochat_jax.transforms.axes import ResolvedAxes
+
 Axes = tuple[tuple[str, ...], ...]
 """Names of mesh axes, for each dimension of an array those that shard it."""
 
@@ -49,6 +51,42 @@ def derived(
                 chosen[d] = axes[same[0]]
     kept = tuple(chosen.get(d, ()) for d in range(len(shape)))
     return fit(shape, sharding, kept, [axis for j in left for axis in axes[j]])
+
+
+def viewed(view: ResolvedAxes, sharding: NamedSharding) -> NamedSharding:
+    """Returns how to shard a leaf that is seen as matrices.
+
+    A merged axis is sharded as the first of its parts, and axes of the batch as they
+    are. Mesh axes that have no place so go to the first dimension that they divide.
+
+    Args:
+      view: The view of the leaf.
+      sharding: Sharding of the leaf.
+    """
+    axes, lost = _kept(view, axes_of(sharding, len(view.shape)))
+    return fit(view.view_shape, sharding, axes, lost)
+
+
+def moved_axes(view: ResolvedAxes, sharding: NamedSharding) -> tuple[str, ...]:
+    """Returns the mesh axes of a leaf that its view cannot be sharded by in place.
+
+    Args:
+      view: The view of the leaf.
+      sharding: Sharding of the leaf.
+    """
+    axes = axes_of(sharding, len(view.shape))
+    lost = _kept(view, axes)[1]
+    return tuple(name for name in lost if sharding.mesh.shape[name] > 1)
+
+
+def _kept(view: ResolvedAxes, axes: Axes) -> tuple[Axes, list[str]]:
+    """Returns the mesh axes of the dimensions of a view, and those left over."""
+    whole = [() if axis in view.split else axes[axis] for axis in range(len(axes))]
+    first = lambda group: next((i for i in group if view.shape[i] > 1), group[0])
+    places = [*view.batch, first(view.fan_in), first(view.fan_out)]
+    kept = (*((),) * len(view.parts), *(whole[i] for i in places))
+    used = {name for names in kept for name in names}
+    return kept, [name for names in axes for name in names if name not in used]
 
 
 def fit(

@@ -10,7 +10,9 @@ from jax.tree_util import keystr
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float32
 
-from nanochat_jax.transforms.quantize import SHOWS_STORAGE, QuantizeState, Stored
+from nanochat_jax.transforms.quantize import SHOWS_STORAGE, QuantizeState
+from nanochat_jax.transforms.record import abstract_init
+from nanochat_jax.transforms.stored import Stored, is_quantized, require_stored
 
 
 class QuantizationError(NamedTuple):
@@ -51,11 +53,13 @@ def dequantize(
       The plain state, with the types that the wrapped transforms gave it.
 
     Raises:
-      ValueError: If `state` has not the structure of `tx.init(params)`.
+      ValueError: If `state` has not the structure of `tx.init(params)`, or was stored
+        by other codecs, as far as arrays tell.
     """
 
     storage = storage_of(tx, params)
-    _require_paths("state", state, jax.eval_shape(tx.init, params))
+    _require_paths("state", state, abstract_init(tx, params))
+    _require_codecs(state, storage)
     decode = lambda node, x: (
         node.decode(x).astype(node.dtype) if isinstance(node, Stored) else x
     )
@@ -156,7 +160,8 @@ def _error(x: Array, reference: Array) -> QuantizationError:
     x, reference = x.astype(jnp.float32), reference.astype(jnp.float32)
     size = jnp.linalg.norm(reference.ravel())
     difference = jnp.linalg.norm((x - reference).ravel())
-    relative = jnp.where(difference == 0, 0, difference / size)
+    exact = difference == 0
+    relative = jnp.where(exact, 0.0, difference / jnp.where(exact, 1.0, size))
     return QuantizationError(relative, jnp.mean((x == 0) & (reference != 0)))
 
 
@@ -166,7 +171,7 @@ def storage_of(tx: optax.GradientTransformation, params: optax.Params) -> Any:
     try:
         # An `init` that was compiled before would give the state it gave then.
         with jax.disable_jit():
-            return jax.eval_shape(lambda params: tx.init(params), params)
+            return abstract_init(tx, params)
     finally:
         SHOWS_STORAGE.reset(token)
 
@@ -201,3 +206,13 @@ def _require_paths(name: str, state: Any, wanted: Any) -> None:
             f"`{name}` is not the state that `tx` has for these parameters. It lacks "
             f"{sorted(wanted - got)} and has besides {sorted(got - wanted)}."
         )
+
+
+def _require_codecs(state: Any, storage: Any) -> None:
+    is_stored = lambda node: isinstance(node, Stored)
+    wanted = jax.tree.leaves_with_path(storage, is_leaf=is_stored)
+    found = jax.tree.leaves_with_path(state, is_leaf=is_quantized)
+    require_stored(
+        {keystr(path): node for path, node in found if is_quantized(node)},
+        {keystr(path): node for path, node in wanted if is_stored(node)},
+    )

@@ -1,44 +1,12 @@
-"""Naming the leaves of updates and states, for transforms that treat them one by one.
-
-A leaf of an Optax state is named by the field it stands in and by the parameter it
-belongs to: `.inner[0].momentum['block']['kernel']` is the `momentum` of
-`['block']['kernel']`. Codecs, keys and projections are looked up by these names, so a
-leaf is treated alike in a whole tree and in a part of it.
-"""
+"""Groups of leaves of one shape, and the random keys of leaves."""
 
 import math
 import zlib
-from collections.abc import Collection, Hashable, Sequence
+from collections.abc import Hashable, Sequence
 
 import jax
 import jax.numpy as jnp
-from jax.tree_util import GetAttrKey, KeyPath, keystr
 from jaxtyping import Array, PRNGKeyArray
-
-
-def split_path(path: KeyPath, fields: Collection[str]) -> tuple[str, str] | None:
-    """Splits the path of a state leaf at the outermost of `fields`.
-
-    Args:
-      path: Path of the leaf in a state.
-      fields: Names of NamedTuple fields to look for.
-
-    Returns:
-      The field and the path below it as a string, or `None` if no field is on the path.
-    """
-    for i, key in enumerate(path):
-        if isinstance(key, GetAttrKey) and key.name in fields:
-            return key.name, keystr(path[i + 1 :])
-    return None
-
-
-def owner(path: KeyPath, names: Collection[str]) -> str | None:
-    """Returns which of the parameters `names` a state leaf belongs to, if to any.
-
-    It is the one whose path the leaf's own path ends in.
-    """
-    ends = (keystr(path[i:]) for i in range(len(path) + 1))
-    return next((end for end in ends if end in names), None)
 
 
 def group_bytes() -> int:
@@ -94,11 +62,6 @@ def _group_size(x: Array, max_bytes: int, devices: int) -> int:
     together = devices // math.gcd(devices, math.prod(x.shape[:-2]))
     fitting = max_bytes * devices // (4 * max(x.size, 1))
     return max(together, fitting // together * together)
-
-
-def field_names(path: KeyPath) -> set[str]:
-    """Returns the names of the NamedTuple fields on `path`."""
-    return {key.name for key in path if isinstance(key, GetAttrKey)}
 
 
 def leaf_key(seed: int, count: Array, name: str) -> PRNGKeyArray:

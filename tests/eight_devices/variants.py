@@ -26,10 +26,17 @@ MESHES = {
 }
 SHAPES = {
     "up": {"kernel": (32, 64)},
-    "gate": {"kernel": (32, 64)},
     "down": {"kernel": (64, 32)},
+    "query": {"kernel": (32, 4, 16)},  # seen as (32, 64)
+    "out": {"kernel": (4, 16, 32)},  # seen as (64, 32)
     "embed": {"embedding": (48, 32)},
     "norm": {"scale": (32,)},
+}
+
+
+AXES = {
+    "query/kernel": nj.MatrixAxes(0, (1, 2)),
+    "out/kernel": nj.MatrixAxes((0, 1), 2),
 }
 
 
@@ -49,15 +56,19 @@ def make_mesh(name, kind=AxisType.Auto):
 
 
 def shardings(mesh):
-    """Shards rows over `fsdp` and columns over `tensor`, if the mesh has it."""
-    columns = "tensor" if "tensor" in mesh.axis_names else None
-    return jax.tree.map(
-        lambda shape: NamedSharding(mesh, P(*("fsdp", columns)[: len(shape)])),
+    """Shards features over `fsdp`, and others over `tensor`, if the mesh has it."""
+    other = "tensor" if "tensor" in mesh.axis_names else None
+    specs = {1: ("fsdp",), 2: ("fsdp", other), 3: ("fsdp", other, None)}
+    placed = jax.tree.map(
+        lambda shape: NamedSharding(mesh, P(*specs[len(shape)])),
         SHAPES,
         is_leaf=lambda node: isinstance(node, tuple),
     )
+    placed["out"]["kernel"] = NamedSharding(mesh, P(other, None, "fsdp"))
+    return placed
 
 
 def build(name, params, **kwargs):
     config = nj.OptimizerConfig(**VARIANTS[name], ns_dtype="float32", **kwargs)
-    return nj.build_optimizer(config, params)
+    axes = lambda path, shape: AXES.get(path)
+    return nj.build_optimizer(config, params, matrix_axes=axes)

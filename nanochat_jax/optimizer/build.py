@@ -1,0 +1,251 @@
+"""Muon for matrices, AdamW or Lion for the rest, as a configuration asks.
+
+`build_optimizer` only assembles transforms. For `use_8bit_optim` and `use_galore` both:
+
+    partition(
+        matrix: quantize_state(chain(galore(momentum, residual), orthogonalize))
+                -> scale_by_shape -> weight decay -> learning rate,
+        embedding, head, vector: quantize_state(AdamW))
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.tree_util import keystr
+
+from nanochat_jax.codecs import Codec
+from nanochat_jax.coefficients import POLYNOMIALS
+from nanochat_jax.config import OptimizerConfig
+from nanochat_jax.interop.arrays import as_arrays
+from nanochat_jax.linalg import resolve_dtype
+from nanochat_jax.optimizer.rule import Rule
+from nanochat_jax.optimizer.storage import (
+    fallback_codecs,
+    projector_cost,
+    state_codecs,
+)
+from nanochat_jax.roles import Roles, partition_by_role, settle
+from nanochat_jax.sharding import distribute, shardings_of
+from nanochat_jax.transforms import (
+    Adaptive,
+    galore,
+    momentum,
+    orthogonalize,
+    quantize_state,
+    scale_by_shape,
+    sequence,
+    stages,
+)
+from nanochat_jax.transforms.clip import clip_by_global_norm
+from nanochat_jax.transforms.precision import in_float32
+
+# Rows of a quantised embedding that are decoded at a time, in float32: 2 MiB.
+_ROW_BYTES = 1 << 21
+
+
+def build_optimizer(
+    config: OptimizerConfig,
+    params: optax.Params,
+    labels: Any = None,
+    matrix_axes: Any = None,
+    learning_rate: optax.ScalarOrSchedule | None = None,
+) -> optax.GradientTransformationExtraArgs:
+    """Builds the optimizer that `config` asks for.
+
+    Example:
+      >>> params = {"block": {"kernel": jnp.zeros((256, 512)), "bias": jnp.zeros(512)}}
+      >>> config = OptimizerConfig(use_8bit_optim=True, use_galore=True, galore_rank=64)
+      >>> tx = build_optimizer(config, params)
+      >>> state = tx.init(params)
+
+    Args:
+      config: What to build.
+      params: Parameters, as arrays or `jax.ShapeDtypeStruct`s. If they are sharded over
+        several devices, the optimizer is made to `distribute` its work over these.
+      labels: Labels that stand before all else: a tree like `params`, or a prefix of
+        it, of `"matrix"`, `"embedding"`, `"head"`, `"vector"` and `"frozen"`, or a
+        function from parameters to one; names and modules decide where it has `None`.
+      matrix_axes: The axes of matrices where names do not tell, as for `as_matrices`,
+        or what `matrix_axes(model)` returned.
+      learning_rate: Learning rate of the matrices, or a schedule, in place of the
+        schedule of `config`; it may be traced.
+
+    Returns:
+      An Optax transformation, from gradients to updates.
+
+    Raises:
+      TypeError: If a parameter is complex.
+      ValueError: If nothing tells which axes of a leaf are a matrix.
+    """
+    params = as_arrays(params)
+    roles = settle(params, labels=labels, matrix_axes=matrix_axes)
+    rule = Rule.of(config)
+    if learning_rate is not None:
+        rule = dataclasses.replace(rule, rate=learning_rate)
+    tx = assemble(config, rule, lambda tree: _require_known(roles, tree))
+    shardings = shardings_of(params)
+    return tx if shardings is None else distribute(tx, shardings)
+
+
+def assemble(
+    config: OptimizerConfig, rule: Rule, settle: Callable[[optax.Params], Roles]
+) -> optax.GradientTransformationExtraArgs:
+    """Puts the transforms of a configuration together.
+
+    Args:
+      config: What to build, but for the numbers that `rule` has.
+      rule: Rates, decays and betas.
+      settle: Function from parameters to the role of each, by path.
+    """
+    optimizers = {
+        "matrix": matrix_optimizer(config, rule),
+        "embedding": _table_optimizer(config, rule),
+        "head": _table_optimizer(config, rule),
+        "vector": _quantized(
+            _fallback(config, rule, 0.0), fallback_codecs(config), config
+        ),
+    }
+    clip = lambda by_label: stages(
+        clip=clip_by_global_norm(config.grad_clip), by_label=by_label
+    )
+    around = clip if config.grad_clip else lambda by_label: by_label
+    return partition_by_role(optimizers, settle, around, lambda: notes_of(config, rule))
+
+
+def matrix_optimizer(
+    config: OptimizerConfig, rule: Rule | None = None
+) -> optax.GradientTransformationExtraArgs:
+    """Builds the Muon variant that `config` asks for, for trees of matrices only.
+
+    Args:
+      config: What to build.
+      rule: Rates, decay and beta; those of `config` if not given.
+    """
+    rule = Rule.of(config) if rule is None else rule
+    chain = stages(
+        direction=_direction(config, rule),
+        shape=scale_by_shape(config.muon_scale),
+        decay=optax.add_decayed_weights(rule.decay),
+        rate=optax.scale_by_learning_rate(rule.rate),
+    )
+    return sequence(
+        in_float32(chain),
+        # Adaptive GaLore decides for all matrices of a leaf together.
+        core_ndim=None if config.use_galore and config.galore_adaptive else 2,
+    )
+
+
+def _direction(config: OptimizerConfig, rule: Rule) -> optax.GradientTransformation:
+    """Nests momentum, orthogonalisation, low-rank space and storage."""
+    average = momentum(
+        rule.beta, nesterov=rule.nesterov, bias_correction=rule.bias_correction
+    )
+    polynomials = POLYNOMIALS[config.ns_method].take(config.ns_steps)
+    step = orthogonalize(polynomials, dtype=resolve_dtype(config.ns_dtype))
+    if not config.use_galore:
+        tx = optax.chain(average, step)
+    elif config.galore_residual:
+        tx = optax.chain(_galore(average, config), step)
+    else:
+        tx = _galore(optax.chain(average, step), config)
+    return _quantized(tx, state_codecs(config), config)
+
+
+def _galore(
+    inner: optax.GradientTransformation, config: OptimizerConfig
+) -> optax.GradientTransformation:
+    return galore(
+        inner,
+        config.rank,
+        refresh_every=config.galore_update_freq,
+        refresh_stagger=config.galore_stagger,
+        adaptive=Adaptive() if config.galore_adaptive else None,
+        warm_start=config.galore_warm_start,
+        momentum_share=config.galore_momentum_share,
+        # Turning a basis changes float32 momentum of matrices in nothing but time.
+        aligned=config.use_8bit_optim,
+        residual=config.galore_residual,
+        rest=momentum(config.galore_rest_momentum) if config.galore_rest_bits else None,
+        match_norm=config.galore_match_norm,
+        scale=config.galore_scale,
+        projector_dtype="bfloat16" if config.stored_projector_bits == 16 else "float32",
+        projector_cost=projector_cost(config),
+        seed=config.seed,
+    )
+
+
+def _quantized(
+    tx: optax.GradientTransformation,
+    codecs: dict[str, Codec],
+    config: OptimizerConfig,
+) -> optax.GradientTransformation:
+    if not codecs:
+        return tx
+    return quantize_state(tx, codecs, min_size=config.quant_min_size, seed=config.seed)
+
+
+def _table_optimizer(
+    config: OptimizerConfig, rule: Rule
+) -> optax.GradientTransformation:
+    """Builds the optimizer of embeddings and head."""
+    tx = _fallback(config, rule, rule.fallback_decay)
+    codecs = fallback_codecs(config)
+    if not codecs or not config.quantize_embeddings:
+        return tx
+    tx = _quantized(tx, codecs, config)
+    return sequence(tx, max_bytes=_ROW_BYTES, core_ndim=1)
+
+
+def _fallback(
+    config: OptimizerConfig, rule: Rule, weight_decay: optax.ScalarOrSchedule
+) -> optax.GradientTransformation:
+    rate, (b1, b2) = rule.fallback_rate, rule.fallback_betas
+    if config.fallback == "lion":
+        return in_float32(optax.lion(rate, b1, b2, weight_decay=weight_decay))
+    tx = optax.adamw(
+        rate, b1, b2, weight_decay=weight_decay, nesterov=rule.fallback_nesterov
+    )
+    return in_float32(tx)
+
+
+def _require_known(roles: Roles, tree: Any) -> Roles:
+    """Returns the roles, if they are those of a tree."""
+    names = [keystr(path) for path, _ in jax.tree.leaves_with_path(tree)]
+    unknown = [name for name in names if name not in roles]
+    if unknown:
+        raise ValueError(
+            "the optimizer was built for other parameters, which lack\n  "
+            + "\n  ".join(unknown)
+            + "\nGive `build_optimizer` the parameters that it is used with."
+        )
+    return roles
+
+
+def notes_of(config: OptimizerConfig, rule: Rule) -> dict[str, tuple[str, str]]:
+    """Returns name and rate of the optimizer by label, for `describe`."""
+    name = "Muon"
+    if config.use_galore:
+        name += f", GaLore rank {config.rank}"
+    fallback = {"adamw": "AdamW", "lion": "Lion"}[config.fallback]
+    other = (fallback, _in_words(rule.fallback_rate))
+    return {
+        "matrix": (name, _in_words(rule.rate)),
+        "embedding": other,
+        "head": other,
+        "vector": other,
+        "frozen": ("none", ""),
+    }
+
+
+def _in_words(rate: Any) -> str:
+    try:
+        with jax.ensure_compile_time_eval():
+            if callable(rate):
+                return f"schedule, {float(jnp.asarray(rate(0))):.3g} at first"
+            return f"{float(rate):.3g}"
+    except jax.errors.ConcretizationTypeError:
+        return "traced"

@@ -1,0 +1,204 @@
+"""A table of what an optimizer does with every parameter, and why."""
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import optax
+from jax.tree_util import keystr
+
+from nanochat_jax.interop.arrays import as_arrays
+from nanochat_jax.roles import Role
+from nanochat_jax.sharding import shardings_of
+from nanochat_jax.transforms import record, specs
+from nanochat_jax.transforms.axes import ResolvedAxes
+from nanochat_jax.transforms.state_paths import locate
+from nanochat_jax.transforms.storage import storage_of
+from nanochat_jax.transforms.stored import Stored
+
+_COLUMNS = ("path", "shape", "view", "label", "optimizer", "rate", "state", "reason")
+
+
+@dataclasses.dataclass(frozen=True)
+class Described:
+    """What an optimizer does with one parameter.
+
+    Attributes:
+      path: Its path, such as `"block/query/kernel"`.
+      shape: Its shape.
+      view: Shape of the matrices it is seen as, `None` if it is not.
+      label: Its label; empty where the optimizer does not go by labels.
+      optimizer: Name of its optimizer, as far as is known.
+      rate: Its learning rate in words, as far as is known.
+      state: What is held for it, such as `"momentum Int8, projector Int4"`.
+      state_bytes: Bytes of that.
+      reason: Why it has this label and this view; `"assumed"` where two axes are taken
+        as `(fan_in, fan_out)` since nothing says otherwise.
+    """
+
+    path: str
+    shape: tuple[int, ...]
+    view: tuple[int, ...] | None
+    label: str
+    optimizer: str
+    rate: str
+    state: str
+    state_bytes: int
+    reason: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Description:
+    """What an optimizer does with the parameters of a model; prints as a table.
+
+    Attributes:
+      leaves: The parameters, in the order of the tree.
+      warnings: What a user should look at.
+    """
+
+    leaves: tuple[Described, ...]
+    warnings: tuple[str, ...]
+
+    def __str__(self) -> str:
+        sizes = lambda shape: "" if shape is None else "x".join(map(str, shape)) or "()"
+        rows = [
+            (
+                leaf.path, sizes(leaf.shape), sizes(leaf.view), leaf.label,
+                leaf.optimizer, leaf.rate, leaf.state, leaf.reason,
+            )
+            for leaf in self.leaves
+        ]  # fmt: skip
+        widths = [max(map(len, column)) for column in zip(_COLUMNS, *rows, strict=True)]
+        lines = [
+            "  ".join(
+                cell.ljust(width) for cell, width in zip(row, widths, strict=True)
+            )
+            for row in [_COLUMNS, *rows]
+        ]
+        warnings = [f"warning: {text}" for text in self.warnings]
+        return "\n".join(line.rstrip() for line in [*lines, *warnings])
+
+    __repr__ = __str__
+
+
+def describe(tx: optax.GradientTransformation, params: optax.Params) -> Description:
+    """Describes what an optimizer does with every parameter, and why.
+
+    For `muon` and `build_optimizer` label, view and reason are those that their `init`
+    settles. For other chains the table has what their state shows.
+
+    Example:
+      >>> params = {"attn": {"q_einsum": {"w": jnp.ones((4, 32, 8))}}}
+      >>> description = describe(muon(0.02, bits=8, min_size=1), params)
+      >>> description.leaves[0].view, description.leaves[0].state
+      ((32, 32), 'momentum Int8')
+      >>> print(description)  # doctest: +ELLIPSIS
+      path             shape   view   label   optimizer  rate  state          reason
+      attn/q_einsum/w  4x32x8  32x32  matrix  Muon       0.02  momentum Int8  ...
+
+    Args:
+      tx: A transformation.
+      params: Parameters, as arrays or `jax.ShapeDtypeStruct`s.
+
+    Returns:
+      The description; `print` shows it as a table.
+    """
+    params = as_arrays(params)
+    told = record.record_of(tx, params)
+    held = _held(tx, params)
+    leaves = []
+    for path, x in jax.tree.leaves_with_path(params):
+        name, shape = keystr(path), tuple(getattr(x, "shape", ()))
+        role = told.roles.get(name)
+        optimizer, rate = told.optimizers.get(role.label if role else "", ("", ""))
+        state, size = held.get(name, ("", 0))
+        leaves.append(
+            Described(
+                path=keystr(path, simple=True, separator="/"),
+                shape=shape,
+                view=_view(role, told.views.get(name), shape),
+                label=role.label if role else "",
+                optimizer=optimizer,
+                rate=rate,
+                state=state,
+                state_bytes=size,
+                reason=_reason(role),
+            )
+        )
+    return Description(tuple(leaves), (*_unnamed_heads(leaves), *_moved(told, params)))
+
+
+def _view(
+    role: Role | None, view: ResolvedAxes | None, shape: tuple[int, ...]
+) -> tuple[int, ...] | None:
+    if role is not None and role.axes is not None:
+        return role.axes.view_shape(shape)
+    return view and view.view_shape
+
+
+def _reason(role: Role | None) -> str:
+    if role is None:
+        return ""
+    return f"{role.reason}, assumed" if role.assumed else role.reason
+
+
+def _held(
+    tx: optax.GradientTransformation, params: optax.Params
+) -> dict[str, tuple[str, int]]:
+    """Returns fields and bytes of the state of each parameter, by path."""
+    storage = storage_of(tx, params)
+    places = locate(storage, params)
+    fields: dict[str, list[str]] = {}
+    sizes: dict[str, int] = {}
+    is_stored = lambda node: isinstance(node, Stored)
+    bytes_of = lambda x: math.prod(x.shape) * x.dtype.itemsize
+    for path, node in jax.tree.leaves_with_path(storage, is_leaf=is_stored):
+        place = places[keystr(path)]
+        if place.name is None or not place.fields:
+            continue
+        kind = type(node.codec).__name__ if is_stored(node) else node.dtype.name
+        parts = node.stored_shape() if is_stored(node) else (node,)
+        fields.setdefault(place.name, []).append(f"{place.fields[-1]} {kind}")
+        sizes[place.name] = sizes.get(place.name, 0) + sum(map(bytes_of, parts))
+    return {name: (", ".join(fields[name]), sizes[name]) for name in fields}
+
+
+def _unnamed_heads(leaves: Sequence[Described]) -> list[str]:
+    """Returns a warning for each matrix that has the shape of an output layer."""
+    tables = {
+        tuple(sorted(leaf.shape)): leaf.path
+        for leaf in leaves
+        if leaf.label == "embedding" and len({*leaf.shape}) == len(leaf.shape) == 2
+    }
+    alike: dict[tuple[int, ...], list[Described]] = {}
+    for leaf in leaves:
+        if leaf.label == "matrix" and tuple(sorted(leaf.shape)) in tables:
+            alike.setdefault(tuple(sorted(leaf.shape)), []).append(leaf)
+    return [
+        f"{found[0].path} has the shape of the embedding {tables[shape]} and looks "
+        "like an output layer, which Muon trains worse than AdamW; if it is one, label "
+        'it "head".'
+        for shape, found in alike.items()
+        if len(found) == 1
+    ]
+
+
+def _moved(told: record.Record, params: optax.Params) -> list[str]:
+    """Returns a warning for each leaf whose view is not sharded as it is."""
+    shardings = shardings_of(params)
+    if shardings is None:
+        return []
+    by_path: Mapping[str, Any] = {
+        keystr(path): s for path, s in jax.tree.leaves_with_path(shardings)
+    }
+    found = {
+        name: specs.moved_axes(view, by_path[name]) for name, view in told.views.items()
+    }
+    return [
+        f"{name} is sharded over {list(axes)} along an axis that its matrix merges "
+        "into another; its state is sharded otherwise, and gradients are sent for it."
+        for name, axes in found.items()
+        if axes
+    ]

@@ -1,0 +1,200 @@
+"""Muon in one line, in the place of `optax.contrib.muon` or `optax.adamw`."""
+
+import inspect
+from typing import Any, Literal
+
+import jax
+import optax
+from jax.typing import ArrayLike
+
+from nanochat_jax.config import OptimizerConfig
+from nanochat_jax.linalg import NewtonSchulzDtype
+from nanochat_jax.optimizer.build import assemble
+from nanochat_jax.optimizer.rule import Rule
+from nanochat_jax.roles import settle
+from nanochat_jax.transforms import ShapeScale
+from nanochat_jax.transforms.projection import Rank, check_rank
+
+ADAM_SHARE = 0.15
+"""Learning rate of AdamW over that of Muon, by default: 0.003 for 0.02."""
+
+
+def muon(
+    learning_rate: optax.ScalarOrSchedule,
+    *,
+    bits: Literal[32, 8, 4, 2] = 32,
+    rank: Rank | None = None,
+    complement: float = 1.0,
+    complement_bits: Literal[0, 2, 4, 8, 32] = 0,
+    complement_beta: float = 0.8,
+    refresh_every: int = 200,
+    basis_bits: Literal[32, 16, 8, 4] | None = None,
+    beta: ArrayLike = 0.95,
+    nesterov: bool = True,
+    bias_correction: bool = False,
+    ns_method: str = "quintic",
+    ns_steps: int = 5,
+    ns_dtype: NewtonSchulzDtype = "auto",
+    scale: ShapeScale = "width",
+    weight_decay: optax.ScalarOrSchedule = 0.0,
+    grad_clip: float = 0.0,
+    adam_learning_rate: optax.ScalarOrSchedule | None = None,
+    adam_b1: ArrayLike = 0.9,
+    adam_b2: ArrayLike = 0.95,
+    adam_weight_decay: optax.ScalarOrSchedule | None = None,
+    adam_nesterov: bool = False,
+    block_size: int = 128,
+    min_size: int = 4096,
+    stochastic_rounding: bool = False,
+    quantize_embeddings: bool = True,
+    seed: int = 0,
+    matrix_axes: Any = None,
+    labels: Any = None,
+) -> optax.GradientTransformationExtraArgs:
+    """Makes Muon for the matrices of a model, and AdamW for the rest of it.
+
+    It takes the place of `optax.contrib.muon(0.02)` or `optax.adamw(3e-3)`, and needs
+    no parameters to be made: which of them are matrices, and in which of their axes,
+    is settled when it is initialised, from module classes, names and shapes
+    (`describe` shows how). What they leave open is refused.
+
+    With `bits=8` all moments are stored in 8 bits, a quarter of the memory; with a
+    `rank` the momentum of matrices lives in a low-rank space as well.
+
+    Under `optax.inject_hyperparams`, pass `static_args=MUON_STATIC`: rates, decays and
+    betas are then in the state, and may be changed while training.
+
+    Example:
+      >>> params = {"up": {"kernel": jnp.ones((64, 256)), "bias": jnp.zeros(256)}}
+      >>> tx = muon(0.02, bits=8, weight_decay=0.01)
+      >>> state = tx.init(params)
+      >>> updates, state = tx.update(params, state, params)
+      >>> adaptable = optax.inject_hyperparams(muon, static_args=MUON_STATIC)
+      >>> state = adaptable(learning_rate=0.02, bits=8).init(params)
+      >>> state.hyperparams["learning_rate"]
+      Array(0.02, dtype=float32)
+
+    Args:
+      learning_rate: Learning rate of the matrices, or an Optax schedule.
+      bits: Bits in which moments are stored: 32 as they are; 8; or 4 or 2 for the
+        momentum of matrices, and 8 for the moments of AdamW.
+      rank: Rank of GaLore's space: a number, a fraction of the shorter side, or either
+        by part of the path, as for `galore`; `None` for full rank.
+      complement: Weight of what the space cuts off of the gradient; 0 is GaLore as
+        published.
+      complement_bits: Bits of a momentum of the complement; 0 for none.
+      complement_beta: Decay of that momentum.
+      refresh_every: Steps between two changes of basis.
+      basis_bits: Bits of the stored basis; 4 with quantised moments, else 8, if not
+        given.
+      beta: Decay of the momentum of matrices.
+      nesterov: Whether that momentum looks one step ahead.
+      bias_correction: Whether its early bias is corrected, as `optax.contrib.muon`
+        does.
+      ns_method: Newton-Schulz polynomials, by their name in `POLYNOMIALS`.
+      ns_steps: Newton-Schulz steps.
+      ns_dtype: Type of the iteration; `"auto"` is bfloat16 where it is native.
+      scale: Shape rule of the updates of matrices, as for `scale_by_shape`.
+      weight_decay: Decoupled weight decay of matrices, or a schedule.
+      grad_clip: Largest global norm of the gradient; 0 does not clip.
+      adam_learning_rate: Learning rate of AdamW, or a schedule; 0.15 times
+        `learning_rate` if not given.
+      adam_b1: Decay of AdamW's first moment.
+      adam_b2: Decay of AdamW's second moment.
+      adam_weight_decay: Decoupled weight decay of embeddings and head; that of the
+        matrices if not given. Vectors have none.
+      adam_nesterov: Whether AdamW looks one step ahead.
+      block_size: Entries of a stored moment that share a scale.
+      min_size: Arrays with fewer entries are not quantised.
+      stochastic_rounding: Whether first moments are rounded stochastically.
+      quantize_embeddings: Whether moments of embeddings and head are quantised too.
+      seed: Seed of random sketches and of stochastic rounding.
+      matrix_axes: Axes of matrices, as for `build_optimizer`.
+      labels: Labels, as for `build_optimizer`.
+
+    Returns:
+      An Optax transformation, from gradients to updates.
+
+    Raises:
+      TypeError: If an argument that fixes shapes or programs is traced.
+      ValueError: If an argument is out of range; at `init`, if nothing tells which axes
+        of a leaf are a matrix.
+    """
+    _require_static(locals())
+    if bits not in (32, 8, 4, 2):
+        raise ValueError(f"`bits` must be 32, 8, 4 or 2, got {bits}.")
+    if rank is not None:
+        check_rank(rank)
+    config = OptimizerConfig(
+        use_8bit_optim=bits < 32,
+        quant_bits=8 if bits == 32 else bits,
+        use_galore=rank is not None,
+        galore_rank=rank,  # pyright: ignore[reportArgumentType]
+        galore_residual=complement,
+        galore_rest_bits=complement_bits,
+        galore_rest_momentum=complement_beta,
+        galore_update_freq=refresh_every,
+        projector_bits=basis_bits,
+        ns_method=ns_method,
+        ns_steps=ns_steps,
+        ns_dtype=ns_dtype,
+        muon_scale=scale,
+        grad_clip=grad_clip,
+        quant_block_size=block_size,
+        quant_min_size=min_size,
+        stochastic_rounding=stochastic_rounding,
+        quantize_embeddings=quantize_embeddings,
+        seed=seed,
+    )
+    if adam_learning_rate is None:
+        adam_learning_rate = _share_of(learning_rate)
+    if adam_weight_decay is None:
+        adam_weight_decay = weight_decay
+    rule = Rule(
+        rate=learning_rate,
+        decay=weight_decay,
+        beta=beta,
+        nesterov=nesterov,
+        bias_correction=bias_correction,
+        fallback_rate=adam_learning_rate,
+        fallback_decay=adam_weight_decay,
+        fallback_betas=(adam_b1, adam_b2),
+        fallback_nesterov=adam_nesterov,
+    )
+    return assemble(
+        config, rule, lambda tree: settle(tree, labels=labels, matrix_axes=matrix_axes)
+    )
+
+
+_INJECTABLE = {
+    "learning_rate",
+    "weight_decay",
+    "beta",
+    "adam_learning_rate",
+    "adam_b1",
+    "adam_b2",
+    "adam_weight_decay",
+}
+
+MUON_STATIC = tuple(
+    name for name in inspect.signature(muon).parameters if name not in _INJECTABLE
+)
+"""Arguments of `muon` that cannot be traced, for `optax.inject_hyperparams`."""
+
+
+def _require_static(arguments: dict[str, Any]) -> None:
+    """Refuses traced values of arguments that fix shapes or programs."""
+    traced = [name for name in MUON_STATIC if isinstance(arguments[name], jax.Array)]
+    if traced:
+        raise TypeError(
+            f"`muon` needs Python values for {traced}, which fix shapes and programs, "
+            "got JAX arrays. Under `optax.inject_hyperparams`, pass "
+            "`static_args=nanochat_jax.MUON_STATIC`."
+        )
+
+
+def _share_of(rate: optax.ScalarOrSchedule) -> optax.ScalarOrSchedule:
+    """Returns AdamW's rate for one of Muon."""
+    if callable(rate):
+        return lambda count: ADAM_SHARE * rate(count)
+    return ADAM_SHARE * rate

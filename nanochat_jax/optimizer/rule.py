@@ -1,0 +1,69 @@
+"""The numbers of the update rules: rates, decays and betas."""
+
+import dataclasses
+
+import optax
+from jax.typing import ArrayLike
+
+from nanochat_jax.config import OptimizerConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class Rule:
+    """Numbers of the update rules, which may be traced; rates and decays, schedules.
+
+    Attributes:
+      rate: Learning rate of the matrices.
+      decay: Their decoupled weight decay.
+      beta: Decay of their momentum.
+      nesterov: Whether their momentum looks a step ahead.
+      bias_correction: Whether the early bias of it is corrected.
+      fallback_rate: Learning rate of embeddings, head and vectors.
+      fallback_decay: Decoupled weight decay of embeddings and head.
+      fallback_betas: Decays of AdamW or Lion.
+      fallback_nesterov: Whether AdamW looks a step ahead.
+    """
+
+    rate: optax.ScalarOrSchedule
+    decay: optax.ScalarOrSchedule
+    beta: ArrayLike
+    fallback_rate: optax.ScalarOrSchedule
+    fallback_decay: optax.ScalarOrSchedule
+    fallback_betas: tuple[ArrayLike, ArrayLike]
+    nesterov: bool = True
+    bias_correction: bool = False
+    fallback_nesterov: bool = False
+
+    @classmethod
+    def of(cls, config: OptimizerConfig) -> "Rule":
+        """Returns the numbers that a configuration has."""
+        lion = config.fallback == "lion"
+        return cls(
+            rate=schedule(config, config.lr),
+            decay=config.weight_decay,
+            beta=config.muon_momentum,
+            fallback_rate=schedule(config, config.fallback_peak_lr),
+            fallback_decay=config.weight_decay,
+            fallback_betas=config.lion_betas if lion else config.adam_betas,
+        )
+
+
+def schedule(config: OptimizerConfig, peak: float) -> optax.Schedule:
+    """Builds the learning rate by step: linear warm-up, plateau if any, decay.
+
+    Step `s` of `w` of warm-up has `(s + 1) / w` of the peak. The decay would reach
+    `min_lr_frac` of it at `total_steps`, one step after the last.
+
+    Args:
+      config: Which course it takes.
+      peak: Highest rate.
+    """
+    warmup, start, floor = config.warmup_steps, config.decay_start, config.min_lr_frac
+    length = max(config.total_steps - start, 1)
+    rise = optax.linear_schedule(peak / max(warmup, 1), peak, max(warmup - 1, 1))
+    if config.schedule == "cosine":
+        fall = optax.cosine_decay_schedule(peak, length, alpha=floor)
+    else:
+        fall = optax.linear_schedule(peak, floor * peak, length)
+    stages = [rise, optax.constant_schedule(peak), fall]
+    return optax.join_schedules(stages, [warmup, start])

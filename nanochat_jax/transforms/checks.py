@@ -1,0 +1,86 @@
+"""What transforms refuse, in words."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.tree_util import keystr
+
+
+def require_real(tree: Any, who: str) -> None:
+    """Refuses complex leaves.
+
+    Args:
+      tree: Parameters or gradients.
+      who: Transform that has no rule for them.
+
+    Raises:
+      TypeError: If a leaf is complex; with all that are.
+    """
+    found = [
+        f"  {keystr(path)} is {x.dtype}"
+        for path, x in jax.tree.leaves_with_path(tree)
+        if jnp.issubdtype(x.dtype, jnp.complexfloating)
+    ]
+    if found:
+        raise TypeError(
+            f"`{who}` needs real leaves, but\n"
+            + "\n".join(found)
+            + "\nWrap the optimizer in `optax.contrib.split_real_and_imaginary`."
+        )
+
+
+def require_state(state: Any, kinds: type | tuple[type, ...], who: str) -> None:
+    """Refuses a state of another kind, such as plain dicts and lists.
+
+    Args:
+      state: What was given as a state.
+      kinds: What it may be.
+      who: Transform that it was given to.
+
+    Raises:
+      TypeError: If it is of none of these kinds.
+    """
+    if not isinstance(state, kinds):
+        kinds = kinds if isinstance(kinds, tuple) else (kinds,)
+        names = " or ".join(f"`{kind.__name__}`" for kind in kinds)
+        raise TypeError(
+            f"`{who}` needs a {names} for a state, got a {type(state).__name__}. What "
+            "is restored without a target comes as plain dicts and lists. Restore it "
+            "into a state of this optimizer, as in `ocp.load(path, "
+            "jax.eval_shape(tx.init, params))`."
+        )
+
+
+def update_without_params(
+    tx: optax.GradientTransformationExtraArgs,
+    updates: optax.Updates,
+    state: optax.OptState,
+    name: str,
+    extra_args: dict[str, Any],
+) -> tuple[optax.Updates, optax.OptState]:
+    """Runs a transform inside `galore`, which has no parameters for it.
+
+    Args:
+      tx: The transform.
+      updates: Its updates.
+      state: Its state.
+      name: Argument of `galore` that it is.
+      extra_args: What it is given besides.
+
+    Raises:
+      ValueError: If it asks for parameters.
+    """
+    try:
+        return tx.update(updates, state, None, **extra_args)
+    except ValueError as error:
+        if "`params`" not in str(error):
+            raise
+        raise ValueError(
+            f"`{name}` of `galore` needs parameters, but works on projected gradients, "
+            "which have other shapes. Put weight decay and trust ratios outside, as in "
+            "`optax.chain(galore(optax.scale_by_adam(), rank), "
+            "optax.add_decayed_weights(0.1), optax.scale_by_learning_rate(rate))` for "
+            "`galore(optax.adamw(rate), rank)`."
+        ) from error

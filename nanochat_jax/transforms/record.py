@@ -1,0 +1,103 @@
+"""What transforms decide at `init`, told to whoever asks.
+
+A state is arrays: it does not say which axes of a leaf were seen as a matrix, or why a
+parameter is left to AdamW. The transforms that settle such things tell it here while
+they are initialised, so that reports and placement ask the code that decides and do not
+decide again.
+"""
+
+import contextlib
+import dataclasses
+from collections.abc import Iterator, Mapping
+from contextvars import ContextVar
+from typing import Any
+
+import jax
+import optax
+
+from nanochat_jax.transforms.axes import ResolvedAxes
+
+
+@dataclasses.dataclass
+class Record:
+    """What was told, by path of the parameter.
+
+    Attributes:
+      views: How leaves that are not matrices as they are were seen.
+      roles: Part that each parameter plays, and why; empty without
+        `partition_by_role`.
+      optimizers: Description of the optimizer by label.
+    """
+
+    views: dict[str, ResolvedAxes] = dataclasses.field(default_factory=dict)
+    roles: dict[str, Any] = dataclasses.field(default_factory=dict)
+    optimizers: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+
+_RECORD: ContextVar[Record | None] = ContextVar("_RECORD", default=None)
+
+
+@contextlib.contextmanager
+def recording() -> Iterator[Record]:
+    """Collects what transforms tell that are initialised meanwhile.
+
+    Yields:
+      A record, filled as they do.
+    """
+    found = Record()
+    token = _RECORD.set(found)
+    try:
+        yield found
+    finally:
+        _RECORD.reset(token)
+
+
+def is_recording() -> bool:
+    """Returns whether anybody listens."""
+    return _RECORD.get() is not None
+
+
+def tell(**kinds: Mapping[str, Any]) -> None:
+    """Adds entries to the record, if there is one.
+
+    Args:
+      **kinds: Entries by field of `Record`.
+    """
+    found = _RECORD.get()
+    if found is not None:
+        for kind, entries in kinds.items():
+            getattr(found, kind).update(entries)
+
+
+def record_of(tx: optax.GradientTransformation, params: optax.Params) -> Record:
+    """Returns what `tx` tells when it is initialised, without allocating its state.
+
+    Args:
+      tx: A transformation.
+      params: Parameters, as arrays or `jax.ShapeDtypeStruct`s; leaves that are neither
+        are passed on as they are.
+    """
+    # An `init` that was compiled before would tell nothing.
+    with recording() as found, jax.disable_jit():
+        abstract_init(tx, params)
+    return found
+
+
+def abstract_init(
+    tx: optax.GradientTransformation, params: optax.Params
+) -> optax.OptState:
+    """Returns shapes and types of `tx.init(params)`.
+
+    Args:
+      tx: A transformation.
+      params: As for `record_of`.
+    """
+    leaves, treedef = jax.tree.flatten(params)
+    is_array = [hasattr(x, "dtype") for x in leaves]
+
+    def init(arrays: list[Any]) -> optax.OptState:
+        rest = iter(arrays)
+        mixed = [next(rest) if a else x for x, a in zip(leaves, is_array, strict=True)]
+        return tx.init(treedef.unflatten(mixed))
+
+    return jax.eval_shape(init, [x for x in leaves if hasattr(x, "dtype")])
