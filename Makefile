@@ -4,7 +4,7 @@ BIN := .venv/bin
 VERSION := $(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])')
 READY := .venv/ready-$(VERSION)
 
-.PHONY: help demo test test-all test-peers check fix bench clean
+.PHONY: help demo test test-all test-peers test-models check fix bench clean
 
 help:  ## Lists the targets
 	@grep -hE '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 12
@@ -30,6 +30,9 @@ test-peers: $(READY)  ## Installs bitsandbytes and galore-torch, and compares wi
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[peers]'
 	$(BIN)/pytest -m peers
 
+test-models: $(READY)  ## Installs real JAX packages, and checks the trees of their models
+	$(BIN)/python tests/models/run.py
+
 check: $(READY)  ## Checks formatting, lints and types
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
@@ -42,5 +45,5 @@ fix: $(READY)  ## Formats, and mends what the linter can
 bench: $(READY)  ## Measures an optimizer step beside optax.contrib.muon
 	$(BIN)/python benchmarks/optimizer_step.py
 
-clean:  ## Deletes the virtual environment
-	rm -rf .venv
+clean:  ## Deletes the virtual environments
+	rm -rf .venv .venv-models
