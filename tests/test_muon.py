@@ -151,7 +151,13 @@ def train(tx, steps):
     return params
 
 
-@pytest.mark.parametrize("rate", [0.02, optax.linear_schedule(0.05, 0.01, 20)])
+RATES = [
+    pytest.param(0.02, marks=pytest.mark.slow),
+    optax.linear_schedule(0.05, 0.01, 20),
+]
+
+
+@pytest.mark.parametrize("rate", RATES)
 def test_muon_is_that_of_optax_for_twenty_steps(rate):
     ours = nj.muon(
         rate,

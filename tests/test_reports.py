@@ -210,6 +210,7 @@ def test_64_bit_types_in_the_process_make_none_in_the_state(name):
     assert not [dtype for dtype in found if "64" in dtype]
 
 
+@pytest.mark.slow
 def test_64_bit_types_in_the_process_change_no_update():
     name = "int8, 2 bits(two speeds)"
     expected, _ = helpers.run(name, 1)
@@ -232,7 +233,8 @@ def test_types_are_promoted_by_nobody(name):
 @pytest.mark.parametrize(
     "name",
     [
-        "adaptive galore(muon)",
+        "galore(muon)",
+        pytest.param("adaptive galore(muon)", marks=pytest.mark.slow),
         pytest.param("int8, 2 bits(two speeds)", marks=pytest.mark.slow),
     ],
 )

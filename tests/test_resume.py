@@ -119,7 +119,12 @@ def test_from_8_bits_to_float32_and_back_the_codes_are_the_same(saved):
         ),
         ({}, {"quantize_embeddings": False, "stochastic_rounding": True}, 0.01),
         (GALORE | {"projector_bits": 8}, GALORE | {"projector_bits": 4}, 0.12),
-        (GALORE | {"projector_bits": 8}, GALORE | {"projector_bits": 16}, 0.005),
+        pytest.param(
+            GALORE | {"projector_bits": 8},
+            GALORE | {"projector_bits": 16},
+            0.005,
+            marks=pytest.mark.slow,
+        ),
     ],
     ids=["codec", "embeddings", "projector 4", "projector 16"],
 )

@@ -123,7 +123,7 @@ def test_stacked_gains_are_vectors_and_stacked_kernels_matrices():
     assert kernels == ["matrix"] * 7
 
 
-@pytest.mark.parametrize("bits", [32, 8])
+@pytest.mark.parametrize("bits", [pytest.param(32, marks=pytest.mark.slow), 8])
 def test_updates_are_those_of_blocks_one_by_one(bits):
     config = nj.OptimizerConfig(
         use_8bit_optim=bits == 8, quant_min_size=0, weight_decay=0.1, ns_steps=2
@@ -157,7 +157,12 @@ def test_each_layer_has_a_basis_of_its_own():
 
 @pytest.mark.parametrize(
     "values",
-    [{}, {"galore_residual": 0.0, "galore_adaptive": True}],
+    [
+        {},
+        pytest.param(
+            {"galore_residual": 0.0, "galore_adaptive": True}, marks=pytest.mark.slow
+        ),
+    ],
     ids=str,
 )
 def test_galore_takes_a_stacked_model(values):

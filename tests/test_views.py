@@ -35,11 +35,14 @@ INNERS = {
     "sequence(muon)": lambda: nj.sequence(helpers.muon(), max_bytes=1, core_ndim=2),
 }
 
+ALIKE = {"muon", "sequence(muon)"}  # of which the others are made
+
 
 def tree(seed):
+    draw = np.random.default_rng(seed).normal
     return {
-        name: jax.random.normal(jax.random.fold_in(jax.random.key(seed), i), shape)
-        for i, (name, (shape, _)) in enumerate(LEAVES.items())
+        name: jnp.asarray(draw(size=shape), jnp.float32)
+        for name, (shape, _) in LEAVES.items()
     }
 
 
@@ -83,7 +86,10 @@ def test_a_view_has_the_entries_of_the_matrix_and_gives_them_back(name):
     np.testing.assert_array_equal(view.from_view(view.to_view(x)), x)
 
 
-@pytest.mark.parametrize("inner", INNERS)
+@pytest.mark.parametrize(
+    "inner",
+    [pytest.param(name, marks=[pytest.mark.slow] * (name in ALIKE)) for name in INNERS],
+)
 def test_updates_and_state_are_those_of_the_matrices(inner):
     tx = nj.as_matrices(INNERS[inner](), AXES)
     plain = INNERS[inner]()
@@ -101,11 +107,11 @@ def test_updates_and_state_are_those_of_the_matrices(inner):
 
 
 def test_the_update_of_attention_is_orthogonal_in_the_right_view():
-    """Fault 2 of Flax's own attention: without a view singular values reach 7."""
-    g = jax.random.normal(jax.random.key(0), (128, 8, 16))
+    """Fault 2 of Flax's own attention: without a view singular values reach 3.6."""
+    g = jax.random.normal(jax.random.key(0), (32, 4, 8))
     tx = nj.as_matrices(helpers.muon(), nj.MatrixAxes(0, (1, 2)))
     updates, _ = tx.update(g, tx.init(g))
-    s = jnp.linalg.svd(updates.reshape(128, 128), compute_uv=False)
+    s = jnp.linalg.svd(updates.reshape(32, 32), compute_uv=False)
     assert s.max() < 1.3
     assert (s > 0.5).mean() > 0.95
 
