@@ -133,8 +133,9 @@ def memory_report(
       The report.
     """  # noqa: E501 (the row is printed on one line)
     params = as_arrays(params)
-    roles = record.record_of(tx, params).roles if labels is None else {}
-    roles = roles or settle(params, labels=labels, refuse=False)
+    roles = settle(params, labels=labels, refuse=False)
+    if labels is None:  # `tx` may know better, of those that it is given
+        roles |= record.record_of(tx, params).roles
     label_of, counts = {name: role.label for name, role in roles.items()}, {}
     for path, x in jax.tree.leaves_with_path(params):
         label = label_of[keystr(path)]

@@ -344,3 +344,14 @@ def test_frozen_parameters_are_left_out():
     assert report.params == {"matrix": 2 * 4 * 64}
     assert report.to_dict()["total"]["reduction"] == pytest.approx(0, abs=0.01)
     assert report.total_bytes >= report.fp32_muon_bytes
+
+
+def test_parameters_that_are_masked_from_muon_are_counted_too():
+    params = {
+        "a": {"kernel": jnp.ones((40, 8))},
+        "embed": {"embedding": jnp.ones((9, 8))},
+    }
+    tx = optax.masked(nj.muon(0.02), {"a": True, "embed": False})
+    report = nj.memory_report(tx, params)
+    assert report.params == {"matrix": 320, "embedding": 72}
+    assert report.matrix_bytes == 4 * 320

@@ -243,6 +243,49 @@ def test_entries_for_what_is_no_parameter_are_refused_by_name():
     tx.init(ODD)
 
 
+def test_axes_of_a_model_must_be_those_of_the_parameters_but_may_be_more():
+    derived = nj.MatrixAxes(0, 1, source="somewhere.Linear")
+    params = {"a": {"kernel": jnp.ones((4, 8))}}
+    more = {"a": {"kernel": derived}, "b": {"kernel": derived, "bias": "vector"}}
+    assert settle(params, matrix_axes=more)["['a']['kernel']"].axes == derived
+    with pytest.raises(ValueError, match="without a key such as 'params'"):
+        settle({"params": params}, matrix_axes=more)
+    for wrong in (("x", "y"), (0, 1), "rows"):
+        with pytest.raises(TypeError, match=r"\['a'\]\['kernel'\]"):
+            settle(params, matrix_axes={"a": {"kernel": wrong}})
+    with pytest.raises(ValueError, match=r"\['A'\]"):
+        settle(params, matrix_axes={"A": "vector"})
+    with pytest.raises(TypeError, match="takes the parameters"):
+        settle(params, labels=lambda path, shape: "matrix")
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["to_logits", "lm_logits", "value_head", "policy_head", "embed_out", "LMHead_0"],
+)
+def test_output_layers_under_other_names(name):
+    blocks = {"blocks__0__mlp__up__kernel": (8, 32)}
+    found = labels(of(**blocks, **{f"{name}__kernel": (8, 100)}))
+    assert found == {"blocks/0/mlp/up/kernel": "matrix", f"{name}/kernel": "head"}
+
+
+def test_tables_of_published_pytorch_models():
+    names = ("shared.weight", "positional_encoding", "W_E", "query_tokens")
+    bias = "encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight"
+    params = {name: jnp.ones((10, 8)) for name in (*names, bias)}
+    assert set(nj.label_params(params).values()) == {"embedding"}
+
+
+def test_recurrent_weights_of_pytorch_are_out_in_with_and_without_biases():
+    for biases in (
+        {},
+        {"rnn.bias_ih_l0": jnp.ones(24), "rnn.bias_hh_l0": jnp.ones(24)},
+    ):
+        params = {"rnn.weight_ih_l0": jnp.ones((24, 8)), **biases}
+        role = settle(params)["['rnn.weight_ih_l0']"]
+        assert role.axes.view_shape((24, 8)) == (8, 24)
+
+
 def test_labels_and_axes_may_be_trees_of_nnx_variables():
     state = nnx.state(Nnx(nnx.Rngs(0)), nnx.Param)
     labels = jax.tree.map(lambda _: "vector", state)

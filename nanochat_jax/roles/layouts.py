@@ -152,7 +152,8 @@ def _alone(leaf: Leaf, stack: Stack) -> Reading:
     if _is_whole_conv(leaf, len(kept), stack):
         fan_out = kept.pop(0 if turned else -1)
         return Reading("matrix", MatrixAxes(tuple(kept), fan_out), "convolution")
-    if not turned and all(size == 1 for size in leaf.shape[:-2]):
+    plain = not turned and not names.is_transposed(leaf.module)
+    if plain and all(size == 1 for size in leaf.shape[:-2]):
         return Reading("matrix", LAST_TWO, "two axes longer than 1")
     return _refused("more than two axes, and nothing tells which are summed over")
 

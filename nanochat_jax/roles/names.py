@@ -27,7 +27,12 @@ _NORM = re.compile(
 _TABLE = re.compile(
     r"(?!un).*(embed|embeds|embedding|embeddings|embedder)\d*|embs?|wte|wpe"
 )
-_TOKEN = re.compile(r"cls|(cls|class|reg|register|mask|dist|distillation)_tokens?")
+_TOKEN = re.compile(
+    r"cls|(cls|class|reg|register|mask|dist|distillation|query)_tokens?"
+    r"|pos(itional)?_enc(oding)?s?|rel_pos(_[hw])?|w_e|w_pos"
+)
+# Tables of published PyTorch models.
+_TABLE_MODULE = {"relative_attention_bias", "shared"}
 # What makes a linear map of a module that is named after embeddings.
 _MAP = {
     "conv", "dense", "kernel", "linear", "mlp", "patch", "patches", "patchifier",
@@ -38,6 +43,10 @@ _HEAD = {
     "lm_head", "logits", "logits_dense", "mlm_head", "output_head",
     "prediction_head", "unembed", "unembedding",
 }  # fmt: skip
+_SOME_HEAD = re.compile(
+    r"(?!(multi|attn|attention|per|num|talking)_).*_head(_\d+)?|lm_?head\w*"
+    r"|(?!pre_)\w+_logits|logits_\w+|embed_out|output_layer|qa_outputs|readout"
+)
 _WEAK_HEAD = {"decoder", "out", "output", "output_projection", "outputs"}
 _INNER = re.compile(
     r".*(attention|attn|mlp|ffn|feed_forward|feedforward|mixer|moe).*|att|ff|mha"
@@ -125,12 +134,12 @@ def is_table(leaf: Words) -> bool:
         return True
     if name == "kernel" or _MAP & {*_parts(name)} or re.fullmatch(r"w\d+", name):
         return False
-    return _names_table(name) or _names_table(module)
+    return module in _TABLE_MODULE or _names_table(name) or _names_table(module)
 
 
 def is_head(word: str) -> bool:
     """Returns whether a word names an output layer wherever it stands."""
-    return word in _HEAD
+    return word in _HEAD or bool(_SOME_HEAD.fullmatch(word))
 
 
 def is_weak_head(word: str) -> bool:
@@ -155,7 +164,9 @@ def is_block(word: str) -> bool:
 
 def is_out_in(name: str) -> bool:
     """Returns whether a leaf is `(out, in)` by its name, as in PyTorch and Equinox."""
-    return bool(re.fullmatch(r"(.*_)?weight|weight_[a-z]+|original\d?", name))
+    return bool(
+        re.fullmatch(r"(.*_)?weight|weight_[a-z]+(_l\d+)?(_reverse)?|original\d?", name)
+    )
 
 
 def is_matrix(name: str) -> bool:

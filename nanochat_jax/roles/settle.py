@@ -7,6 +7,7 @@ then still open is refused.
 """
 
 import dataclasses
+import inspect
 from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
@@ -195,6 +196,13 @@ def _given_labels(
     labels: Any, params: optax.Params
 ) -> Callable[[KeyPath], Label | None]:
     if is_function(labels):
+        try:
+            inspect.signature(labels).bind(params)
+        except TypeError:
+            raise TypeError(
+                "`labels` as a function takes the parameters and returns a tree of "
+                f"labels, as in Optax, got {labels}."
+            ) from None
         labels = labels(params)
     table = _entries(labels)
     unknown = sorted({str(x) for x in table.values()} - {*LABELS})
@@ -207,17 +215,25 @@ def _given_labels(
 def _given_axes(
     axes: Any, params: optax.Params
 ) -> Callable[[KeyPath, tuple[int, ...]], Any]:
-    convert = lambda x: x if x is None or isinstance(x, str) else as_axes(x)
     if is_function(axes):
         rule: Any = axes
         slashed = lambda path: keystr(path, simple=True, separator="/")
-        return lambda path, shape: convert(rule(slashed(path), shape))
-    table = {path: convert(x) for path, x in _entries(axes).items()}
-    # Those of a whole model may be more than the parameters that are trained.
-    by_hand = {k: x for k, x in table.items() if not getattr(x, "source", "model")}
-    _require_met("matrix_axes", by_hand, params)
+        return lambda path, shape: _axes_or_label(path, rule(slashed(path), shape))
+    table = {path: _axes_or_label(path, x) for path, x in _entries(axes).items()}
+    derived = any(getattr(x, "source", "") for x in table.values())
+    _require_met("matrix_axes", table, params, some=derived)
     find = _finder(table)
     return lambda path, shape: find(path)
+
+
+def _axes_or_label(path: KeyPath, given: Any) -> Any:
+    """Returns axes or label, or refuses what is neither, by its path."""
+    if given is None or given in LABELS:
+        return given
+    try:
+        return as_axes(given)
+    except TypeError as error:
+        raise TypeError(f"`matrix_axes` at {keystr(path)}: {error}") from None
 
 
 def _entries(tree: Any) -> dict[KeyPath, Any]:
@@ -238,9 +254,20 @@ def _finder(table: Mapping[KeyPath, Any]) -> Callable[[KeyPath], Any]:
 
 
 def _require_met(
-    argument: str, table: Mapping[KeyPath, Any], params: optax.Params
+    argument: str,
+    table: Mapping[KeyPath, Any],
+    params: optax.Params,
+    some: bool = False,
 ) -> None:
-    """Refuses entries that are for no parameter, such as misspelt ones."""
+    """Refuses entries that are for no parameter, such as misspelt ones.
+
+    Args:
+      argument: What they were given as.
+      table: The entries by path.
+      params: The parameters.
+      some: Whether it is enough that some are for one, as those of a whole model are
+        where only a part of it is trained.
+    """
     nodes = jax.tree.leaves_with_path(params, is_leaf=_is_absent)
     known = {keystr(path[:i]) for path, _ in nodes for i in range(len(path) + 1)}
     absent = {keystr(path) for path, node in nodes if _is_absent(node)}
@@ -249,12 +276,13 @@ def _require_met(
         for path in table
         if keystr(path) not in known and nearest(absent, path) is None
     ]
-    if unmet:
+    if unmet and not (some and len(unmet) < len(table)):
         names = ", ".join(keystr(path) for path, _ in nodes[:8])
         raise ValueError(
             f"`{argument}` has entries for what is no parameter:\n  "
-            + "\n  ".join(unmet)
-            + f"\nThe parameters are {names}{', ...' * (len(nodes) > 8)}."
+            + "\n  ".join(unmet[:8])
+            + f"\nThe parameters are {names}{', ...' * (len(nodes) > 8)}. Give a tree "
+            "like these, without a key such as 'params' above them in one of the two."
         )
 
 

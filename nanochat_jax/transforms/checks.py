@@ -46,9 +46,10 @@ def require_state(state: Any, kinds: type | tuple[type, ...], who: str) -> None:
         kinds = kinds if isinstance(kinds, tuple) else (kinds,)
         names = " or ".join(f"`{kind.__name__}`" for kind in kinds)
         raise TypeError(
-            f"`{who}` needs a {names} for a state, got a {type(state).__name__}. What "
-            "is restored without a target comes as plain dicts and lists. Restore it "
-            "into a state of this optimizer, as in `ocp.load(path, "
+            f"`{who}` needs a {names} for a state, got a {type(state).__name__}. A "
+            "state belongs to the optimizer that made it, with the same bits and rank. "
+            "What is restored without a target comes as plain dicts and lists: restore "
+            "it into a state of this optimizer, as in `ocp.load(path, "
             "jax.eval_shape(tx.init, params))`."
         )
 
