@@ -132,7 +132,7 @@ def main():
         f"w{i}": jnp.asarray(rng.normal(size=shape) * 0.02, jnp.float32)
         for i, shape in enumerate(shapes)
     }
-    chosen = variants(max(shapes[0][-2:]))
+    chosen = variants(max(shapes[0]))
     unknown = set(args.only or []) - chosen.keys()
     if unknown:
         parser.error(f"--only takes some of {list(chosen)}, got {sorted(unknown)}")
