@@ -15,7 +15,7 @@ PARAMS = {
         "out": {"kernel": jnp.ones((4, 8, 32)), "bias": jnp.ones(32)},
     },
     "up": {"kernel": jnp.ones((32, 128))},
-    "logits_of_words": {"kernel": jnp.ones((32, 64))},
+    "words_map": {"kernel": jnp.ones((32, 64))},
     "steps": 3,
 }
 
@@ -55,9 +55,9 @@ def test_every_leaf_is_there_with_view_storage_and_bytes(bits, rank):
 
 def test_a_matrix_with_the_shape_of_an_output_layer_is_pointed_out():
     [warning] = nj.describe(nj.muon(0.02), PARAMS).warnings
-    assert "logits_of_words/kernel" in warning
+    assert "words_map/kernel" in warning
     assert '"head"' in warning
-    labels = dict.fromkeys(PARAMS) | {"logits_of_words": "head"}
+    labels = dict.fromkeys(PARAMS) | {"words_map": "head"}
     assert nj.describe(nj.muon(0.02, labels=labels), PARAMS).warnings == ()
 
 

@@ -1,12 +1,11 @@
 """The part every parameter plays, and the optimizer it is given to."""
 
+from nanochat_jax.roles.given import LABELS as LABELS, Label as Label
 from nanochat_jax.roles.partition import (
     Roles as Roles,
     partition_by_role as partition_by_role,
 )
 from nanochat_jax.roles.settle import (
-    LABELS as LABELS,
-    Label as Label,
     Role as Role,
     label_params as label_params,
     matrices_of as matrices_of,

@@ -7,9 +7,8 @@ then still open is refused.
 """
 
 import dataclasses
-import inspect
-from collections.abc import Callable, Mapping
-from typing import Any, Literal
+from collections.abc import Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,14 +16,9 @@ import optax
 from jax.tree_util import KeyPath, keystr
 
 from nanochat_jax import interop
-from nanochat_jax.interop.arrays import as_arrays
+from nanochat_jax.roles.given import Label, entries, finder, given_axes, given_labels
 from nanochat_jax.roles.layouts import Reading, read_tree
 from nanochat_jax.transforms import MatrixAxes
-from nanochat_jax.transforms.axes import as_axes
-from nanochat_jax.transforms.views import is_axes, is_function, nearest
-
-Label = Literal["matrix", "embedding", "head", "vector", "frozen"]
-LABELS = ("matrix", "embedding", "head", "vector", "frozen")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,9 +76,9 @@ def settle(
       ValueError: If a label is not known, or the axes of a matrix are not.
     """
     flat = jax.tree.leaves_with_path(params)
-    wanted = _given_labels(labels, params)
-    axes = _given_axes(matrix_axes, params)
-    derived = _finder(_entries(interop.in_tree(params)))
+    wanted = given_labels(labels, params)
+    axes = given_axes(matrix_axes, params)
+    derived = finder(entries(interop.in_tree(params)))
     arrays = {path: x for path, x in flat if not _why_frozen(x)}
     readings = read_tree({path: x.shape for path, x in arrays.items()})
     roles = {}
@@ -190,104 +184,6 @@ def _checked(role: Role, path: KeyPath, shape: tuple[int, ...]) -> Role:
         except ValueError as error:
             raise ValueError(f"{keystr(path)}: {error}") from None
     return role
-
-
-def _given_labels(
-    labels: Any, params: optax.Params
-) -> Callable[[KeyPath], Label | None]:
-    if is_function(labels):
-        try:
-            inspect.signature(labels).bind(params)
-        except TypeError:
-            raise TypeError(
-                "`labels` as a function takes the parameters and returns a tree of "
-                f"labels, as in Optax, got {labels}."
-            ) from None
-        labels = labels(params)
-    table = _entries(labels)
-    unknown = sorted({str(x) for x in table.values()} - {*LABELS})
-    if unknown:
-        raise ValueError(f"`labels` must be of {[*LABELS]}, got {unknown}.")
-    _require_met("labels", table, params)
-    return _finder(table)
-
-
-def _given_axes(
-    axes: Any, params: optax.Params
-) -> Callable[[KeyPath, tuple[int, ...]], Any]:
-    if is_function(axes):
-        rule: Any = axes
-        slashed = lambda path: keystr(path, simple=True, separator="/")
-        return lambda path, shape: _axes_or_label(path, rule(slashed(path), shape))
-    table = {path: _axes_or_label(path, x) for path, x in _entries(axes).items()}
-    derived = any(getattr(x, "source", "") for x in table.values())
-    _require_met("matrix_axes", table, params, some=derived)
-    find = _finder(table)
-    return lambda path, shape: find(path)
-
-
-def _axes_or_label(path: KeyPath, given: Any) -> Any:
-    """Returns axes or label, or refuses what is neither, by its path."""
-    if given is None or given in LABELS:
-        return given
-    try:
-        return as_axes(given)
-    except TypeError as error:
-        raise TypeError(f"`matrix_axes` at {keystr(path)}: {error}") from None
-
-
-def _entries(tree: Any) -> dict[KeyPath, Any]:
-    """Returns what a tree, or a prefix of one, has by path, but for `None`."""
-    flat = jax.tree.leaves_with_path(as_arrays(tree), is_leaf=is_axes)
-    return {path: node for path, node in flat if node is not None}
-
-
-def _finder(table: Mapping[KeyPath, Any]) -> Callable[[KeyPath], Any]:
-    """Returns a function to the entry that a leaf belongs to, `None` for none."""
-    named = {keystr(path): x for path, x in table.items()}
-
-    def find(path: KeyPath) -> Any:
-        name = nearest(named, path)
-        return None if name is None else named[name]
-
-    return find
-
-
-def _require_met(
-    argument: str,
-    table: Mapping[KeyPath, Any],
-    params: optax.Params,
-    some: bool = False,
-) -> None:
-    """Refuses entries that are for no parameter, such as misspelt ones.
-
-    Args:
-      argument: What they were given as.
-      table: The entries by path.
-      params: The parameters.
-      some: Whether it is enough that some are for one, as those of a whole model are
-        where only a part of it is trained.
-    """
-    nodes = jax.tree.leaves_with_path(params, is_leaf=_is_absent)
-    known = {keystr(path[:i]) for path, _ in nodes for i in range(len(path) + 1)}
-    absent = {keystr(path) for path, node in nodes if _is_absent(node)}
-    unmet = [
-        keystr(path)
-        for path in table
-        if keystr(path) not in known and nearest(absent, path) is None
-    ]
-    if unmet and not (some and len(unmet) < len(table)):
-        names = ", ".join(keystr(path) for path, _ in nodes[:8])
-        raise ValueError(
-            f"`{argument}` has entries for what is no parameter:\n  "
-            + "\n  ".join(unmet[:8])
-            + f"\nThe parameters are {names}{', ...' * (len(nodes) > 8)}. Give a tree "
-            "like these, without a key such as 'params' above them in one of the two."
-        )
-
-
-def _is_absent(node: Any) -> bool:
-    return node is None or isinstance(node, optax.MaskedNode)
 
 
 def _why_frozen(x: Any) -> str:
