@@ -387,6 +387,8 @@ def test_a_stack_has_the_axes_of_one_layer_and_others_what_their_class_says(name
             kept = np.delete(np.arange(count + 1), axis)
             expected = "".join(x if x in "->" else str(kept[int(x)]) for x in expected)
         blocks[f"blocks/{path}"] = expected
+    # Newer versions of NNX have the scales of a WeightNorm, which no class declares.
+    found = {path: x for path, x in found.items() if "/scales/" not in path}
     states = {path for path in found if "index" in path}  # Equinox's running averages
     assert {found.pop(path) for path in states} <= {"vector"}
     assert found == AROUND[name] | blocks
