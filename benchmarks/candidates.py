@@ -16,7 +16,7 @@ import numpy as np
 import nanochat_jax as nj
 from nanochat_jax.codecs import blocks
 from nanochat_jax.codecs.base import Blockwise
-from nanochat_jax.codecs.rotation import rotate
+from nanochat_jax.codecs.hartley import rotate
 from nanochat_jax.codecs.tables import Levels, TableCodec
 
 RATIOS = (1.0, 0.9, 0.8, 0.7)

@@ -31,7 +31,8 @@ import jax
 import jax.numpy as jnp
 
 from nanochat_jax.config import Config
-from nanochat_jax.lm import planning, trainer
+from nanochat_jax.lm.planning import run_memory
+from nanochat_jax.lm.training import step as trainer
 
 VARIANTS = {
     "muon": {},
@@ -68,9 +69,9 @@ class Memory:
 def measure(config, steps):
     """Returns what one run takes; to be called in a fresh process."""
     row = {"imports": Memory.now()}
-    run = planning.abstract_run(config)
+    run = run_memory.abstract_run(config)
     step = trainer.compile_train_step(run)
-    planned = planning.plan_run(run, [step])
+    planned = run_memory.plan_run(run, [step])
     row |= {"planned": planned._asdict(), "compiling": Memory.most()}
     Memory.forget()
     row["compiled"] = base = Memory.now()

@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from nanochat_jax.rangefinder import range_basis
+from nanochat_jax.numerics.range_finder import range_basis
 
 CASES = [((768, 768), 192), ((768, 2064), 192), ((768, 2064), 256), ((2048, 8192), 256)]
 

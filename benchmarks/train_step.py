@@ -18,9 +18,10 @@ import optax
 
 from nanochat_jax import label_params
 from nanochat_jax.config import Config
-from nanochat_jax.lm import setup, trainer
+from nanochat_jax.lm.model import gpt
+from nanochat_jax.lm.training import run as setup, step as trainer
 from nanochat_jax.optimizer import build_optimizer
-from nanochat_jax.peers import build_adamw
+from nanochat_jax.optimizer.baselines import build_adamw
 
 BOTH = {"use_8bit_optim": True, "use_galore": True}
 VARIANTS = {
@@ -51,7 +52,7 @@ class Step:
     """A compiled training step with its own state, called again and again."""
 
     def __init__(self, config, build=build_optimizer):
-        graphdef, params = setup.abstract_model(config)
+        graphdef, params = gpt.abstract_model(config)
         tx = build(config, params)
         run = setup.Run(config, graphdef, params, tx, None, None)
         self.step = trainer.compile_train_step(run)

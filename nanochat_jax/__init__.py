@@ -11,32 +11,30 @@ from nanochat_jax.codecs import (
     Normal4 as Normal4,
     Quantized as Quantized,
 )
-from nanochat_jax.coefficients import (
+from nanochat_jax.config import OptimizerConfig as OptimizerConfig
+from nanochat_jax.interop import (
+    for_nnx as for_nnx,
+    matrix_axes as matrix_axes,
+    register_for_export as register_for_export,
+)
+from nanochat_jax.numerics import (
     POLYNOMIALS as POLYNOMIALS,
     QUINTIC as QUINTIC,
     Polynomials as Polynomials,
-)
-from nanochat_jax.config import OptimizerConfig as OptimizerConfig
-from nanochat_jax.interop import matrix_axes as matrix_axes
-from nanochat_jax.interop.arrays import for_nnx as for_nnx
-from nanochat_jax.interop.export import register_for_export as register_for_export
-from nanochat_jax.linalg import newton_schulz as newton_schulz
-from nanochat_jax.memory import (
-    MemoryReport as MemoryReport,
-    memory_report as memory_report,
+    newton_schulz as newton_schulz,
 )
 from nanochat_jax.optimizer import (
     MUON_STATIC as MUON_STATIC,
     Description as Description,
+    MemoryReport as MemoryReport,
     build_optimizer as build_optimizer,
-    describe as describe,
-    muon as muon,
-)
-from nanochat_jax.roles import label_params as label_params
-from nanochat_jax.sharding import (
     bytes_per_device as bytes_per_device,
+    describe as describe,
     distribute as distribute,
     init_sharded as init_sharded,
+    label_params as label_params,
+    memory_report as memory_report,
+    muon as muon,
     state_sharding as state_sharding,
 )
 from nanochat_jax.transforms import (

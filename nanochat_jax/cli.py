@@ -17,16 +17,19 @@ from typing import Annotated, Any
 import tyro
 from rich.console import Console
 
-from nanochat_jax.commands import help, tables
-from nanochat_jax.commands.compare import Compare
-from nanochat_jax.commands.doctor import Doctor
-from nanochat_jax.commands.export import Export
-from nanochat_jax.commands.generate import Generate
-from nanochat_jax.commands.plan import Plan
-from nanochat_jax.commands.plot import Plot
-from nanochat_jax.commands.prepare_data import PrepareData
-from nanochat_jax.commands.shared import usage_errors
-from nanochat_jax.commands.train import Train
+from nanochat_jax.commands import (
+    Compare,
+    Doctor,
+    Export,
+    Generate,
+    Plan,
+    Plot,
+    PrepareData,
+    Train,
+    help,
+    tables,
+    usage_errors,
+)
 
 # Flags on which hangs what is not set, and how they are read.
 _DECIDING = {"depth": int, "model": str, "fallback": str, "mesh": tables.parse_table}

@@ -16,9 +16,9 @@ import numpy as np
 import optax
 import pytest
 
-from nanochat_jax.lm import checkpoint
-from nanochat_jax.lm.checkpoint import Checkpoints
-from nanochat_jax.lm.records import check_meta
+from nanochat_jax.lm.checkpoints import store
+from nanochat_jax.lm.checkpoints.differences import check_meta
+from nanochat_jax.lm.checkpoints.store import Checkpoints
 
 
 class Codes(NamedTuple):
@@ -190,7 +190,7 @@ def test_a_full_device_is_not_reported_as_damage(written, monkeypatch):
     def load(*args, **kwargs):
         raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED")
 
-    monkeypatch.setattr(checkpoint.ocp, "load", load)
+    monkeypatch.setattr(store.ocp, "load", load)
     with pytest.raises(jax.errors.JaxRuntimeError, match="RESOURCE_EXHAUSTED"):
         Checkpoints(written).restore(make_state(0))
 
@@ -246,7 +246,7 @@ def test_an_error_of_a_save_in_the_background_is_raised(tmp_path, monkeypatch, r
     def fail(directory):
         raise OSError("disk full")
 
-    monkeypatch.setattr(checkpoint.checksums, "write", fail)
+    monkeypatch.setattr(store.checksums, "write", fail)
     with pytest.raises(OSError, match="disk full"), Checkpoints(tmp_path) as run:  # noqa: PT012
         run.save(1, make_state(1), {})
         if raised == "by the next save":
@@ -316,7 +316,7 @@ SAVE_FOR_EVER = """
     import itertools, sys
     import jax, jax.numpy as jnp
     jax.config.update("jax_platforms", "cpu")
-    from nanochat_jax.lm.checkpoint import Checkpoints
+    from nanochat_jax.lm.checkpoints.store import Checkpoints
 
     with Checkpoints(sys.argv[1], keep_last=2) as checkpoints:
         for step in itertools.count(1):

@@ -12,8 +12,8 @@ import pytest
 
 from nanochat_jax import cli
 from nanochat_jax.commands import help
-from nanochat_jax.lm.metrics import read_metrics
-from nanochat_jax.lm.tokenfile import write_tokens
+from nanochat_jax.lm.data.token_file import write_tokens
+from nanochat_jax.lm.tracking.jsonl import read_metrics
 
 TINY = """
 dim = 64

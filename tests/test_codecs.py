@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given
 
 import nanochat_jax as nj
-from nanochat_jax.codecs.rotation import rotate
+from nanochat_jax.codecs.hartley import rotate
 
 UNSIGNED = nj.Dynamic8(16, signed=False)
 DIVISOR = nj.Dynamic8(16, signed=False, zero=False)

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from nanochat_jax.lm.collectives import Collective, collectives
+from nanochat_jax.lm.planning.hlo_collectives import Collective, collectives
 
 PROGRAM = """\
 HloModule jit_step

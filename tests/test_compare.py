@@ -14,10 +14,11 @@ import pytest
 import nanochat_jax as nj
 from nanochat_jax import cli
 from nanochat_jax.config import Config
-from nanochat_jax.lm import setup, speed, timing, trainer
-from nanochat_jax.lm.metrics import read_metrics
-from nanochat_jax.lm.variants import NAMES, parse_variants
-from nanochat_jax.peers import build_adamw
+from nanochat_jax.experiments import speed
+from nanochat_jax.lm.planning.variants import NAMES, parse_variants
+from nanochat_jax.lm.tracking.jsonl import read_metrics
+from nanochat_jax.lm.training import optimizer_share, run as setup, step as trainer
+from nanochat_jax.optimizer.baselines import build_adamw
 
 pytest.importorskip("matplotlib")
 
@@ -296,7 +297,7 @@ def test_a_refresh_is_spread_over_the_steps_to_the_next(
     )
     seconds = [0, 11] + [0, 1] * speed.BURST  # start and end of each step
     clock = itertools.accumulate(seconds)
-    monkeypatch.setattr(timing.time, "perf_counter", lambda: next(clock))
+    monkeypatch.setattr(optimizer_share.time, "perf_counter", lambda: next(clock))
     run_nothing = lambda state, batch: (state, {})
     found = speed._seconds_a_step(run, run_nothing, {"x": jnp.zeros(1)})
     assert found == pytest.approx(expected)

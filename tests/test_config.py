@@ -12,8 +12,8 @@ import pytest
 
 import helpers
 import nanochat_jax as nj
-from nanochat_jax import OptimizerConfig, settings
-from nanochat_jax.config import PARENT_ONLY, Config, ModelConfig
+from nanochat_jax import OptimizerConfig
+from nanochat_jax.config import PARENT_ONLY, Config, ModelConfig, schema
 from nanochat_jax.optimizer import schedule
 
 CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.toml"))
@@ -308,7 +308,7 @@ def test_a_file_that_is_no_flat_toml_is_refused(content, said, tmp_path):
 
 
 def test_a_folder_is_no_file(tmp_path):
-    assert f"{tmp_path}: cannot be read" in message(settings.read_toml, tmp_path)
+    assert f"{tmp_path}: cannot be read" in message(schema.read_toml, tmp_path)
 
 
 @pytest.mark.parametrize(

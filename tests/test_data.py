@@ -10,7 +10,14 @@ import pytest
 import tokenizers
 from hypothesis import HealthCheck, given, settings, strategies as st
 
-from nanochat_jax.lm import corpus, data, documents, synthetic, tokenfile, tokenizer
+from nanochat_jax.lm.data import (
+    batches as batch_module,
+    corpus,
+    documents,
+    markov_chain,
+    token_file,
+    tokenizer,
+)
 
 BYTES = tokenizer.ByteTokenizer()
 
@@ -211,7 +218,7 @@ def with_header(magic, version, tokens, count=None):
 def test_token_file_round_trip(tmp_path):
     path, tokens = tmp_path / "tokens.bin", tokens_of(1001)
     sizes = tokens_of(1000, vocab_size=9).tolist()
-    tokenfile.write_tokens(
+    token_file.write_tokens(
         path, tokens, vocab_size=1000, held_out=70, token_bytes=sizes, tokenizer="f"
     )
     assert path.read_bytes() == tokens.astype("<u4").tobytes()
@@ -236,7 +243,7 @@ def test_token_layouts(tmp_path, layout, token_dtype):
             "llama3": with_header(20240801, 7, tokens.astype("<u4")),
         }[layout]
     )
-    file = tokenfile.read_tokens(path, vocab_size=1000, token_dtype=token_dtype)
+    file = token_file.read_tokens(path, vocab_size=1000, token_dtype=token_dtype)
     np.testing.assert_array_equal(file.tokens, tokens)
     assert file.token_bytes is None and file.count_bytes(0) is None
 
@@ -246,10 +253,10 @@ def test_id_out_of_range_names_position_and_id(at, bad, chunk):
     tokens = np.zeros(100, np.uint32)
     tokens[at] = bad
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(tokenfile, "CHECK_CHUNK", chunk)
+        patch.setattr(token_file, "CHECK_CHUNK", chunk)
         with pytest.raises(ValueError, match=rf"file: token {at} .*id {bad},.* 49\."):
-            tokenfile.check_ids(tokens, 50, "file")
-        assert tokenfile.check_ids(tokens, bad + 1, "file") == bad
+            token_file.check_ids(tokens, 50, "file")
+        assert token_file.check_ids(tokens, bad + 1, "file") == bad
 
 
 @pytest.mark.parametrize(
@@ -278,12 +285,12 @@ def test_bad_token_files_are_refused(tmp_path, content, sidecar, token_dtype, me
     if sidecar:
         (tmp_path / "tokens.bin.json").write_text(json.dumps(sidecar))
     with pytest.raises(ValueError, match=message):
-        tokenfile.read_tokens(path, vocab_size=10, token_dtype=token_dtype)
+        token_file.read_tokens(path, vocab_size=10, token_dtype=token_dtype)
 
 
 def test_ids_are_checked_before_they_are_written(tmp_path):
     with pytest.raises(ValueError, match="token 2 has the id -1"):
-        tokenfile.write_tokens(tmp_path / "t", np.array([0, 1, -1]), vocab_size=2)
+        token_file.write_tokens(tmp_path / "t", np.array([0, 1, -1]), vocab_size=2)
     assert not list(tmp_path.iterdir())
 
 
@@ -292,13 +299,13 @@ def test_ids_are_checked_before_they_are_written(tmp_path):
 
 @pytest.mark.parametrize("vocab_size", [4, 50])
 def test_markov_chain_has_the_stated_entropy(vocab_size):
-    tokens = synthetic.markov_chain(vocab_size, 200_000, seed=1)
+    tokens = markov_chain.markov_chain(vocab_size, 200_000, seed=1)
     pairs = np.zeros((vocab_size, vocab_size))
     np.add.at(pairs, (tokens[:-1], tokens[1:]), 1 / (len(tokens) - 1))
     rows = pairs.sum(1, keepdims=True)
     seen = pairs > 0
     conditional = -(pairs * np.log(pairs / rows, where=seen, out=pairs * 0)).sum()
-    assert conditional == pytest.approx(synthetic.ENTROPY_RATE, abs=0.01)
+    assert conditional == pytest.approx(markov_chain.ENTROPY_RATE, abs=0.01)
     marginal = -(rows * np.log(rows)).sum()
     assert marginal == pytest.approx(math.log(vocab_size), abs=0.01)
 
@@ -308,9 +315,9 @@ def test_synthetic_corpus_is_a_function_of_the_seed():
     assert first.fingerprint == again.fingerprint != other.fingerprint
     np.testing.assert_array_equal(
         np.r_[first.train, first.val],
-        synthetic.markov_chain(256, corpus.SYNTHETIC_TOKENS, seed=3),
+        markov_chain.markov_chain(256, corpus.SYNTHETIC_TOKENS, seed=3),
     )
-    assert first.entropy_rate == synthetic.ENTROPY_RATE
+    assert first.entropy_rate == markov_chain.ENTROPY_RATE
     assert first.bytes_per_token is None
     with pytest.raises(ValueError, match="at least 4, got 3"):
         load("synthetic", vocab_size=3)
@@ -334,7 +341,9 @@ def test_fingerprint_sees_every_token_and_the_split(at, move):
 
 def batches_of(length=103, batch_size=4, seq_len=5, seed=0):
     tokens = np.arange(length, dtype=np.uint16)
-    return data.Batches(tokens, batch_size=batch_size, seq_len=seq_len, seed=seed)
+    return batch_module.Batches(
+        tokens, batch_size=batch_size, seq_len=seq_len, seed=seed
+    )
 
 
 @given(st.integers(0, 10**6), st.integers(0, 2**32 - 1))
@@ -407,7 +416,9 @@ def test_prefetch_leaves_no_thread_behind():
 def test_eval_batches_are_distinct_windows_in_order(length, size, seq_len, limit):
     length = max(length, seq_len + 1)
     tokens = np.arange(length, dtype=np.uint16)
-    batches = data.eval_batches(tokens, batch_size=size, seq_len=seq_len, limit=limit)
+    batches = batch_module.eval_batches(
+        tokens, batch_size=size, seq_len=seq_len, limit=limit
+    )
     windows = (length - 1) // seq_len
     size = min(size, windows)
     assert len(batches) == min(windows // size, limit or windows)

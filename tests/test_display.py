@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from nanochat_jax.lm.display import make_display
+from nanochat_jax.lm.tracking.console import make_display
 
 METRICS = {
     "step": 120,

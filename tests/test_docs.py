@@ -18,7 +18,7 @@ import pytest
 import nanochat_jax as nj
 from nanochat_jax import cli
 from nanochat_jax.config import Config
-from nanochat_jax.lm import setup
+from nanochat_jax.lm.model import gpt
 
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
@@ -145,7 +145,7 @@ def test_the_sizes_in_the_readme_are_those_of_the_report(row):
     config = Config.from_toml(ROOT / "configs" / file)
     for name, value in (flag.removeprefix("--").split() for flag in flags):
         config = dataclasses.replace(config, **{name.replace("-", "_"): int(value)})
-    _, params = setup.abstract_model(config)
+    _, params = gpt.abstract_model(config)
     report = nj.memory_report(nj.build_optimizer(config, params), params)
     assert row[2:] == [
         f"{report.matrix_bytes / 1e6:.1f} MB",

@@ -4,7 +4,7 @@ import jax
 import pytest
 
 from nanochat_jax import cli
-from nanochat_jax.lm import checkup
+from nanochat_jax.lm.runtime import installation
 
 VERSIONS = {"jax": "0.10.2", "jaxlib": "0.10.2", "numpy": "2.1"}
 REQUIRES = {
@@ -23,16 +23,18 @@ GPU = {"jax-cuda13-plugin": "0.10.2"}
 def unmet(**versions):
     installed = VERSIONS | {name.replace("_", "-"): v for name, v in versions.items()}
     version = lambda name: installed.get(name, "not installed")
-    found = checkup.unmet_requirements(checkup.PACKAGES, version, REQUIRES.get)
+    found = installation.unmet_requirements(
+        installation.PACKAGES, version, REQUIRES.get
+    )
     return [problem.what for problem in found]
 
 
 @pytest.fixture
 def sound(monkeypatch):
     """A machine on which nothing is wrong, whatever is installed on this one."""
-    monkeypatch.setattr(checkup, "unmet_requirements", list)
-    monkeypatch.setattr(checkup, "installed_plugins", dict)
-    monkeypatch.setattr(checkup, "has_nvidia_gpu", lambda: False)
+    monkeypatch.setattr(installation, "unmet_requirements", list)
+    monkeypatch.setattr(installation, "installed_plugins", dict)
+    monkeypatch.setattr(installation, "has_nvidia_gpu", lambda: False)
 
 
 def doctor(capsys):
@@ -59,13 +61,13 @@ def test_a_sound_machine(sound, capsys):
 
 
 def test_a_product_on_this_machine_is_that_of_numpy():
-    errors = checkup.product_errors(jax.devices())
+    errors = installation.product_errors(jax.devices())
     assert len(errors) == len(jax.devices())
-    assert checkup.product_problems(errors) == []
+    assert installation.product_problems(errors) == []
 
 
 def test_what_is_wrong_is_told_with_what_to_do(sound, monkeypatch, capsys):
-    monkeypatch.setattr(checkup, "has_nvidia_gpu", lambda: True)
+    monkeypatch.setattr(installation, "has_nvidia_gpu", lambda: True)
     code, out = doctor(capsys)
     assert code == 1
     assert "Problem: there is an NVIDIA GPU, but JAX has no plugin for it." in out
@@ -119,7 +121,7 @@ def test_versions_that_do_not_fit_together_are_found(versions, told):
     ],
 )
 def test_what_keeps_jax_from_a_gpu_is_found(plugins, platforms, has_gpu, told):
-    found = checkup.plugin_problems(plugins, platforms, has_gpu)
+    found = installation.plugin_problems(plugins, platforms, has_gpu)
     assert [told in problem.what for problem in found] == [True] * (told is not None)
 
 
@@ -128,5 +130,5 @@ def test_what_keeps_jax_from_a_gpu_is_found(plugins, platforms, has_gpu, told):
     [(1e-3, "off by 1e-03"), (float("nan"), "off by nan"), ("OOM", "failed: OOM")],
 )
 def test_a_device_that_multiplies_wrongly_is_named(error, told):
-    (problem,) = checkup.product_problems(SOUND | {"gpu:1": error})
+    (problem,) = installation.product_problems(SOUND | {"gpu:1": error})
     assert problem.what.startswith("gpu:1") and told in problem.what

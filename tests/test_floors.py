@@ -1,6 +1,7 @@
 """The library is built in floors: imports point down, and the top needs no more."""
 
 import ast
+import collections
 import graphlib
 import inspect
 import itertools
@@ -14,21 +15,17 @@ import nanochat_jax as nj
 
 PACKAGE = Path(nj.__file__).parent
 FLOORS = {
-    0: (
-        "settings",
-        "coefficients",
-        "noise",
-        "products",
-        "linalg",
-        "rangefinder",
-        "codecs",
-    ),
+    0: ("numerics", "codecs"),
     1: ("transforms",),
-    2: ("config", "interop", "memory", "roles", "sharding"),
-    3: ("optimizer", "flops", "peers"),
+    2: ("config",),
+    3: ("optimizer", "interop"),
     4: ("lm",),
-    5: ("cli", "commands", "__main__"),
+    5: ("experiments", "commands", "cli", "__main__"),
 }
+ROOMS = (
+    "runtime", "model", "data", "checkpoints", "tracking", "training", "planning",
+)  # fmt: skip
+MOST_FILES = 14
 FLOOR = {name: floor for floor, names in FLOORS.items() for name in names}
 TRAINER_ONLY = (
     "flax", "grain", "matplotlib", "orbax", "packaging", "rich", "safetensors",
@@ -66,7 +63,36 @@ def ours(path):
 
 
 def floor(module):
-    return FLOOR[module.split(".")[1]]
+    """Returns the floor of a module, and its room if it is of the language model."""
+    _, top, *below = module.split(".")
+    room = ROOMS.index(below[0]) if top == "lm" and below else 0
+    return FLOOR[top], room
+
+
+def is_inside(module, package):
+    return module == package or module.startswith(f"{package}.")
+
+
+def ways_past(module, path):
+    """Yields imports of what another package has not put into its `__init__`."""
+    packages = {name for name, p in MODULES.items() if p.name == "__init__.py"}
+    # These two are maps of their rooms and hold nothing themselves.
+    packages -= {PACKAGE.name, f"{PACKAGE.name}.lm"}
+    for name in ours(path):
+        entered = [
+            p for p in packages if is_inside(name, p) and not is_inside(module, p)
+        ]
+        if entered and name != min(entered, key=len):
+            room, _, rest = name.removeprefix(min(entered, key=len)).rpartition(".")
+            if room or rest not in surface(min(entered, key=len)):
+                yield name
+
+
+def surface(package):
+    """Returns the names that a package offers: what its `__init__` imports."""
+    tree = ast.parse(MODULES[package].read_text(encoding="utf-8"))
+    froms = (node for node in tree.body if isinstance(node, ast.ImportFrom))
+    return {alias.asname or alias.name for node in froms for alias in node.names}
 
 
 @pytest.mark.parametrize("module", [name for name in MODULES if "." in name])
@@ -74,6 +100,16 @@ def test_imports_point_down_or_sideways(module):
     for name in ours(MODULES[module]):
         assert name != PACKAGE.name, f"{module} imports the package it is part of"
         assert floor(name) <= floor(module), f"{module} imports {name}"
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_packages_are_entered_by_their_init(module):
+    assert [*ways_past(module, MODULES[module])] == []
+
+
+def test_no_folder_is_a_drawer():
+    counts = collections.Counter(path.parent for path in MODULES.values())
+    assert {str(p): n for p, n in counts.items() if n > MOST_FILES} == {}
 
 
 def test_no_imports_go_in_a_circle():
@@ -91,7 +127,9 @@ def test_only_the_trainer_imports_the_trainers_dependencies(name):
     found = {module.split(".")[0] for module in imports(MODULES[name])}
     if name.split(".")[1:2] == ["interop"]:  # inside functions, see below
         found -= {"flax"}
-    allowed = name.split(".")[1:2] in (["lm"], ["cli"], ["commands"], ["__main__"])
+    allowed = name.split(".")[1:2] in (
+        ["lm"], ["cli"], ["commands"], ["experiments"], ["__main__"]
+    )  # fmt: skip
     assert allowed or not found & set(TRAINER_ONLY)
 
 

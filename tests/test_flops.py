@@ -6,8 +6,8 @@ import pytest
 
 import helpers
 import nanochat_jax as nj
-from nanochat_jax.flops import update_flops
 from nanochat_jax.optimizer import matrix_optimizer
+from nanochat_jax.optimizer.flops import update_flops
 
 PARAMS = {"w": jax.ShapeDtypeStruct((2, 96, 256), jnp.float32)}
 

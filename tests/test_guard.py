@@ -6,8 +6,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from nanochat_jax.lm import guard
-from nanochat_jax.lm.guard import WINDOW
+from nanochat_jax.lm.training import guard
+from nanochat_jax.lm.training.guard import WINDOW
 
 
 def watch(losses, norms=None, *, spike_skip=0.0, start=None):

@@ -16,10 +16,10 @@ import pytest
 
 from nanochat_jax import cli
 from nanochat_jax.config import Config
-from nanochat_jax.lm import resume, setup, trainer
-from nanochat_jax.lm.checkpoint import Checkpoints
-from nanochat_jax.lm.display import make_display
-from nanochat_jax.lm.metrics import read_metrics
+from nanochat_jax.lm.checkpoints.store import Checkpoints
+from nanochat_jax.lm.tracking.console import make_display
+from nanochat_jax.lm.tracking.jsonl import read_metrics
+from nanochat_jax.lm.training import loop, resume, run as setup, step as trainer
 
 TINY = {
     "dim": 32, "n_layers": 1, "n_heads": 2, "ffn_mult": 2.0, "vocab_size": 64,
@@ -37,8 +37,8 @@ VARIANTS = {
 STRIKE = """
     import os, signal, sys
     from nanochat_jax import cli
-    from nanochat_jax.lm import checksums
-    from nanochat_jax.lm.metrics import MetricsWriter
+    from nanochat_jax.lm.checkpoints import checksums
+    from nanochat_jax.lm.tracking.jsonl import MetricsWriter
 
     name, step, *args = sys.argv[1:]
     write_metrics, write_checksums = MetricsWriter.write, checksums.write
@@ -134,7 +134,7 @@ def test_no_signal_changes_what_a_run_comes_to(name, tmp_path):
     step = trainer.compile_train_step(run)
 
     def train(state):
-        return trainer.fit(run, state, step, display=make_display(12))
+        return loop.fit(run, state, step, display=make_display(12))
 
     straight = train(trainer.init_state(run))
     killed, told = tmp_path / "killed", tmp_path / "told"

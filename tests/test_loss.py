@@ -10,9 +10,9 @@ import optax
 import pytest
 
 from nanochat_jax.config import ModelConfig
-from nanochat_jax.lm import model
-from nanochat_jax.lm.loss import cross_entropy
-from nanochat_jax.memory import planned_bytes
+from nanochat_jax.lm.model import gpt
+from nanochat_jax.lm.model.loss import cross_entropy
+from nanochat_jax.optimizer.memory import planned_bytes
 
 BATCH, DIM, VOCAB = 2, 8, 61
 
@@ -127,17 +127,17 @@ def test_the_model_gives_the_same_loss_for_any_chunk(weight_tied):
     results = []
     for chunk in (0, 6):
         graphdef, params, batch = tiny(loss_chunk=chunk, weight_tied=weight_tied)
-        loss = functools.partial(model.next_token_loss, graphdef)
+        loss = functools.partial(gpt.next_token_loss, graphdef)
         results.append(jax.jit(jax.value_and_grad(loss))(params, batch))
     assert_near(*results)
 
 
 def tiny(**kwargs):
     config = ModelConfig(dim=16, n_layers=1, n_heads=2, vocab_size=VOCAB, **kwargs)
-    graphdef, params = model.init(config, 0)
+    graphdef, params = gpt.init(config, 0)
     return graphdef, params, jnp.arange(2 * 17).reshape(2, 17)
 
 
 def lowered(graphdef, params, batch):
-    loss = functools.partial(model.next_token_loss, graphdef)
+    loss = functools.partial(gpt.next_token_loss, graphdef)
     return jax.jit(jax.value_and_grad(loss)).lower(params, batch)

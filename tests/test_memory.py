@@ -11,9 +11,9 @@ from jax.tree_util import keystr
 import helpers
 import nanochat_jax as nj
 from nanochat_jax.config import Config
-from nanochat_jax.flops import update_flops
-from nanochat_jax.lm import setup
-from nanochat_jax.memory import MemoryRow, compiled_bytes, planned_bytes
+from nanochat_jax.lm.model import gpt
+from nanochat_jax.optimizer.flops import update_flops
+from nanochat_jax.optimizer.memory import MemoryRow, compiled_bytes, planned_bytes
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 BITS8 = {"use_8bit_optim": True}
@@ -157,7 +157,7 @@ def test_labels_can_be_given_and_there_may_be_no_matrix():
 def test_the_promised_reductions_at_nano_125m(name, most, whole):
     """Of the matrices' state, and of the whole optimizer's."""
     config = Config.from_toml(CONFIGS / f"{name}.toml")
-    _, tree = setup.abstract_model(config)
+    _, tree = gpt.abstract_model(config)
     report = nj.memory_report(
         nj.build_optimizer(config, tree, matrix_axes=stacked), tree
     )

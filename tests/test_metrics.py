@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from nanochat_jax.lm.metrics import MetricsWriter, read_metrics
+from nanochat_jax.lm.tracking.jsonl import MetricsWriter, read_metrics
 
 METRICS = {
     "step": 120,

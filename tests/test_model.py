@@ -16,10 +16,10 @@ from jax.tree_util import keystr
 
 from nanochat_jax import label_params
 from nanochat_jax.config import ModelConfig
-from nanochat_jax.lm import layers, model
-from nanochat_jax.lm.accumulate import mean_gradient
-from nanochat_jax.lm.generate import _next_token, generate, sample
-from nanochat_jax.lm.loss import cross_entropy
+from nanochat_jax.lm.model import block, gpt
+from nanochat_jax.lm.model.loss import cross_entropy
+from nanochat_jax.lm.model.sampling import _next_token, generate, sample
+from nanochat_jax.lm.training.accumulate import mean_gradient
 
 CONFIG = ModelConfig(
     dim=32, n_layers=2, n_heads=4, n_kv_heads=2, vocab_size=61, max_seq_len=16
@@ -30,7 +30,7 @@ BATCH, SEQ = 2, 16
 
 @functools.cache
 def initial(config=CONFIG):
-    return model.init(config, 0)
+    return gpt.init(config, 0)
 
 
 @functools.cache
@@ -45,12 +45,12 @@ def built(config=CONFIG):
 
 @functools.cache
 def logits_of(config=CONFIG):
-    return jax.jit(functools.partial(model.apply, initial(config)[0]))
+    return jax.jit(functools.partial(gpt.apply, initial(config)[0]))
 
 
 @functools.cache
 def loss_and_grads_of(config=CONFIG):
-    loss = functools.partial(model.next_token_loss, initial(config)[0])
+    loss = functools.partial(gpt.next_token_loss, initial(config)[0])
     return jax.jit(jax.value_and_grad(loss))
 
 
@@ -118,7 +118,7 @@ def test_parameter_count(config):
 
 def test_abstract_init_is_init_without_values():
     graphdef, params = initial()
-    init = functools.partial(model.init, CONFIG)
+    init = functools.partial(gpt.init, CONFIG)
     abstract_graphdef, abstract = jax.eval_shape(init, 0)
     assert abstract_graphdef == graphdef
     chex.assert_trees_all_equal_shapes_and_dtypes(abstract, params)
@@ -127,8 +127,8 @@ def test_abstract_init_is_init_without_values():
 
 def test_seed_decides_the_parameters():
     _, params = initial()
-    chex.assert_trees_all_equal(params, model.init(CONFIG, 0)[1])
-    other = model.init(CONFIG, 1)[1]
+    chex.assert_trees_all_equal(params, gpt.init(CONFIG, 0)[1])
+    other = gpt.init(CONFIG, 1)[1]
     same = jax.tree.map(lambda a, b: bool((a == b).all()), params, other)
     assert not any(x for p, x in jax.tree.leaves_with_path(same) if "kernel" in str(p))
 
@@ -195,7 +195,7 @@ def test_logits_do_not_depend_on_later_tokens(t):
     assert (jnp.abs(a[:, t:] - b[:, t:]).max(axis=-1) > 1e-4).all()
 
 
-rotate = jax.jit(functools.partial(layers.rotate, theta=10_000.0))
+rotate = jax.jit(functools.partial(block.rotate, theta=10_000.0))
 
 
 def test_rotation_makes_scores_depend_on_distance_only():
@@ -347,15 +347,13 @@ def test_flops_are_three_forward_passes_as_the_compiler_counts_them():
     config = ModelConfig(
         dim=512, n_layers=3, n_heads=8, n_kv_heads=4, ffn_mult=1.0, vocab_size=1024
     )
-    graphdef, params = jax.eval_shape(functools.partial(model.init, config), 0)
+    graphdef, params = jax.eval_shape(functools.partial(gpt.init, config), 0)
     batch = jax.ShapeDtypeStruct((2, 256), jnp.int32)
-    forward = jax.jit(functools.partial(model.apply, graphdef)).lower(params, batch)
+    forward = jax.jit(functools.partial(gpt.apply, graphdef)).lower(params, batch)
     analysis: Any = forward.cost_analysis()
     counted = analysis["flops"] / (2 * 256)
-    assert 1.0 <= 3 * counted / model.count_flops_per_token(config, 256) < 1.03
-    assert model.count_flops_per_token(config) > model.count_flops_per_token(
-        config, 256
-    )
+    assert 1.0 <= 3 * counted / gpt.count_flops_per_token(config, 256) < 1.03
+    assert gpt.count_flops_per_token(config) > gpt.count_flops_per_token(config, 256)
 
 
 # Generation
@@ -372,7 +370,7 @@ def test_reading_in_pieces_is_reading_at_once():
     @jax.jit
     def in_pieces(params, tokens):
         gpt = nnx.merge(graphdef, params)
-        cache, pieces = model.init_cache(CONFIG, BATCH, SEQ + 3), []
+        cache, pieces = gpt.init_cache(CONFIG, BATCH, SEQ + 3), []
         for piece in jnp.split(tokens, [5, 6, 7], axis=1):
             x, cache = gpt.extend(piece, cache)
             pieces.append(gpt.logits(x))

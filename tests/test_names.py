@@ -8,8 +8,8 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from nanochat_jax.roles.layouts import read_tree
-from nanochat_jax.roles.names import words, words_of_tree
+from nanochat_jax.optimizer.roles.layouts import read_tree
+from nanochat_jax.optimizer.roles.names import words, words_of_tree
 
 TREES = json.loads((Path(__file__).parent / "trees.json").read_text(encoding="utf-8"))
 

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from nanochat_jax import noise
+from nanochat_jax.numerics import hashing
 
 SHAPE = (64, 1000)
 COUNT = 64_000
@@ -25,7 +25,7 @@ def correlation(x, y):
 
 @pytest.mark.parametrize("words", [(0, 0), (0, 1), (7, 123_456_789)])
 def test_numbers_are_even_and_neighbours_independent(words):
-    x = np.asarray(noise.uniform(key(*words), SHAPE))
+    x = np.asarray(hashing.uniform(key(*words), SHAPE))
     assert x.min() >= 0
     assert x.max() < 1
     found, _ = np.histogram(x, bins=64, range=(0, 1))
@@ -39,20 +39,20 @@ def test_numbers_are_even_and_neighbours_independent(words):
 
 def test_steps_and_leaves_have_numbers_of_their_own():
     keys = [key(count, name) for count in (0, 1, 2, 1000) for name in (5, 6, 1 << 31)]
-    drawn = [noise.uniform(k, SHAPE) for k in keys]
+    drawn = [hashing.uniform(k, SHAPE) for k in keys]
     for x, y in itertools.combinations(drawn, 2):
         assert correlation(x, y) < 4.5
 
 
 def test_every_kind_of_key_will_do():
     for impl in ("threefry2x32", "rbg"):
-        x = noise.uniform(jax.random.key(0, impl=impl), SHAPE)
+        x = hashing.uniform(jax.random.key(0, impl=impl), SHAPE)
         assert abs(float(x.mean()) - 0.5) < 4 * np.sqrt(1 / 12 / COUNT)
 
 
 @pytest.mark.parametrize("seed", [0, 1, 2**32 - 1])
 def test_symmetric_numbers_have_mean_zero_and_variance_one(seed):
-    x = np.asarray(noise.symmetric(jnp.uint32(seed), SHAPE))
+    x = np.asarray(hashing.symmetric(jnp.uint32(seed), SHAPE))
     assert abs(x).max() <= np.float32(3**0.5)
     assert abs(x.mean()) < 4 / np.sqrt(COUNT)
     assert abs(x.var() - 1) < 4 / np.sqrt(COUNT)
@@ -60,13 +60,13 @@ def test_symmetric_numbers_have_mean_zero_and_variance_one(seed):
 
 
 def test_numbers_do_not_hang_on_how_axes_are_cut():
-    whole = noise.uniform(key(1, 2), (6, 4, 10))
+    whole = hashing.uniform(key(1, 2), (6, 4, 10))
     chex.assert_trees_all_equal(
-        whole.reshape(24, 10), noise.uniform(key(1, 2), (24, 10))
+        whole.reshape(24, 10), hashing.uniform(key(1, 2), (24, 10))
     )
-    assert noise.uniform(key(1, 2), ()).shape == ()
+    assert hashing.uniform(key(1, 2), ()).shape == ()
 
 
 def test_different_hashes_for_different_integers():
     x = jnp.arange(1 << 16, dtype=jnp.uint32) * jnp.uint32(40_503)
-    assert len(np.unique(noise.mix_bits(x))) == len(x)
+    assert len(np.unique(hashing.mix_bits(x))) == len(x)

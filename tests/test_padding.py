@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 
 from nanochat_jax.config import ModelConfig
-from nanochat_jax.lm import export, model
-from nanochat_jax.lm.generate import generate
+from nanochat_jax.lm.checkpoints import weights_file
+from nanochat_jax.lm.model import gpt
+from nanochat_jax.lm.model.sampling import generate
 
 CONFIG = ModelConfig(
     dim=16, n_layers=1, n_heads=2, vocab_size=37, pad_vocab_to=32, max_seq_len=16
@@ -21,11 +22,11 @@ TOKENS = np.random.default_rng(0).integers(0, 37, (2, 17))
 def built(values):
     """A padded model whose padding is large, and the same without any."""
     config = dataclasses.replace(CONFIG, **values)
-    graphdef, params = model.init(config, 0)
+    graphdef, params = gpt.init(config, 0)
     params["embed"]["embedding"] = params["embed"]["embedding"].at[37:].set(9.0)
     plain = dataclasses.replace(config, pad_vocab_to=1)
-    bare = model.without_padding(config, params)
-    return (config, graphdef, params), (plain, model.init(plain, 0)[0], bare)
+    bare = gpt.without_padding(config, params)
+    return (config, graphdef, params), (plain, gpt.init(plain, 0)[0], bare)
 
 
 @pytest.mark.parametrize("values", CASES, ids=str)
@@ -36,7 +37,7 @@ def test_losses_and_gradients_are_those_without(values):
     wanted, d_wanted = loss_and_grads(plain_def, bare)
     found, d_found = loss_and_grads(graphdef, params)
     np.testing.assert_allclose(found, wanted, rtol=1e-6)
-    cut = model.without_padding(config, d_found)
+    cut = gpt.without_padding(config, d_found)
     jax.tree.map(
         lambda x, y: np.testing.assert_allclose(x, y, atol=1e-6), cut, d_wanted
     )
@@ -45,16 +46,16 @@ def test_losses_and_gradients_are_those_without(values):
 
 
 def loss_and_grads(graphdef, params):
-    loss = lambda params: model.next_token_loss(graphdef, params, jnp.asarray(TOKENS))
+    loss = lambda params: gpt.next_token_loss(graphdef, params, jnp.asarray(TOKENS))
     return jax.jit(jax.value_and_grad(loss))(params)
 
 
 @pytest.mark.parametrize("values", CASES[:2], ids=str)
 def test_logits_and_samples_are_those_without(values):
     (config, graphdef, params), (plain, plain_def, bare) = built(values)
-    logits = model.apply(graphdef, params, TOKENS)
+    logits = gpt.apply(graphdef, params, TOKENS)
     assert logits.shape == (2, 17, 37)
-    wanted = model.apply(plain_def, bare, TOKENS)
+    wanted = gpt.apply(plain_def, bare, TOKENS)
     np.testing.assert_allclose(logits, wanted, rtol=1e-5)
     options = {"max_tokens": 8, "temperature": 3.0, "top_k": 50}
     assert [*generate(graphdef, params, config, [1, 2], **options)] == [
@@ -64,8 +65,8 @@ def test_logits_and_samples_are_those_without(values):
 
 def test_exports_have_none(tmp_path):
     (config, _, params), (plain, _, bare) = built({"weight_tied": False})
-    export.save(tmp_path / "w.safetensors", config, params, step=1, tokenizer="t")
-    found, weights = export.load(tmp_path / "w.safetensors")
+    weights_file.save(tmp_path / "w.safetensors", config, params, step=1, tokenizer="t")
+    found, weights = weights_file.load(tmp_path / "w.safetensors")
     assert found == plain
     jax.tree.map(np.testing.assert_array_equal, weights, bare)
 

@@ -8,9 +8,10 @@ import pytest
 
 import nanochat_jax as nj
 from nanochat_jax.config import Config
-from nanochat_jax.lm import planning, trainer
-from nanochat_jax.lm.checkpoint import Checkpoints
-from nanochat_jax.memory import planned_bytes
+from nanochat_jax.lm.checkpoints.store import Checkpoints
+from nanochat_jax.lm.planning import run_memory
+from nanochat_jax.lm.training import step as trainer
+from nanochat_jax.optimizer.memory import planned_bytes
 
 CONFIG = Config(
     dim=32, n_layers=1, n_heads=2, vocab_size=2048, max_seq_len=16, batch_size=2,
@@ -24,8 +25,8 @@ LOW_RANK = dataclasses.replace(
 
 @pytest.fixture(scope="module")
 def planned():
-    run = planning.abstract_run(CONFIG)
-    return run, planning.plan_run(run, [trainer.compile_train_step(run)])
+    run = run_memory.abstract_run(CONFIG)
+    return run, run_memory.plan_run(run, [trainer.compile_train_step(run)])
 
 
 def held(tree):
@@ -73,25 +74,25 @@ def test_a_checkpoint_is_about_as_large_as_planned(planned, tmp_path):
 
 
 def test_of_two_programs_the_larger_counts():
-    run = planning.abstract_run(LOW_RANK)
+    run = run_memory.abstract_run(LOW_RANK)
     steps = [
         trainer.compile_train_step(run),
         trainer.compile_train_step(run, low_rank=True),
     ]
     peaks = [planned_bytes(step)["peak_bytes"] for step in steps]
     assert peaks[0] != peaks[1]
-    assert planning.plan_run(run, steps).step_bytes == max(peaks)
+    assert run_memory.plan_run(run, steps).step_bytes == max(peaks)
 
 
 def test_the_lines_give_peak_parts_and_checkpoints(planned):
     _, plan = planned
     plan = plan._replace(peak_bytes=7_000_000, process_bytes=2_000_000)
-    said = planning.plan_summary(CONFIG, plan)
+    said = run_memory.plan_summary(CONFIG, plan)
     assert "Peak memory: 7.0 MB\n" in said
     assert "a compiled step of 32 tokens" in said
     assert "resident memory about 9.0 MB, with 2.0 MB of Python" in said
     assert "at most 4 of them on disk:" in said
     on_gpus = plan._replace(devices=8, process_bytes=None)
-    said = planning.plan_summary(CONFIG, on_gpus)
+    said = run_memory.plan_summary(CONFIG, on_gpus)
     assert "Peak memory: 7.0 MB on each of 8 devices\n" in said
     assert "resident" not in said

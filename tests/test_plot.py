@@ -5,7 +5,7 @@ import json
 import pytest
 
 from nanochat_jax import cli
-from nanochat_jax.lm import plot
+from nanochat_jax.experiments import figures
 
 pytest.importorskip("matplotlib")
 
@@ -20,7 +20,7 @@ LINES = [
 
 def drawn(lines, x):
     """Returns the points of the training line and those of the evaluations."""
-    (axes,) = plot.draw_runs({"run": lines}, x).axes
+    (axes,) = figures.draw_runs({"run": lines}, x).axes
     return [line.get_xydata().tolist() for line in axes.lines]
 
 
@@ -81,7 +81,7 @@ def test_a_figure_that_cannot_be_written_leaves_the_one_before(tmp_path):
     before = tmp_path / "loss.png"
     before.write_bytes(b"whole")
     with pytest.raises(OSError, match="disk full"):
-        plot.save(Broken(), before)
+        figures.save(Broken(), before)
     assert before.read_bytes() == b"whole"
     assert list(tmp_path.iterdir()) == [before]
 
@@ -127,6 +127,6 @@ def test_what_cannot_be_drawn_is_refused(tmp_path, capsys):
 
 
 def test_without_matplotlib_the_message_says_what_to_install(monkeypatch, capsys):
-    monkeypatch.setattr(plot.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(figures.importlib.util, "find_spec", lambda name: None)
     message = refused(["run", "--output", "figure.png"], capsys)
     assert "nanochat-jax[plot]" in message

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from nanochat_jax import cli
-from nanochat_jax.lm import bpe, corpus, documents, prepare, tokenfile
-from nanochat_jax.lm.tokenizer import (
+from nanochat_jax.lm.data import bpe, corpus, dataset_folder, documents, token_file
+from nanochat_jax.lm.data.tokenizer import (
     END_OF_TEXT,
     ByteTokenizer,
     TrainedTokenizer,
@@ -150,9 +150,9 @@ def test_all_is_written_or_nothing(source, tmp_path, monkeypatch, old):
     def fail(*args, **kwargs):
         raise OSError("disk is full")
 
-    monkeypatch.setattr(tokenfile, "write_tokens", fail)
+    monkeypatch.setattr(token_file, "write_tokens", fail)
     with pytest.raises(OSError, match="full"):
-        prepare.prepare(folder, make_texts(), 300, force=True)
+        dataset_folder.prepare(folder, make_texts(), 300, force=True)
     assert os.listdir(tmp_path) == (["out"] if old else [])
     if old:
         assert contents(folder) == {"tokens.bin": b"old"}
@@ -175,4 +175,4 @@ def test_what_cannot_be_prepared_is_refused(args, message, tmp_path, capsys):
 
 def test_text_without_content_is_refused(tmp_path):
     with pytest.raises(ValueError, match="no text"):
-        prepare.prepare(tmp_path / "new", [], 300)
+        dataset_folder.prepare(tmp_path / "new", [], 300)

@@ -14,8 +14,8 @@ from pathlib import Path
 import pytest
 
 from nanochat_jax import cli
-from nanochat_jax.lm.checkpoint import Checkpoints
-from nanochat_jax.lm.metrics import read_metrics
+from nanochat_jax.lm.checkpoints.store import Checkpoints
+from nanochat_jax.lm.tracking.jsonl import read_metrics
 
 ROOT = Path(__file__).parents[1]
 TINY = {
@@ -28,7 +28,7 @@ TINY = {
 STRUCK = """
     import os, signal, sys
     from nanochat_jax import cli
-    from nanochat_jax.lm.agreement import SharedStop
+    from nanochat_jax.lm.runtime.agreement import SharedStop
 
     step, *args = sys.argv[1:]
     ask = SharedStop.__call__

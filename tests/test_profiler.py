@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from nanochat_jax.lm.profiler import StepProfiler, parse_steps
+from nanochat_jax.lm.training.profiler import StepProfiler, parse_steps
 
 
 @pytest.fixture

@@ -12,9 +12,9 @@ import pytest
 import nanochat_jax as nj
 from nanochat_jax.commands.train import Train
 from nanochat_jax.config import Config
-from nanochat_jax.lm import resume, setup, trainer
-from nanochat_jax.lm.checkpoint import Checkpoints
-from nanochat_jax.lm.tokenfile import write_tokens
+from nanochat_jax.lm.checkpoints.store import Checkpoints
+from nanochat_jax.lm.data.token_file import write_tokens
+from nanochat_jax.lm.training import resume, run as setup, step as trainer
 
 TINY = Config(
     dim=32, n_layers=1, n_heads=2, ffn_mult=2.0, vocab_size=64, max_seq_len=32,

@@ -13,8 +13,8 @@ from flax import linen, nnx
 import helpers
 import nanochat_jax as nj
 from nanochat_jax.config import Config
-from nanochat_jax.lm import roles as lm_roles, setup
-from nanochat_jax.roles import settle
+from nanochat_jax.lm.model import gpt, roles as lm_roles
+from nanochat_jax.optimizer.roles import settle
 
 
 def labels(params):
@@ -39,7 +39,7 @@ def of(**shapes):
 @pytest.mark.parametrize("weight_tied", [True, False])
 def test_the_model_of_the_trainer(weight_tied):
     config = Config(n_layers=2, dim=32, n_heads=2, weight_tied=weight_tied)
-    found = labels(setup.abstract_model(config)[1])
+    found = labels(gpt.abstract_model(config)[1])
     assert found.pop("embed/embedding") == "embedding"
     assert found.pop("final_norm/scale") == "vector"
     if not weight_tied:
@@ -394,7 +394,7 @@ def test_the_axes_of_the_model_of_the_trainer_hang_on_no_coincidence(scan_layers
         n_layers=4, dim=4, n_heads=2, ffn_mult=1, vocab_size=4, weight_tied=False,
         scan_layers=scan_layers,
     )  # fmt: skip
-    params = setup.abstract_model(config)[1]
+    params = gpt.abstract_model(config)[1]
     found = settle(params, matrix_axes=lm_roles.kernel_axes)
     for path, x in jax.tree.leaves_with_path(params):
         role, name = found[jax.tree_util.keystr(path)], jax.tree_util.keystr(path)

@@ -8,7 +8,7 @@ import pytest
 
 import helpers
 import nanochat_jax as nj
-from nanochat_jax.memory import compiled_bytes
+from nanochat_jax.optimizer.memory import compiled_bytes
 
 SCALES = {"scale_dtype": "bfloat16"}
 ADAM = {

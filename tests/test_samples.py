@@ -5,8 +5,9 @@ import dataclasses
 import pytest
 
 from nanochat_jax.config import Config
-from nanochat_jax.lm import generate, model, samples, setup
-from nanochat_jax.lm.samples import Sampler, make_sampler
+from nanochat_jax.lm.model import gpt, sampling
+from nanochat_jax.lm.training import run as setup, text_samples
+from nanochat_jax.lm.training.text_samples import Sampler, make_sampler
 
 TINY = Config(
     dim=16, n_layers=1, n_heads=2, vocab_size=256, max_seq_len=16, dataset="synthetic",
@@ -24,7 +25,7 @@ def run():
 
 @pytest.fixture(scope="module")
 def params(run):
-    return model.init(run.config, 0)[1]
+    return gpt.init(run.config, 0)[1]
 
 
 def with_settings(run, **changes):
@@ -33,11 +34,11 @@ def with_settings(run, **changes):
 
 def test_a_sample_follows_from_the_step_and_the_seed_and_compiles_once(run, params):
     texts = {step: Sampler(run)(params, step) for step in (0, 1, 100)}
-    compiled = generate._next_token._cache_size()
+    compiled = sampling._next_token._cache_size()
     assert texts == {step: Sampler(run)(params, step) for step in texts}
     other = Sampler(with_settings(run, seed=1))
     assert len({*texts.values(), other(params, 0)}) == 4
-    assert generate._next_token._cache_size() == compiled
+    assert sampling._next_token._cache_size() == compiled
     assert all(text.startswith("def") for text in texts.values())
     assert all(3 < len(text) <= 3 + 8 for text in texts.values())
 
@@ -51,7 +52,8 @@ def test_a_sample_ends_with_the_context_and_an_empty_prompt_begins_a_document(
 
 def test_a_sample_leaves_the_terminal_alone():
     assert (
-        samples._printable("a\x1b[2J\x07\r\tb\nä🦊") == "a\ufffd[2J\ufffd\ufffd\tb\nä🦊"
+        text_samples._printable("a\x1b[2J\x07\r\tb\nä🦊")
+        == "a\ufffd[2J\ufffd\ufffd\tb\nä🦊"
     )
 
 

@@ -8,8 +8,8 @@ import pytest
 
 from nanochat_jax import cli
 from nanochat_jax.config import Config, presets
-from nanochat_jax.lm import mesh, scaling, setup
-from nanochat_jax.lm.model import count_flops_per_token
+from nanochat_jax.lm.model import count_flops_per_token, gpt, param_sharding
+from nanochat_jax.lm.planning import mesh_plan
 
 NANO = Config(
     dim=768, n_layers=1, n_heads=12, vocab_size=50257, pad_vocab_to=128,
@@ -43,7 +43,7 @@ def test_a_plan_of_7b_has_the_sizes_of_its_shapes(capsys):
     assert sent["parameters"]["count"] == 2 * 2 * 7 + 1
     assert sent["gradients"]["kind"] == "reduce-scatter"
     assert sent["gradients"]["bytes"] == 2 * (2 * BLOCK_7B + TABLES_7B // 2)
-    assert set(found["variants"]) == set(scaling.VARIANTS)
+    assert set(found["variants"]) == set(mesh_plan.VARIANTS)
     assert found["model"]["batch_size"] == 64
     assert found["model"]["n_layers"] == 2
 
@@ -100,28 +100,32 @@ def test_models_have_as_many_parameters_as_their_names_say(name, billions):
     ids=str,
 )
 def test_a_device_of_eight_holds_an_eighth_of_the_state_of_nano(values):
-    held = scaling.plan_scale(dataclasses.replace(NANO, **values)).held
+    held = mesh_plan.plan_scale(dataclasses.replace(NANO, **values)).held
     assert held.total_bytes / 8 <= held.device_bytes <= 1.03 * held.total_bytes / 8
 
 
 def test_a_vocabulary_that_is_not_divided_is_named_and_lies_by_columns():
     config = dataclasses.replace(NANO, pad_vocab_to=1)
-    params = setup.abstract_model(config)[1]
-    params = mesh.place(params, mesh.abstract_mesh(config.mesh), config)
+    params = gpt.abstract_model(config)[1]
+    params = param_sharding.place(
+        params, param_sharding.abstract_mesh(config.mesh), config
+    )
     assert tuple(params["embed"]["embedding"].sharding.spec) == (None, "fsdp")
-    text = mesh.describe(params, config)
+    text = param_sharding.describe(params, config)
     assert "fsdp does not divide the 50257 rows of `embedding`" in text
     assert "`pad_vocab_to = 128` mends it" in text
-    assert "does not divide" not in mesh.describe(setup.abstract_model(NANO)[1], NANO)
+    assert "does not divide" not in param_sharding.describe(
+        gpt.abstract_model(NANO)[1], NANO
+    )
 
 
 def test_matrices_of_the_busiest_device_are_counted():
     """Two matrices of each shape on eight devices: one of each on the busiest."""
-    plan = scaling.plan_scale(dataclasses.replace(NANO, n_layers=2))
+    plan = mesh_plan.plan_scale(dataclasses.replace(NANO, n_layers=2))
     even = plan.flops["update_newton_schulz"] / 8
     # 8 of attention, 4 gates and ups, and 2 downs, of which each device has one.
     assert even < plan.busiest < 8 * even
-    assert plan.busiest == scaling.plan_scale(NANO).busiest
+    assert plan.busiest == mesh_plan.plan_scale(NANO).busiest
 
 
 def test_every_model_can_be_had_by_name():

@@ -13,12 +13,13 @@ from flax import nnx
 import helpers
 import nanochat_jax as nj
 from nanochat_jax.config import Config, ModelConfig
-from nanochat_jax.lm import export, layers, model
-from nanochat_jax.lm.checkpoint import Checkpoints
-from nanochat_jax.lm.generate import generate
-from nanochat_jax.lm.stacking import stack_layers, unstack_layers
-from nanochat_jax.lm.trained import load_trained
-from nanochat_jax.memory import compiled_bytes
+from nanochat_jax.lm.checkpoints import weights_file
+from nanochat_jax.lm.checkpoints.pretrained import load_trained
+from nanochat_jax.lm.checkpoints.store import Checkpoints
+from nanochat_jax.lm.model import block, gpt
+from nanochat_jax.lm.model.layer_stacking import stack_layers, unstack_layers
+from nanochat_jax.lm.model.sampling import generate
+from nanochat_jax.optimizer.memory import compiled_bytes
 
 APART = ModelConfig(
     dim=32, n_layers=3, n_heads=4, n_kv_heads=2, vocab_size=61, max_seq_len=16
@@ -29,7 +30,7 @@ BATCH = np.arange(2 * 17).reshape(2, 17) % 61
 
 @functools.cache
 def initial(config):
-    return model.init(config, 0)
+    return gpt.init(config, 0)
 
 
 @functools.cache
@@ -42,7 +43,7 @@ def noisy():
 
 
 def loss_and_grads(config, params):
-    loss = functools.partial(model.next_token_loss, initial(config)[0])
+    loss = functools.partial(gpt.next_token_loss, initial(config)[0])
     return jax.jit(jax.value_and_grad(loss))(params, BATCH)
 
 
@@ -64,7 +65,7 @@ def test_a_seed_gives_the_same_parameters():
 def test_parameters_are_those_of_blocks_made_one_after_another():
     rngs = nnx.Rngs(jax.random.key(0))
     nnx.Embed(APART.table_size, APART.dim, rngs=rngs)  # draws first
-    blocks = [layers.Block(APART, rngs=rngs) for _ in range(APART.n_layers)]
+    blocks = [block.Block(APART, rngs=rngs) for _ in range(APART.n_layers)]
     pure = {i: nnx.to_pure_dict(nnx.state(block)) for i, block in enumerate(blocks)}
     chex.assert_trees_all_close(initial(APART)[1]["blocks"], pure, rtol=1e-6)
 
@@ -73,7 +74,7 @@ def test_parameters_are_those_of_blocks_made_one_after_another():
 @pytest.mark.parametrize("scan", [False, True], ids=["apart", "stacked"])
 def test_parameters_are_made_in_room_for_one_more_of_each(scan):
     config = dataclasses.replace(APART, n_layers=16, scan_layers=scan)
-    init = jax.jit(lambda: model.init(config, 0)[1]).lower().compile()
+    init = jax.jit(lambda: gpt.init(config, 0)[1]).lower().compile()
     plan = init.memory_analysis()
     assert plan.temp_size_in_bytes <= plan.output_size_in_bytes
 
@@ -95,8 +96,8 @@ def assert_near(got, wanted, tolerance):
 
 def test_the_program_does_not_grow_with_layers():
     def products(config):
-        graphdef, params = jax.eval_shape(functools.partial(model.init, config), 0)
-        loss = functools.partial(model.next_token_loss, graphdef)
+        graphdef, params = jax.eval_shape(functools.partial(gpt.init, config), 0)
+        loss = functools.partial(gpt.next_token_loss, graphdef)
         return str(jax.make_jaxpr(jax.grad(loss))(params, BATCH)).count("dot_general")
 
     deeper = lambda config: dataclasses.replace(config, n_layers=6)
@@ -216,15 +217,15 @@ def test_the_same_tokens_are_generated():
 def test_reading_in_pieces_is_reading_at_once():
     @jax.jit
     def in_pieces(params, tokens):
-        gpt = nnx.merge(graphdef, params)
-        cache, pieces = model.init_cache(STACKED, 2, 16), []
+        network = nnx.merge(graphdef, params)
+        cache, pieces = gpt.init_cache(STACKED, 2, 16), []
         for piece in jnp.split(tokens, [5, 6], axis=1):
-            x, cache = gpt.extend(piece, cache)
-            pieces.append(gpt.logits(x))
+            x, cache = network.extend(piece, cache)
+            pieces.append(network.logits(x))
         return jnp.concatenate(pieces, axis=1)
 
     graphdef, params = initial(STACKED)[0], stack_layers(noisy())
-    whole = jax.jit(functools.partial(model.apply, graphdef))(params, BATCH[:, :-1])
+    whole = jax.jit(functools.partial(gpt.apply, graphdef))(params, BATCH[:, :-1])
     np.testing.assert_allclose(in_pieces(params, BATCH[:, :-1]), whole, atol=1e-4)
 
 
@@ -232,11 +233,11 @@ def test_a_stacked_model_exports_as_blocks_one_by_one(tmp_path):
     paths = tmp_path / "apart.safetensors", tmp_path / "stacked.safetensors"
     models = (APART, noisy()), (STACKED, stack_layers(noisy()))
     for path, (config, params) in zip(paths, models, strict=True):
-        export.save(path, config, params, step=1, tokenizer="bytes")
+        weights_file.save(path, config, params, step=1, tokenizer="bytes")
     assert paths[0].read_bytes() == paths[1].read_bytes()
     beside = [path.with_suffix(".json").read_text() for path in paths]
     assert beside[0] == beside[1]
-    config, params = export.load(paths[1])
+    config, params = weights_file.load(paths[1])
     assert config == APART
     chex.assert_trees_all_equal(params, noisy())
 

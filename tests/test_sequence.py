@@ -7,8 +7,8 @@ import pytest
 
 import helpers
 import nanochat_jax as nj
-from nanochat_jax.memory import compiled_bytes
-from nanochat_jax.transforms import trees
+from nanochat_jax.optimizer.memory import compiled_bytes
+from nanochat_jax.transforms.scheduling import groups
 
 
 @pytest.mark.parametrize("max_bytes", [1, 2000, 1 << 30])
@@ -30,10 +30,10 @@ def test_grouped_and_whole_give_the_same(max_bytes):
 
 def test_groups_have_one_shape_and_fit_unless_alone():
     leaves = [jnp.zeros(s) for s in [(2, 3), (4, 4), (2, 3), (2, 3), (4, 4)]]
-    assert trees.group_by_shape(leaves, 48) == [[0, 2], [1], [3], [4]]
-    assert trees.group_by_shape(leaves, 10**6) == [[0, 2, 3], [1, 4]]
-    assert trees.group_by_shape(leaves, 1) == [[0], [1], [2], [3], [4]]
-    assert trees.group_by_shape([], 1) == []
+    assert groups.group_by_shape(leaves, 48) == [[0, 2], [1], [3], [4]]
+    assert groups.group_by_shape(leaves, 10**6) == [[0, 2, 3], [1, 4]]
+    assert groups.group_by_shape(leaves, 1) == [[0], [1], [2], [3], [4]]
+    assert groups.group_by_shape([], 1) == []
 
 
 VARIANTS = {
@@ -77,7 +77,7 @@ def test_temporaries_are_those_of_one_group(name, stacked):
 def test_temporaries_of_a_stack_are_those_of_one_group(name, monkeypatch):
     """The bound holds for any number of layers in one leaf."""
     matrix = 4 * 128 * 520
-    monkeypatch.setattr(trees, "group_bytes", lambda: 4 * matrix)
+    monkeypatch.setattr(groups, "CPU_GROUP_BYTES", 4 * matrix)
     params = {"w": jax.ShapeDtypeStruct((16, 128, 520), jnp.float32)}
     tx = built(name, params)
     assert compiled_bytes(tx, params)["temp_bytes"] <= 3 * 4 * matrix
@@ -91,7 +91,7 @@ def test_a_bound_below_one_byte_is_refused():
 def test_groups_are_larger_on_accelerators(monkeypatch):
     leaves = [jax.ShapeDtypeStruct((1024, 1024), "float32")] * 7  # of 4 MiB
     sizes = lambda: [
-        len(group) for group in trees.group_by_shape(leaves, trees.group_bytes())
+        len(group) for group in groups.group_by_shape(leaves, groups.group_bytes())
     ]
     monkeypatch.setattr(jax, "default_backend", lambda: "cpu")
     assert sizes() == [3, 3, 1]

@@ -15,8 +15,9 @@ import pytest
 from jax.sharding import AbstractMesh, AxisType, NamedSharding, PartitionSpec as P
 
 import nanochat_jax as nj
-from nanochat_jax.sharding import shardings_of
-from nanochat_jax.transforms import specs, trees
+from nanochat_jax.optimizer.sharding import shardings_of
+from nanochat_jax.transforms.scheduling import groups as trees
+from nanochat_jax.transforms.sharding import specs
 
 HERE = Path(__file__).parent
 FILES = sorted((HERE / "eight_devices").glob("test_*.py"))

@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from nanochat_jax.lm.signals import StopSignals
+from nanochat_jax.lm.runtime.stop import StopSignals
 
 TWICE = """
     import os, signal, sys
-    from nanochat_jax.lm.signals import StopSignals
+    from nanochat_jax.lm.runtime.stop import StopSignals
 
     with StopSignals() as stop:
         first, second = map(int, sys.argv[1:])

@@ -10,8 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from nanochat_jax.lm.metrics import MetricsWriter, read_metrics
-from nanochat_jax.lm.sinks import TensorBoardSink, WandbSink
+from nanochat_jax.lm.tracking.jsonl import MetricsWriter, read_metrics
+from nanochat_jax.lm.tracking.trackers import TensorBoardSink, WandbSink
 
 LINES = [
     {"step": np.int64(step), "loss": jnp.float32(1 / step), "val_loss": None}

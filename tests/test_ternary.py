@@ -12,8 +12,13 @@ from flax import nnx
 
 import nanochat_jax as nj
 from nanochat_jax.config import ModelConfig
-from nanochat_jax.lm import export, model
-from nanochat_jax.lm.ternary import TernaryLinear, round_activations, ternarize
+from nanochat_jax.lm.checkpoints import weights_file
+from nanochat_jax.lm.model import gpt
+from nanochat_jax.lm.model.ternary import (
+    TernaryLinear,
+    round_activations,
+    ternarize,
+)
 
 PLAIN = ModelConfig(dim=32, n_layers=2, n_heads=2, vocab_size=61, max_seq_len=16)
 TERNARY = dataclasses.replace(PLAIN, ternary=True, group_size=16)
@@ -27,11 +32,11 @@ def kernel(rows=40, columns=6, seed=0):
 
 @functools.cache
 def initial(config):
-    return model.init(config, 0)
+    return gpt.init(config, 0)
 
 
 def logits(config, params, tokens=TOKENS):
-    return jax.jit(functools.partial(model.apply, initial(config)[0]))(params, tokens)
+    return jax.jit(functools.partial(gpt.apply, initial(config)[0]))(params, tokens)
 
 
 # Rounding
@@ -119,7 +124,7 @@ def test_a_ternary_model_has_the_parameters_and_labels_of_a_plain_one():
     same = jax.tree.map(lambda a, b: bool((a == b).all()), plain, ternary)
     assert all(jax.tree.leaves(same))
     assert nj.label_params(plain) == nj.label_params(ternary)
-    count = model.count_flops_per_token
+    count = gpt.count_flops_per_token
     assert count(PLAIN) == count(TERNARY)
 
 
@@ -148,7 +153,7 @@ def test_training_with_quantised_momentum_lowers_the_loss():
 
     @jax.jit
     def step(params, state):
-        loss = functools.partial(model.next_token_loss, graphdef)
+        loss = functools.partial(gpt.next_token_loss, graphdef)
         value, grads = jax.value_and_grad(loss)(params, batch)
         updates, state = tx.update(grads, state, params)
         return jax.tree.map(jnp.add, params, updates), state, value
@@ -163,14 +168,14 @@ def test_training_with_quantised_momentum_lowers_the_loss():
 def test_an_export_has_the_latent_weights_and_says_so(tmp_path):
     params = initial(TERNARY)[1]
     path = tmp_path / "w.safetensors"
-    export.save(path, TERNARY, params, step=0, tokenizer="bytes")
+    weights_file.save(path, TERNARY, params, step=0, tokenizer="bytes")
     record = json.loads(path.with_suffix(".json").read_text())
     assert record["kernels"] == "latent"
     assert record["config"]["ternary"] and record["config"]["group_size"] == 16
-    config, loaded = export.load(path)
+    config, loaded = weights_file.load(path)
     assert config == TERNARY
     np.testing.assert_array_equal(logits(TERNARY, loaded), logits(TERNARY, params))
-    export.save(path, PLAIN, params, step=0, tokenizer="bytes")
+    weights_file.save(path, PLAIN, params, step=0, tokenizer="bytes")
     assert json.loads(path.with_suffix(".json").read_text())["kernels"] == "plain"
 
 

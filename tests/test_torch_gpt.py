@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from nanochat_jax.config import Config
-from nanochat_jax.lm import model
+from nanochat_jax.lm.model import gpt
 
 torch = pytest.importorskip(
     "torch", reason="torch is missing: `make test-peers` has it"
@@ -37,7 +37,7 @@ def torch_gpt():
 @pytest.fixture(scope="module")
 def ours():
     """Structure and parameters, every one of which counts: no gain is one."""
-    graphdef, params = model.init(CONFIG, 0)
+    graphdef, params = gpt.init(CONFIG, 0)
     keys = iter(jax.random.split(jax.random.key(1), 99))
     noise = lambda x: x + 0.1 * jax.random.normal(next(keys), x.shape)
     return graphdef, jax.tree.map(noise, params)
@@ -46,7 +46,7 @@ def ours():
 def test_equal_weights_give_equal_losses_and_gradients(torch_gpt, ours):
     graphdef, params = ours
     loss, grads = jax.value_and_grad(
-        lambda params: model.next_token_loss(graphdef, params, jnp.asarray(BATCH))
+        lambda params: gpt.next_token_loss(graphdef, params, jnp.asarray(BATCH))
     )(params)
     peer = torch_gpt.GPT(CONFIG).load(jax.tree.map(np.asarray, params))
     their_loss = peer(torch.tensor(BATCH, dtype=torch.long))

@@ -5,8 +5,8 @@ import json
 import pytest
 
 from nanochat_jax import cli
-from nanochat_jax.lm.checkpoint import Checkpoints
-from nanochat_jax.lm.metrics import read_metrics
+from nanochat_jax.lm.checkpoints.store import Checkpoints
+from nanochat_jax.lm.tracking.jsonl import read_metrics
 
 TINY = {
     "dim": 32, "n_layers": 1, "n_heads": 2, "ffn_mult": 2.0, "vocab_size": 256,

@@ -14,13 +14,15 @@ from hypothesis import given, strategies as st
 
 from nanochat_jax import cli
 from nanochat_jax.config import Config
-from nanochat_jax.lm import export, model, prepare
-from nanochat_jax.lm.checkpoint import Checkpoints
-from nanochat_jax.lm.generate import generate
-from nanochat_jax.lm.metrics import read_metrics
-from nanochat_jax.lm.stream import cut_at, decode_stream
-from nanochat_jax.lm.tokenizer import ByteTokenizer
-from nanochat_jax.lm.trained import load_trained
+from nanochat_jax.lm.checkpoints import weights_file
+from nanochat_jax.lm.checkpoints.pretrained import load_trained
+from nanochat_jax.lm.checkpoints.store import Checkpoints
+from nanochat_jax.lm.data import dataset_folder
+from nanochat_jax.lm.data.detokenize import cut_at, decode_stream
+from nanochat_jax.lm.data.tokenizer import ByteTokenizer
+from nanochat_jax.lm.model import gpt
+from nanochat_jax.lm.model.sampling import generate
+from nanochat_jax.lm.tracking.jsonl import read_metrics
 
 CONFIG = """
 dim = 16
@@ -44,7 +46,7 @@ def folder(tmp_path_factory):
     """A folder with a run on prepared text, made by the commands themselves."""
     folder = tmp_path_factory.mktemp("trained")
     texts = ["the cat sat on the mät 🦊 and the cat did 日本 " * 5] * 4
-    prepare.prepare(folder / "data", texts, 290)
+    dataset_folder.prepare(folder / "data", texts, 290)
     (folder / "run.toml").write_text(CONFIG)
     flags = {
         "--config-file": folder / "run.toml",
@@ -239,10 +241,10 @@ def copied(exported, tmp_path):
 
 
 def test_exported_weights_give_the_same_logits_to_the_bit(exported, trained):
-    config, params = export.load(exported)
+    config, params = weights_file.load(exported)
     assert config == trained.config
     tokens = np.arange(64).reshape(2, 32)
-    logits = jax.jit(lambda params: model.apply(trained.graphdef, params, tokens))
+    logits = jax.jit(lambda params: gpt.apply(trained.graphdef, params, tokens))
     assert (logits(params) == logits(trained.params)).all()
     structure = jax.tree.structure(trained.params)
     assert jax.tree.structure(params) == structure
@@ -267,7 +269,7 @@ def test_equal_weights_make_equal_files(exported, trained, tmp_path):
     # Settings of training, which a `Config` has too, are left out.
     config = Config(**vars(trained.config), lr=0.5)
     facts = {"step": trained.step, "tokenizer": trained.fingerprint}
-    export.save(path, config, trained.params, **facts)
+    weights_file.save(path, config, trained.params, **facts)
     assert path.read_bytes() == exported.read_bytes()
     beside = (path.with_suffix(".json"), exported.with_suffix(".json"))
     assert beside[0].read_text() == beside[1].read_text()
@@ -279,13 +281,13 @@ def test_files_that_do_not_belong_together_are_refused(exported, tmp_path):
     content[-1] ^= 1
     path.write_bytes(content)
     with pytest.raises(ValueError, match="their checksums differ"):
-        export.load(path)
+        weights_file.load(path)
     path.with_suffix(".json").write_text("{}")
     with pytest.raises(ValueError, match=r"weights\.json: not written by `export`"):
-        export.load(path)
+        weights_file.load(path)
     path.with_suffix(".json").unlink()
     with pytest.raises(ValueError, match=r"no such file: .*weights\.json"):
-        export.load(path)
+        weights_file.load(path)
 
 
 def test_weights_of_other_settings_are_refused(exported, tmp_path):
@@ -294,7 +296,7 @@ def test_weights_of_other_settings_are_refused(exported, tmp_path):
     record = json.loads(beside.read_text())
     beside.write_text(json.dumps(record | {"config": record["config"] | {"dim": 32}}))
     with pytest.raises(ValueError, match=r"blocks.0.*: stored .*\[16,16\], wanted"):
-        export.load(path)
+        weights_file.load(path)
 
 
 def test_a_crash_leaves_the_old_files(exported, trained, tmp_path, monkeypatch):
@@ -307,7 +309,9 @@ def test_a_crash_leaves_the_old_files(exported, trained, tmp_path, monkeypatch):
 
     monkeypatch.setattr(safetensors.numpy, "save_file", fail)
     with pytest.raises(OSError, match="full"):
-        export.save(path, trained.config, trained.params, step=9, tokenizer="bytes")
+        weights_file.save(
+            path, trained.config, trained.params, step=9, tokenizer="bytes"
+        )
     assert path.read_bytes() == before
     assert len(list(path.parent.iterdir())) == 2
 

@@ -15,12 +15,13 @@ from rich.console import Console
 
 import helpers
 from nanochat_jax.config import Config
-from nanochat_jax.lm import model, resume, setup, trainer
-from nanochat_jax.lm.accumulate import accumulator_bytes, mean_gradient
-from nanochat_jax.lm.checkpoint import Checkpoints
-from nanochat_jax.lm.display import make_display
-from nanochat_jax.lm.evaluation import Evaluator
-from nanochat_jax.lm.metrics import MetricsWriter, read_metrics
+from nanochat_jax.lm.checkpoints.store import Checkpoints
+from nanochat_jax.lm.model import gpt
+from nanochat_jax.lm.tracking.console import make_display
+from nanochat_jax.lm.tracking.jsonl import MetricsWriter, read_metrics
+from nanochat_jax.lm.training import loop, resume, run as setup, step as trainer
+from nanochat_jax.lm.training.accumulate import accumulator_bytes, mean_gradient
+from nanochat_jax.lm.training.evaluation import Evaluator
 from nanochat_jax.optimizer import schedule
 
 TINY = Config(
@@ -56,7 +57,7 @@ def quiet(config, start=0, file=None):
 
 def train(run, *, state=None, folder=None, step=None):
     state = trainer.init_state(run) if state is None else state
-    fit = functools.partial(trainer.fit, run, state, step or compiled(run.config))
+    fit = functools.partial(loop.fit, run, state, step or compiled(run.config))
     with quiet(run.config, int(state.step)) as display:
         if folder is None:
             return fit(display=display)
@@ -175,7 +176,7 @@ def test_the_guard_takes_no_second_copy_of_parameters_or_gradients():
     """Beside the same step without it; under `lax.cond` it would take one."""
     config = dataclasses.replace(TINY, dim=128, n_layers=3, batch_size=1, seq_len=8)
     run = setup.prepare(config)
-    loss_fn = lambda params, batch: model.next_token_loss(run.graphdef, params, batch)
+    loss_fn = lambda params, batch: gpt.next_token_loss(run.graphdef, params, batch)
 
     def unguarded(state, batch):
         loss, grads = mean_gradient(loss_fn, state.params, batch)
@@ -231,7 +232,7 @@ def test_the_steps_that_change_bases_are_those_galore_counts(freq):
     for step in range(200):
         guard = types.SimpleNamespace(skipped=skipped)
         state = types.SimpleNamespace(guard=guard)
-        changes = trainer.changes_bases(config, state, step, known)
+        changes = loop.changes_bases(config, state, step, known)
         assert changes == (taken % freq == 0)
         known, skips = skipped, rng.random() < 0.3  # the host knows a step later
         skipped, taken = skipped + skips, taken + (not skips)
@@ -244,7 +245,7 @@ def test_a_run_that_is_told_to_stop_saves_that_step_and_goes_on_as_if_it_had_not
     stop = lambda step: asked.append(step) or step == 7
     config = dataclasses.replace(TINY, sample_interval=3)
     sample = lambda params, step: f"text of step {step}"
-    early = trainer.fit(
+    early = loop.fit(
         dataclasses.replace(run, config=config), trainer.init_state(run),
         compiled(TINY), display=quiet(TINY, file=shown), sample=sample, stop=stop,
         checkpoints=(checkpoints := Checkpoints(tmp_path)),
@@ -286,7 +287,7 @@ def test_accumulating_in_the_low_rank_space_trains_the_same_and_holds_less():
     whole, low = trainer.compile_train_step(run), trainer.compile_low_rank_step(run)
     assert low is not None
     states = [
-        trainer.fit(
+        loop.fit(
             run,
             trainer.init_state(run),
             whole,

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from nanochat_jax.config import Config
-from nanochat_jax.lm import setup, timing, trainer, usage
+from nanochat_jax.lm.runtime import utilization
+from nanochat_jax.lm.training import optimizer_share, run as setup, step as trainer
 
 TINY = Config(
     dim=16, n_layers=1, n_heads=2, vocab_size=32, max_seq_len=8, dataset="synthetic",
@@ -24,26 +25,26 @@ def device(kind, **stats):
 
 
 def test_on_the_cpu_memory_in_use_is_that_of_the_process():
-    before = usage.memory_in_use()
+    before = utilization.memory_in_use()
     held = np.ones(25_000_000)  # 200 MB
     assert before is not None
-    assert 150e6 < usage.memory_in_use() - before < 250e6
+    assert 150e6 < utilization.memory_in_use() - before < 250e6
     del held
-    assert usage.memory_in_use() - before < 50e6
+    assert utilization.memory_in_use() - before < 50e6
 
 
 def test_on_devices_it_is_that_of_the_fullest(monkeypatch):
     devices = [device("x", bytes_in_use=3), device("x", bytes_in_use=5)]
     monkeypatch.setattr(jax, "local_devices", lambda: devices)
-    assert usage.memory_in_use() == 5
+    assert utilization.memory_in_use() == 5
 
 
 def test_where_nothing_tells_it_is_not_known(monkeypatch):
     def missing(*args, **kwargs):
         raise FileNotFoundError
 
-    monkeypatch.setattr(usage.Path, "read_text", missing)
-    assert usage.memory_in_use() is None
+    monkeypatch.setattr(utilization.Path, "read_text", missing)
+    assert utilization.memory_in_use() is None
 
 
 # Utilisation
@@ -60,7 +61,7 @@ def test_where_nothing_tells_it_is_not_known(monkeypatch):
     ],
 )
 def test_published_peaks(kind, dtype, tera):
-    assert usage.peak_flops(device(kind), dtype) == tera * 1e12
+    assert utilization.peak_flops(device(kind), dtype) == tera * 1e12
 
 
 @pytest.mark.parametrize(
@@ -73,16 +74,16 @@ def test_published_peaks(kind, dtype, tera):
     ],
 )
 def test_a_device_or_type_that_is_not_in_the_table_is_not_guessed(kind, dtype):
-    assert usage.peak_flops(device(kind), dtype) is None
+    assert utilization.peak_flops(device(kind), dtype) is None
 
 
 def test_utilisation_is_the_share_of_all_devices():
     h200, other = device("NVIDIA H200"), device("NVIDIA H2000")
-    assert usage.mfu(1e6, 4.947e8, [h200]) == pytest.approx(0.5)
-    assert usage.mfu(1e6, 4.947e8, [h200] * 4) == pytest.approx(0.125)
-    assert usage.mfu(1e6, 4.947e8, [h200], "float32") == pytest.approx(1.0)
-    assert usage.mfu(1e6, 4.947e8, [h200, other]) is None
-    assert usage.mfu(1e6, 4.947e8, []) is None
+    assert utilization.mfu(1e6, 4.947e8, [h200]) == pytest.approx(0.5)
+    assert utilization.mfu(1e6, 4.947e8, [h200] * 4) == pytest.approx(0.125)
+    assert utilization.mfu(1e6, 4.947e8, [h200], "float32") == pytest.approx(1.0)
+    assert utilization.mfu(1e6, 4.947e8, [h200, other]) is None
+    assert utilization.mfu(1e6, 4.947e8, []) is None
 
 
 # The optimizer's share
@@ -106,7 +107,7 @@ def batch():
 
 def test_the_pass_that_is_timed_is_that_of_the_step(run, train_step, batch):
     state = trainer.init_state(run)
-    loss, norm = timing._loss_and_norm(run)(state.params, batch)
+    loss, norm = optimizer_share._loss_and_norm(run)(state.params, batch)
     _, metrics = train_step(state, batch)
     assert float(loss) == pytest.approx(float(metrics["loss"]), rel=1e-5)
     assert float(norm) == pytest.approx(float(metrics["grad_norm"]), rel=1e-4)
@@ -116,9 +117,15 @@ def test_the_share_is_what_the_pass_leaves_of_the_step(
     run, train_step, batch, monkeypatch
 ):
     # Seconds of the pass that compiles, then of the pass and of the step in turn.
-    seconds, timed = iter([90.0, 3.0, 4.0, 6.0, 7.5, 1.0, 4.0]), timing.timed
-    monkeypatch.setattr(timing, "timed", lambda *a: (next(seconds), timed(*a)[1]))
-    share, state, medians = timing.OptimizerShare(run), trainer.init_state(run), []
+    seconds, timed = iter([90.0, 3.0, 4.0, 6.0, 7.5, 1.0, 4.0]), optimizer_share.timed
+    monkeypatch.setattr(
+        optimizer_share, "timed", lambda *a: (next(seconds), timed(*a)[1])
+    )
+    share, state, medians = (
+        optimizer_share.OptimizerShare(run),
+        trainer.init_state(run),
+        [],
+    )
     assert share.median is None
     for _ in range(3):
         state, _ = share.take(train_step, state, batch)
@@ -128,10 +135,10 @@ def test_the_share_is_what_the_pass_leaves_of_the_step(
 
 
 def test_steps_that_are_measured_are_those_that_are_not(run, train_step, batch):
-    share, states = timing.OptimizerShare(run), []
+    share, states = optimizer_share.OptimizerShare(run), []
     for take in (train_step, functools.partial(share.take, train_step)):
         state = trainer.init_state(run)
-        for _ in range(timing.TURNS):
+        for _ in range(optimizer_share.TURNS):
             state, _ = take(state, batch)
         states.append(jax.tree.map(np.asarray, state))
     jax.tree.map(np.testing.assert_array_equal, *states)

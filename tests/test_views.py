@@ -11,7 +11,7 @@ from hypothesis import given, strategies as st
 
 import helpers
 import nanochat_jax as nj
-from nanochat_jax.memory import compiled_bytes
+from nanochat_jax.optimizer.memory import compiled_bytes
 
 # A leaf's shape and axes, for each way of being a matrix: heads after and before, a
 # stack of those, turned round, a kernel of a convolution, gates side by side.

@@ -7,9 +7,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, PRNGKeyArray
 
-from nanochat_jax import noise
 from nanochat_jax.codecs import blocks
 from nanochat_jax.codecs.base import Blockwise
+from nanochat_jax.numerics import hashing
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,7 +34,7 @@ class _Linear(Blockwise):
         elif key is None:
             raise ValueError("Stochastic rounding needs a `key`, got None.")
         else:
-            codes = jnp.floor(quotients + noise.uniform(key, quotients.shape))
+            codes = jnp.floor(quotients + hashing.uniform(key, quotients.shape))
         return jnp.clip(codes, -self.levels, self.levels).astype(jnp.int8)
 
     def _levels_of(self, codes: Array) -> Array:

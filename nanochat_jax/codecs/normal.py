@@ -9,7 +9,7 @@ from jaxtyping import Array, Float, Float32, PRNGKeyArray
 
 from nanochat_jax.codecs import blocks
 from nanochat_jax.codecs.base import Quantized, ScaleDtype
-from nanochat_jax.codecs.rotation import rotate
+from nanochat_jax.codecs.hartley import rotate
 from nanochat_jax.codecs.tables import Levels, TableCodec, nearest
 
 

@@ -1,1 +1,12 @@
 """The commands of `nanochat-jax`, one a file: a dataclass of flags that can `run`."""
+
+from nanochat_jax.commands import help as help, tables as tables
+from nanochat_jax.commands.compare import Compare as Compare
+from nanochat_jax.commands.doctor import Doctor as Doctor
+from nanochat_jax.commands.export import Export as Export
+from nanochat_jax.commands.generate import Generate as Generate
+from nanochat_jax.commands.plan import Plan as Plan
+from nanochat_jax.commands.plot import Plot as Plot
+from nanochat_jax.commands.prepare_data import PrepareData as PrepareData
+from nanochat_jax.commands.shared import usage_errors as usage_errors
+from nanochat_jax.commands.train import Train as Train

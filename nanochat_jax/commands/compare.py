@@ -6,7 +6,6 @@ from typing import Any
 
 from rich.console import Console
 
-from nanochat_jax import settings
 from nanochat_jax.commands.shared import (
     Flags,
     say,
@@ -14,11 +13,21 @@ from nanochat_jax.commands.shared import (
     settings_of,
     usage_errors,
 )
-from nanochat_jax.config import Config
-from nanochat_jax.lm import compare, device, machine, plot, setup, speed, summary
-from nanochat_jax.lm.compare import Trial
-from nanochat_jax.lm.display import make_display
-from nanochat_jax.lm.variants import parse_variants
+from nanochat_jax.config import Config, schema
+from nanochat_jax.experiments import (
+    Trial,
+    figures,
+    plan_trials,
+    read_results,
+    results as summary,
+    run_trial,
+    speed,
+    write_json,
+)
+from nanochat_jax.lm.planning import parse_variants
+from nanochat_jax.lm.runtime import device, machine
+from nanochat_jax.lm.tracking import make_display
+from nanochat_jax.lm.training import prepare
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,7 +73,7 @@ class Compare(Config, CompareFlags):
             self._check()
             device.use(self.device, self.threads)
             trials = self._trials()
-            results = compare.read_results(trials)
+            results = read_results(trials)
         say_derived(console, self)
         say(console, f"{len(trials)} runs, {len(results)} of them done already")
         for number, trial in enumerate(trials, 1):
@@ -73,7 +82,7 @@ class Compare(Config, CompareFlags):
                 continue
             say(console, f"\n{number}/{len(trials)}: {key[0]}, seed {key[1]}")
             with make_display(trial.run.config.total_steps, console=console) as display:
-                results[key] = compare.run_trial(trial, display)
+                results[key] = run_trial(trial, display)
             if results[key]["error"]:
                 say(console, f"diverged: {results[key]['error']}")
             self._write(trials, results, {})
@@ -83,14 +92,14 @@ class Compare(Config, CompareFlags):
     def _check(self) -> None:
         """Refuses flags that do not do, before anything is loaded."""
         at_least = {"steps": 1, "seeds": 1, "speed_steps": 0, "adamw_lr": 0}
-        settings.require(
+        schema.require(
             (
                 self.output is not None,
                 "`--output` is required: the folder for report, figures and runs.",
             ),
-            *settings.lower_bounds(self, at_least),
+            *schema.lower_bounds(self, at_least),
         )
-        plot.require_matplotlib()
+        figures.require_matplotlib()
 
     @property
     def _config(self) -> Config:
@@ -113,8 +122,8 @@ class Compare(Config, CompareFlags):
     def _trials(self) -> list[Trial]:
         """Returns the runs to make; their names and the data are checked."""
         variants = parse_variants(self.variants, self._config, self._adamw_lr)
-        base = setup.prepare(self._config)
-        return compare.plan_trials(base, variants, self.seeds, self._folder / "runs")
+        base = prepare(self._config)
+        return plan_trials(base, variants, self.seeds, self._folder / "runs")
 
     def _speeds(self, trials: list[Trial], console: Console) -> dict[str, speed.Speed]:
         """Times the variants in turns, if that is wanted."""
@@ -142,9 +151,9 @@ class Compare(Config, CompareFlags):
             "config": dataclasses.asdict(self._config),
             "variants": variants,
         }
-        compare.write_json(self._folder / "report.json", report)
-        by_step = plot.draw_loss_by_step(variants)
-        by_bytes = plot.draw_loss_by_bytes(variants)
-        plot.save(by_step, self._folder / "loss_by_step.png")
-        plot.save(by_bytes, self._folder / "loss_by_bytes.png")
+        write_json(self._folder / "report.json", report)
+        by_step = figures.draw_loss_by_step(variants)
+        by_bytes = figures.draw_loss_by_bytes(variants)
+        figures.save(by_step, self._folder / "loss_by_step.png")
+        figures.save(by_bytes, self._folder / "loss_by_bytes.png")
         return variants

@@ -9,8 +9,8 @@ from rich.console import Console
 from rich.table import Table
 
 from nanochat_jax.commands.shared import say
-from nanochat_jax.linalg import resolve_dtype
-from nanochat_jax.lm import checkup, device, machine
+from nanochat_jax.lm.runtime import device, installation, machine
+from nanochat_jax.numerics import resolve_dtype
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,17 +24,17 @@ class Doctor:
         """Prints what it finds."""
         console = Console()
         devices, problems = _devices()
-        plugins = checkup.installed_plugins()
-        errors = checkup.product_errors(devices)
+        plugins = installation.installed_plugins()
+        errors = installation.product_errors(devices)
         platforms = [each.platform for each in devices]
-        problems += checkup.unmet_requirements()
-        problems += checkup.plugin_problems(
-            plugins, platforms, checkup.has_nvidia_gpu()
+        problems += installation.unmet_requirements()
+        problems += installation.plugin_problems(
+            plugins, platforms, installation.has_nvidia_gpu()
         )
-        problems += checkup.product_problems(errors)
-        packages = ("nanochat-jax", *checkup.PACKAGES)
+        problems += installation.product_problems(errors)
+        packages = ("nanochat-jax", *installation.PACKAGES)
         console.print(_table("Versions", {**machine.versions(packages), **plugins}))
-        optional = {name: machine.version_of(name) for name in checkup.OPTIONAL}
+        optional = {name: machine.version_of(name) for name in installation.OPTIONAL}
         console.print(_table("\nFor plots and logs", optional))
         console.print(_table("\nMachine", _facts(devices, errors)))
         say(console)
@@ -45,7 +45,7 @@ class Doctor:
         say(console, f"Nothing is wrong. Runs compute on the {platforms[0].upper()}.")
 
 
-def _devices() -> tuple[list[checkup.Device], list[checkup.Problem]]:
+def _devices() -> tuple[list[installation.Device], list[installation.Problem]]:
     """Returns the devices of JAX and the CPU, or what keeps JAX from finding any."""
     try:
         return list(dict.fromkeys([*jax.devices(), *jax.devices("cpu")])), []
@@ -53,18 +53,18 @@ def _devices() -> tuple[list[checkup.Device], list[checkup.Problem]]:
     except (RuntimeError, AssertionError) as error:
         reason = str(error).partition("\n")[0] or "no backend"
         remedy = "set JAX_PLATFORMS to platforms that are installed, or unset it."
-        return [], [checkup.Problem(f"JAX finds no device: {reason}", remedy)]
+        return [], [installation.Problem(f"JAX finds no device: {reason}", remedy)]
 
 
 def _facts(
-    devices: list[checkup.Device], errors: Mapping[str, float | str]
+    devices: list[installation.Device], errors: Mapping[str, float | str]
 ) -> dict[str, str]:
     """Returns what there is to know about the machine, by name."""
     facts = {
         "processor": f"{machine.processor()}, {device.available_threads()} threads",
         "memory": machine.memory(),
-        "NVIDIA driver": "loaded" if checkup.has_nvidia_gpu() else "not loaded",
-        **checkup.variables(),
+        "NVIDIA driver": "loaded" if installation.has_nvidia_gpu() else "not loaded",
+        **installation.variables(),
     }
     if not devices:
         return facts

@@ -5,8 +5,8 @@ import dataclasses
 import jax
 
 from nanochat_jax.commands.shared import usage_errors
-from nanochat_jax.lm import device, export
-from nanochat_jax.lm.trained import load_trained
+from nanochat_jax.lm.checkpoints import load_trained, weights_file
+from nanochat_jax.lm.runtime import device
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,10 +28,10 @@ class Export:
     def run(self) -> None:
         """Writes both files and says what is in them."""
         with usage_errors():
-            export.check_path(self.output)
+            weights_file.check_path(self.output)
             device.use("cpu")
             trained = load_trained(self.checkpoint)
-        export.save(
+        weights_file.save(
             self.output,
             trained.config,
             trained.params,
@@ -41,7 +41,7 @@ class Export:
         count = sum(x.size for x in jax.tree.leaves(trained.params))
         print(
             f"Wrote {self.output}, {count:,} parameters of step {trained.step}, and "
-            f"{export.config_path(self.output)}, their settings."
+            f"{weights_file.config_path(self.output)}, their settings."
         )
         if trained.config.ternary:
             print("The kernels are the latent weights, which the model rounds itself.")

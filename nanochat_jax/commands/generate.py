@@ -4,12 +4,12 @@ import dataclasses
 from collections.abc import Iterator
 from typing import Literal
 
-from nanochat_jax import settings
 from nanochat_jax.commands.shared import usage_errors
-from nanochat_jax.lm import device
-from nanochat_jax.lm.generate import generate
-from nanochat_jax.lm.stream import cut_at, decode_stream
-from nanochat_jax.lm.trained import load_trained
+from nanochat_jax.config import schema
+from nanochat_jax.lm.checkpoints import load_trained
+from nanochat_jax.lm.data import cut_at, decode_stream
+from nanochat_jax.lm.model import generate
+from nanochat_jax.lm.runtime import device
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,7 +54,7 @@ class Generate:
         print()
 
     def _check(self) -> None:
-        settings.require(
+        schema.require(
             (
                 0 <= self.seed < 2**32,
                 f"`--seed` must be from 0 to 2**32 - 1, got {self.seed}.",

@@ -7,10 +7,10 @@ from typing import Any
 
 import jax
 
-from nanochat_jax.lm import report, setup, trainer
-from nanochat_jax.lm.display import clock
-from nanochat_jax.memory import memory_report
-from nanochat_jax.sharding import bytes_per_device
+from nanochat_jax.lm.planning import optimizer_summary
+from nanochat_jax.lm.tracking import clock
+from nanochat_jax.lm.training import Run, TrainState
+from nanochat_jax.optimizer import bytes_per_device, memory_report
 
 
 def done(metrics: Mapping[str, Any], first: int) -> str:
@@ -47,16 +47,18 @@ def compiled(step: jax.stages.Compiled, seconds: float) -> str:
     if planned is None:
         return line
     peak = planned.argument_size_in_bytes + planned.temp_size_in_bytes
-    return f"{line}, plans {report.megabytes(peak)} with parameters and state"
+    return (
+        f"{line}, plans {optimizer_summary.megabytes(peak)} with parameters and state"
+    )
 
 
-def held(run: setup.Run, state: trainer.TrainState) -> str:
+def held(run: Run, state: TrainState) -> str:
     """Returns the bytes of an optimizer's state, beside those of the baseline."""
     held = sum(x.nbytes for x in jax.tree.leaves(state.opt_state))
     baseline = memory_report(run.tx, run.params).fp32_muon_adamw_bytes
-    each = report.megabytes(bytes_per_device(state.opt_state))
+    each = optimizer_summary.megabytes(bytes_per_device(state.opt_state))
     return (
-        f"Optimizer state: {report.megabytes(held)}"
+        f"Optimizer state: {optimizer_summary.megabytes(held)}"
         f"{f', {each} on each device' if run.mesh else ''}; "
-        f"FP32 Muon + AdamW: {report.megabytes(baseline)}."
+        f"FP32 Muon + AdamW: {optimizer_summary.megabytes(baseline)}."
     )

@@ -13,11 +13,16 @@ from nanochat_jax.commands.shared import (
     settings_of,
     usage_errors,
 )
-from nanochat_jax.config import Config
-from nanochat_jax.config.base import derived_from
-from nanochat_jax.lm import device, mesh, planning, report, scaling, trainer
-from nanochat_jax.lm.accumulate import accumulator_bytes
-from nanochat_jax.memory import compiled_bytes, memory_report
+from nanochat_jax.config import Config, derived_from
+from nanochat_jax.lm.model import param_sharding
+from nanochat_jax.lm.planning import mesh_plan, optimizer_summary, run_memory
+from nanochat_jax.lm.runtime import device
+from nanochat_jax.lm.training import (
+    accumulator_bytes,
+    compile_low_rank_step,
+    compile_train_step,
+)
+from nanochat_jax.optimizer import compiled_bytes, memory_report
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,22 +49,22 @@ class Plan(Config, PlanFlags):
         with usage_errors():
             device.use(self.device, self.threads)
             if self.mesh:
-                self._print_on_paper(scaling.plan_scale(settings_of(self)))
+                self._print_on_paper(mesh_plan.plan_scale(settings_of(self)))
             else:
                 self._print_compiled()
 
-    def _print_on_paper(self, plan: scaling.ScalePlan) -> None:
-        others = scaling.side_by_side(plan)
+    def _print_on_paper(self, plan: mesh_plan.ScalePlan) -> None:
+        others = mesh_plan.side_by_side(plan)
         if self.json:
             numbers = {**plan.to_dict(), "variants": others, **self._derived()}
             print(json.dumps(numbers, indent=2))
             return
         console = Console()
         say_derived(console, self)
-        say(console, report.optimizer_summary(plan.config, plan.held) + "\n")
-        say(console, mesh.describe(plan.params, plan.config) + "\n")
-        console.print(scaling.tables(plan, others))
-        say(console, scaling.summary(plan))
+        say(console, optimizer_summary.optimizer_summary(plan.config, plan.held) + "\n")
+        say(console, param_sharding.describe(plan.params, plan.config) + "\n")
+        console.print(mesh_plan.tables(plan, others))
+        say(console, mesh_plan.summary(plan))
 
     def _derived(self) -> dict[str, Any]:
         """Returns the settings that follow from depth or model, by which it is."""
@@ -72,15 +77,15 @@ class Plan(Config, PlanFlags):
 
     def _print_compiled(self) -> None:
         config = settings_of(self)
-        run = planning.abstract_run(config)
+        run = run_memory.abstract_run(config)
         params, tx = run.params, run.tx
         held = memory_report(tx, params)
-        groups = report.parameter_groups(config, params, held)
-        low_rank = trainer.compile_low_rank_step(run)
-        steps = [trainer.compile_train_step(run), *([low_rank] if low_rank else [])]
-        peak = planning.plan_run(run, steps)
+        groups = optimizer_summary.parameter_groups(config, params, held)
+        low_rank = compile_low_rank_step(run)
+        steps = [compile_train_step(run), *([low_rank] if low_rank else [])]
+        peak = run_memory.plan_run(run, steps)
         update = compiled_bytes(tx, params)
-        flops = report.step_flops(config, params)
+        flops = optimizer_summary.step_flops(config, params)
         accumulator = accumulator_bytes(config, tx, params)
         if self.json:
             plan = {"variant": config.variant, **held.to_dict(), "update": update}
@@ -90,18 +95,18 @@ class Plan(Config, PlanFlags):
             return
         console = Console()
         say_derived(console, self)
-        say(console, report.optimizer_summary(config, held) + "\n")
-        console.print(report.group_table(groups))
+        say(console, optimizer_summary.optimizer_summary(config, held) + "\n")
+        console.print(optimizer_summary.group_table(groups))
         if config.use_galore:
-            console.print(report.rank_table(config, params))
+            console.print(optimizer_summary.rank_table(config, params))
         say(
             console,
             f"Compiled update on {device.describe()}:\n"
-            f"  temporaries {report.megabytes(update['temp_bytes'])}\n"
+            f"  temporaries {optimizer_summary.megabytes(update['temp_bytes'])}\n"
             "  gradients, state and what is read of the parameters "
-            f"{report.megabytes(update['argument_bytes'])}\n"
-            f"{planning.plan_summary(config, peak)}\n"
-            f"{report.flops_summary(config, flops)}",
+            f"{optimizer_summary.megabytes(update['argument_bytes'])}\n"
+            f"{run_memory.plan_summary(config, peak)}\n"
+            f"{optimizer_summary.flops_summary(config, flops)}",
         )
         if config.grad_accum_steps > 1:
-            say(console, report.accumulator_summary(config, accumulator))
+            say(console, optimizer_summary.accumulator_summary(config, accumulator))

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import tyro
 
-from nanochat_jax import settings
 from nanochat_jax.commands.shared import usage_errors
-from nanochat_jax.lm import plot
-from nanochat_jax.lm.metrics import read_metrics
+from nanochat_jax.config import schema
+from nanochat_jax.experiments import figures
+from nanochat_jax.lm.tracking import read_metrics
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,25 +25,25 @@ class Plot:
 
     runs: tyro.conf.Positional[tuple[str, ...]]
     output: str = "loss.png"
-    x: plot.Axis = "step"
+    x: figures.Axis = "step"
 
     def run(self) -> None:
         """Draws the figure and says where it is."""
         with usage_errors():
-            plot.require_matplotlib()
-            settings.require(
+            figures.require_matplotlib()
+            schema.require(
                 (bool(self.runs), "give the folder of a run, or several."),
                 (
                     self.output.endswith(".png"),
                     f"`--output` must end in .png, got {self.output}.",
                 ),
             )
-            figure = plot.draw_runs(_read(self.runs), self.x)
-            plot.save(figure, Path(self.output))
+            figure = figures.draw_runs(_read(self.runs), self.x)
+            figures.save(figure, Path(self.output))
         print(f"Wrote {self.output}")
 
 
-def _read(runs: tuple[str, ...]) -> dict[str, plot.Curve]:
+def _read(runs: tuple[str, ...]) -> dict[str, figures.Curve]:
     """Returns the lines of each run by its name; all that cannot be read is told."""
     curves, errors = {}, []
     for name, path in _files(runs).items():
@@ -53,7 +53,7 @@ def _read(runs: tuple[str, ...]) -> dict[str, plot.Curve]:
             errors.append((False, str(error)))
             continue
         errors.append((bool(curves[name]), f"{path}: there are no metrics in it yet."))
-    settings.require(*errors)
+    schema.require(*errors)
     return curves
 
 

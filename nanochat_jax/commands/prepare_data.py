@@ -8,9 +8,9 @@ from typing import Literal
 from rich.console import Console
 from rich.progress import Progress
 
-from nanochat_jax import settings
 from nanochat_jax.commands.shared import say, usage_errors
-from nanochat_jax.lm import bpe, documents, prepare
+from nanochat_jax.config import schema
+from nanochat_jax.lm.data import bpe, dataset_folder, documents
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,7 +43,7 @@ class PrepareData:
                 texts = documents.text_documents(self.text)
             else:
                 texts = documents.stdlib_documents()
-            done = prepare.prepare(
+            done = dataset_folder.prepare(
                 self.output,
                 texts,
                 self.vocab_size,
@@ -62,14 +62,14 @@ class PrepareData:
 
     def _check(self) -> None:
         """Refuses flags that do not do, before anything is read."""
-        settings.require(
+        schema.require(
             (
                 bool(self.text) != bool(self.dataset),
                 "give either `--text PATH...` or `--dataset stdlib`.",
             ),
             bpe.vocab_check(self.vocab_size),
         )
-        prepare.check_folder(Path(self.output), self.force)
+        dataset_folder.check_folder(Path(self.output), self.force)
 
 
 def _track(console: Console, texts: Sequence[str], what: str) -> Iterable[str]:

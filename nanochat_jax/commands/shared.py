@@ -8,8 +8,7 @@ from typing import Any, Literal
 
 from rich.console import Console
 
-from nanochat_jax.config import Config, depth, presets
-from nanochat_jax.config.presets import ModelName
+from nanochat_jax.config import Config, ModelName, depth, presets
 
 
 @dataclasses.dataclass(frozen=True)

@@ -13,7 +13,6 @@ from typing import Any, NamedTuple
 import jax
 from rich.console import Console
 
-from nanochat_jax import settings
 from nanochat_jax.commands import messages
 from nanochat_jax.commands.shared import (
     Flags,
@@ -22,25 +21,34 @@ from nanochat_jax.commands.shared import (
     settings_of,
     usage_errors,
 )
-from nanochat_jax.config import Config
-from nanochat_jax.lm import (
-    device,
-    mesh,
-    processes,
-    report,
-    resume,
-    setup,
-    trainer,
+from nanochat_jax.config import Config, schema
+from nanochat_jax.lm.checkpoints import Checkpoints
+from nanochat_jax.lm.model import param_sharding
+from nanochat_jax.lm.planning import optimizer_summary
+from nanochat_jax.lm.runtime import device, processes, stopping
+from nanochat_jax.lm.tracking import (
+    MetricsWriter,
+    Sink,
+    TensorBoardSink,
+    WandbSink,
+    make_display,
 )
-from nanochat_jax.lm.agreement import stopping
-from nanochat_jax.lm.checkpoint import Checkpoints
-from nanochat_jax.lm.display import make_display
-from nanochat_jax.lm.metrics import MetricsWriter
-from nanochat_jax.lm.profiler import StepProfiler, parse_steps
-from nanochat_jax.lm.samples import Sampler, make_sampler
-from nanochat_jax.lm.sinks import Sink, TensorBoardSink, WandbSink
-from nanochat_jax.lm.timing import OptimizerShare
-from nanochat_jax.memory import memory_report
+from nanochat_jax.lm.training import (
+    OptimizerShare,
+    Run,
+    Sampler,
+    StepProfiler,
+    TrainState,
+    compile_low_rank_step,
+    compile_train_step,
+    fit,
+    init_state,
+    make_sampler,
+    parse_steps,
+    prepare,
+    resume,
+)
+from nanochat_jax.optimizer import memory_report
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,8 +102,8 @@ class _Job(NamedTuple):
       sampler: What makes text, if any can be made.
     """
 
-    run: setup.Run
-    restored: trainer.TrainState | None
+    run: Run
+    restored: TrainState | None
     folder: Path | None
     sinks: list[Sink]
     profiler: StepProfiler | None
@@ -129,11 +137,15 @@ class Train(Config, TrainFlags):
             job = self._prepare(tell)
         run = job.run
         say_derived(console, self)
-        tell(report.optimizer_summary(run.config, memory_report(run.tx, run.params)))
+        tell(
+            optimizer_summary.optimizer_summary(
+                run.config, memory_report(run.tx, run.params)
+            )
+        )
         tell()
         tell(f"Data:   {run.corpus.description}, {len(run.corpus.train):,} tokens")
         tell(f"Model:  {_count(run.params):,} parameters on {device.describe()}")
-        if spread := mesh.describe(run.params, run.config):
+        if spread := param_sharding.describe(run.params, run.config):
             tell(spread)
         first = int(job.restored.step) if job.restored else 0
         state, metrics, received = _fit(job, console, tell)
@@ -149,7 +161,7 @@ class Train(Config, TrainFlags):
 
     def _prepare(self, tell: Callable[[str], object]) -> _Job:
         """Loads what is needed, and refuses what will not do; nothing is written."""
-        run = setup.prepare(settings_of(self), self.epochs)
+        run = prepare(settings_of(self), self.epochs)
         source = Checkpoints(self.resume) if self.resume else None
         allow: list[resume.Change] = [
             change
@@ -172,7 +184,7 @@ class Train(Config, TrainFlags):
             sampler = None  # its tokens are on one process, the parameters on all
         return _Job(run, restored, folder, sinks, profiler, sampler)
 
-    def _sinks(self, run: setup.Run, folder: Path | None) -> list[Sink]:
+    def _sinks(self, run: Run, folder: Path | None) -> list[Sink]:
         """Returns where metrics go."""
         sinks: list[Sink] = []
         if folder:
@@ -197,7 +209,7 @@ def _check_folder(folder: Path | None, first: int, total: int) -> None:
     """Refuses, before anything is written, a run that could not be saved."""
     if folder:
         Checkpoints(folder).check_start(first)
-    settings.require(
+    schema.require(
         (
             first < total,
             f"the checkpoint is of step {first}, and the run has {total} steps: there "
@@ -208,16 +220,16 @@ def _check_folder(folder: Path | None, first: int, total: int) -> None:
 
 def _fit(
     job: _Job, console: Console, tell: Callable[[str], object]
-) -> tuple[trainer.TrainState, Mapping[str, Any], signal.Signals | None]:
+) -> tuple[TrainState, Mapping[str, Any], signal.Signals | None]:
     """Trains; returns state, latest metrics, and the signal that ended it, if any."""
     run, config = job.run, job.run.config
     started = time.perf_counter()
     with console.status("Compiling the training step"):
-        step = trainer.compile_train_step(run)
-        low_rank_step = trainer.compile_low_rank_step(run)
+        step = compile_train_step(run)
+        low_rank_step = compile_low_rank_step(run)
         processes.meet("compiled")
     tell(messages.compiled(step, time.perf_counter() - started))
-    state = job.restored or trainer.init_state(run)
+    state = job.restored or init_state(run)
     first = int(state.step)
     if job.restored:
         tell(f"Resumed from step {first}.")
@@ -239,7 +251,7 @@ def _fit(
         display = stack.enter_context(
             make_display(config.total_steps, start_step=first, console=console)
         )
-        state = trainer.fit(
+        state = fit(
             run,
             state,
             step,

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Self
 
-from nanochat_jax import settings
+from nanochat_jax.config import schema
 from nanochat_jax.config.depth import derive
 from nanochat_jax.config.presets import shape_of
 
@@ -27,7 +27,7 @@ def derived_from(values: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
       ValueError: If both are there, or one is not allowed.
     """
-    settings.require(
+    schema.require(
         (
             not {"depth", "model"} <= values.keys(),
             "`depth` and `model` both give the shape of the model. Set one of them.",
@@ -44,10 +44,10 @@ class Settings:
     """A frozen dataclass of settings, checked when it is made."""
 
     def __post_init__(self) -> None:
-        settings.check_types(self)
-        settings.require(*self._checks())
+        schema.check_types(self)
+        schema.require(*self._checks())
 
-    def _checks(self) -> list[settings.Check]:
+    def _checks(self) -> list[schema.Check]:
         raise NotImplementedError
 
     @classmethod
@@ -69,7 +69,7 @@ class Settings:
         Raises:
           ValueError: If the file cannot be read, or a key or value is not allowed.
         """
-        values = settings.read_toml(path, tables=("galore_rank", "mesh"))
+        values = schema.read_toml(path, tables=("galore_rank", "mesh"))
         unbuilt = [key for key in PARENT_ONLY if key in values]
         if unbuilt:
             warnings.warn(
@@ -99,4 +99,4 @@ class Settings:
         except ValueError as error:
             raise ValueError(f"{source}: {error}") from None
         unbuilt = [key for key in PARENT_ONLY if key in values]
-        return settings.build(cls, values, source, [*RUN_KEYS, *unbuilt])
+        return schema.build(cls, values, source, [*RUN_KEYS, *unbuilt])

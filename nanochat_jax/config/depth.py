@@ -20,7 +20,7 @@ Neither rate follows the batch, which changes too little with depth to matter.
 import math
 from typing import Any
 
-from nanochat_jax import settings
+from nanochat_jax.config import schema
 
 HEAD_DIM = 64
 MICROBATCH = 8
@@ -41,7 +41,7 @@ def derive(depth: int, fallback: str = "adamw") -> dict[str, Any]:
     Raises:
       ValueError: If `depth` is not a whole number of at least 1.
     """
-    settings.require(
+    schema.require(
         (
             isinstance(depth, int) and not isinstance(depth, bool) and depth >= 1,
             f"`depth` must be a whole number of at least 1, got {depth!r}.",
@@ -70,4 +70,4 @@ def describe(depth: int, config: Any) -> str:
       config: The settings in use.
     """
     derived = derive(depth, config.fallback)
-    return settings.describe(f"Depth {depth}", derived, config)
+    return schema.describe(f"Depth {depth}", derived, config)

@@ -3,7 +3,7 @@
 import dataclasses
 from typing import Literal
 
-from nanochat_jax import settings
+from nanochat_jax.config import schema
 from nanochat_jax.config.base import Settings
 
 
@@ -54,14 +54,14 @@ class ModelConfig(Settings):
     ternary: bool = False
     group_size: int = 128
 
-    def _checks(self) -> list[settings.Check]:
+    def _checks(self) -> list[schema.Check]:
         sizes = (
             "dim", "n_layers", "n_heads", "vocab_size", "pad_vocab_to", "max_seq_len",
             "group_size",
         )  # fmt: skip
         heads = max(self.n_heads, 1)
         return [
-            *settings.lower_bounds(self, dict.fromkeys(sizes, 1) | {"loss_chunk": 0}),
+            *schema.lower_bounds(self, dict.fromkeys(sizes, 1) | {"loss_chunk": 0}),
             (
                 self.dim % heads == 0 and self.dim // heads % 2 == 0,
                 "`dim` must be an even multiple of `n_heads`, got "

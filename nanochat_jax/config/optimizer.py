@@ -3,11 +3,10 @@
 import dataclasses
 from typing import Literal
 
-from nanochat_jax import settings
-from nanochat_jax.coefficients import POLYNOMIALS
+from nanochat_jax.config import schema
 from nanochat_jax.config.base import Settings
-from nanochat_jax.linalg import NewtonSchulzDtype
-from nanochat_jax.transforms.projection import Rank, check_rank
+from nanochat_jax.numerics import POLYNOMIALS, NewtonSchulzDtype
+from nanochat_jax.transforms import Rank, check_rank
 
 CodecName = Literal["int8", "dynamic8", "mulaw8", "float8"]
 
@@ -121,7 +120,7 @@ class OptimizerConfig(Settings):
     lion_betas: tuple[float, float] = (0.9, 0.99)
     seed: int = 0
 
-    def _checks(self) -> list[settings.Check]:
+    def _checks(self) -> list[schema.Check]:
         at_least = {
             "warmup_steps": 0, "total_steps": 1, "grad_clip": 0, "ns_steps": 1,
             "quant_block_size": 1, "quant_min_size": 0,
@@ -136,7 +135,7 @@ class OptimizerConfig(Settings):
             "lion_betas": self.lion_betas,
         }
         return [
-            *settings.lower_bounds(self, at_least),
+            *schema.lower_bounds(self, at_least),
             *(
                 (
                     all(0 <= b < 1 for b in betas),
@@ -202,7 +201,7 @@ class OptimizerConfig(Settings):
         return f"{base}_{self.quant_bits}bit" if self.use_8bit_optim else base
 
 
-def _schedule_checks(config: OptimizerConfig) -> list[settings.Check]:
+def _schedule_checks(config: OptimizerConfig) -> list[schema.Check]:
     last, end = config.total_steps, "the run does, at step {} = total_steps"
     if config.schedule == "wsd":
         last = config.decay_start
@@ -223,7 +222,7 @@ def _schedule_checks(config: OptimizerConfig) -> list[settings.Check]:
     ]
 
 
-def _rank_checks(rank: Rank | None) -> list[settings.Check]:
+def _rank_checks(rank: Rank | None) -> list[schema.Check]:
     if isinstance(rank, int):
         return [(rank >= 1, f"`galore_rank` must be at least 1, got {rank}.")]
     try:
@@ -233,7 +232,7 @@ def _rank_checks(rank: Rank | None) -> list[settings.Check]:
     return []
 
 
-def _method_checks(method: str, steps: int) -> list[settings.Check]:
+def _method_checks(method: str, steps: int) -> list[schema.Check]:
     known = POLYNOMIALS.get(method)
     if known is None:
         return [

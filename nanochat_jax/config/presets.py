@@ -4,7 +4,7 @@ import math
 from collections.abc import Mapping
 from typing import Any, Literal
 
-from nanochat_jax import settings
+from nanochat_jax.config import schema
 
 ModelName = Literal["1b", "7b", "70b"]
 
@@ -64,7 +64,7 @@ def shape_of(model: str, mesh: Mapping[str, int]) -> dict[str, Any]:
     Raises:
       ValueError: If there is no such model.
     """
-    settings.require(
+    schema.require(
         (model in MODELS, f"`model` must be one of {[*MODELS]}, got {model!r}.")
     )
     sequences = math.prod(mesh.get(axis, 1) for axis in ("data", "fsdp"))
@@ -79,4 +79,4 @@ def describe(model: str, config: Any) -> str:
       config: The settings in use.
     """
     derived = shape_of(model, config.mesh)
-    return settings.describe(f"Model {model}", derived, config)
+    return schema.describe(f"Model {model}", derived, config)

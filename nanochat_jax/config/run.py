@@ -3,7 +3,7 @@
 import dataclasses
 from typing import Literal
 
-from nanochat_jax import settings
+from nanochat_jax.config import schema
 from nanochat_jax.config.base import RUN_KEYS
 from nanochat_jax.config.model import ModelConfig
 from nanochat_jax.config.optimizer import OptimizerConfig
@@ -71,7 +71,7 @@ class Config(OptimizerConfig, ModelConfig):
     sample_tokens: int = 200
     sample_prompt: str = "def "
 
-    def _checks(self) -> list[settings.Check]:
+    def _checks(self) -> list[schema.Check]:
         at_least = {
             "batch_size": 1, "grad_accum_steps": 1, "log_interval": 1,
             "eval_interval": 0, "eval_batches": 1, "checkpoint_interval": 1,
@@ -82,7 +82,7 @@ class Config(OptimizerConfig, ModelConfig):
         return [
             *ModelConfig._checks(self),
             *OptimizerConfig._checks(self),
-            *settings.lower_bounds(self, at_least),
+            *schema.lower_bounds(self, at_least),
             (
                 {*self.mesh} <= {*MESH_AXES} and min(self.mesh.values(), default=1) > 0,
                 f"`mesh` must give at least 1 device to axes of {[*MESH_AXES]}, got "

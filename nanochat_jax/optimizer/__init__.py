@@ -1,5 +1,7 @@
 """Muon for matrices, AdamW or Lion for the rest, put together from transforms."""
 
+from nanochat_jax.optimizer import roles as roles
+from nanochat_jax.optimizer.baselines import build_adamw as build_adamw
 from nanochat_jax.optimizer.build import (
     build_optimizer as build_optimizer,
     matrix_optimizer as matrix_optimizer,
@@ -8,8 +10,25 @@ from nanochat_jax.optimizer.describe import (
     Description as Description,
     describe as describe,
 )
+from nanochat_jax.optimizer.flops import (
+    newton_schulz_flops as newton_schulz_flops,
+    update_flops as update_flops,
+)
+from nanochat_jax.optimizer.memory import (
+    MemoryReport as MemoryReport,
+    compiled_bytes as compiled_bytes,
+    memory_report as memory_report,
+    planned_bytes as planned_bytes,
+)
 from nanochat_jax.optimizer.muon import MUON_STATIC as MUON_STATIC, muon as muon
+from nanochat_jax.optimizer.roles import label_params as label_params
 from nanochat_jax.optimizer.rule import Rule as Rule, schedule as schedule
+from nanochat_jax.optimizer.sharding import (
+    bytes_per_device as bytes_per_device,
+    distribute as distribute,
+    init_sharded as init_sharded,
+    state_sharding as state_sharding,
+)
 from nanochat_jax.optimizer.storage import (
     fallback_codecs as fallback_codecs,
     projector_cost as projector_cost,

@@ -18,21 +18,18 @@ import optax
 from jax.tree_util import keystr
 
 from nanochat_jax.codecs import Codec
-from nanochat_jax.coefficients import POLYNOMIALS
 from nanochat_jax.config import OptimizerConfig
-from nanochat_jax.interop.arrays import as_arrays
-from nanochat_jax.linalg import resolve_dtype
+from nanochat_jax.interop import as_arrays
+from nanochat_jax.numerics import POLYNOMIALS, resolve_dtype
+from nanochat_jax.optimizer.roles import Roles, partition_by_role, settle
 from nanochat_jax.optimizer.rule import Rule
-from nanochat_jax.optimizer.storage import (
-    fallback_codecs,
-    projector_cost,
-    state_codecs,
-)
-from nanochat_jax.roles import Roles, partition_by_role, settle
-from nanochat_jax.sharding import distribute, shardings_of
+from nanochat_jax.optimizer.sharding import distribute, shardings_of
+from nanochat_jax.optimizer.storage import fallback_codecs, projector_cost, state_codecs
 from nanochat_jax.transforms import (
     Adaptive,
+    clip_by_global_norm,
     galore,
+    in_float32,
     momentum,
     orthogonalize,
     quantize_state,
@@ -40,8 +37,6 @@ from nanochat_jax.transforms import (
     sequence,
     stages,
 )
-from nanochat_jax.transforms.clip import clip_by_global_norm
-from nanochat_jax.transforms.precision import in_float32
 
 # Rows of a quantised embedding that are decoded at a time, in float32: 2 MiB.
 _ROW_BYTES = 1 << 21

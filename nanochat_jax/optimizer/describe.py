@@ -9,14 +9,17 @@ import jax
 import optax
 from jax.tree_util import keystr
 
-from nanochat_jax.interop.arrays import as_arrays
-from nanochat_jax.roles import Role
-from nanochat_jax.sharding import shardings_of
-from nanochat_jax.transforms import record, specs
-from nanochat_jax.transforms.axes import ResolvedAxes
-from nanochat_jax.transforms.state_paths import locate
-from nanochat_jax.transforms.storage import storage_of
-from nanochat_jax.transforms.stored import Stored
+from nanochat_jax.interop import as_arrays
+from nanochat_jax.optimizer.roles import Role
+from nanochat_jax.optimizer.sharding import shardings_of
+from nanochat_jax.transforms import (
+    ResolvedAxes,
+    Stored,
+    locate,
+    record,
+    specs,
+    storage_of,
+)
 
 _COLUMNS = ("path", "shape", "view", "label", "optimizer", "rate", "state", "reason")
 

@@ -8,12 +8,11 @@ import optax
 from jax.typing import ArrayLike
 
 from nanochat_jax.config import OptimizerConfig
-from nanochat_jax.linalg import NewtonSchulzDtype
+from nanochat_jax.numerics import NewtonSchulzDtype
 from nanochat_jax.optimizer.build import assemble
+from nanochat_jax.optimizer.roles import settle
 from nanochat_jax.optimizer.rule import Rule
-from nanochat_jax.roles import settle
-from nanochat_jax.transforms import ShapeScale
-from nanochat_jax.transforms.projection import Rank, check_rank
+from nanochat_jax.transforms import Rank, ShapeScale, check_rank
 
 ADAM_SHARE = 0.15
 """Learning rate of AdamW over that of Muon, by default: 0.003 for 0.02."""

@@ -13,33 +13,62 @@ They nest with the mathematics inside, the space around it and the storage outer
 `quantize_state(galore(chain(momentum, orthogonalize)))`.
 """
 
-from nanochat_jax.transforms.adaptive import (
+from nanochat_jax.transforms import record as record
+from nanochat_jax.transforms.as_matrices import (
+    as_matrices as as_matrices,
+    is_axes as is_axes,
+    is_function as is_function,
+    nearest as nearest,
+    seen_by as seen_by,
+)
+from nanochat_jax.transforms.axes import (
+    MatrixAxes as MatrixAxes,
+    ResolvedAxes as ResolvedAxes,
+    as_axes as as_axes,
+)
+from nanochat_jax.transforms.checks import require_state as require_state
+from nanochat_jax.transforms.clip import clip_by_global_norm as clip_by_global_norm
+from nanochat_jax.transforms.galore import (
     Adaptive as Adaptive,
     AdaptiveState as AdaptiveState,
+    GaloreState as GaloreState,
+    Rank as Rank,
+    check_rank as check_rank,
+    galore as galore,
+    project_gradients as project_gradients,
+    projection as projection,
 )
-from nanochat_jax.transforms.axes import MatrixAxes as MatrixAxes
-from nanochat_jax.transforms.galore import GaloreState as GaloreState, galore as galore
 from nanochat_jax.transforms.momentum import (
     CorrectedMomentumState as CorrectedMomentumState,
     MomentumState as MomentumState,
     momentum as momentum,
 )
-from nanochat_jax.transforms.orthogonal import (
+from nanochat_jax.transforms.orthogonalize import (
     ShapeScale as ShapeScale,
     orthogonalize as orthogonalize,
     scale_by_shape as scale_by_shape,
 )
+from nanochat_jax.transforms.precision import in_float32 as in_float32
 from nanochat_jax.transforms.quantize import (
     QuantizeState as QuantizeState,
     quantize_state as quantize_state,
 )
-from nanochat_jax.transforms.sequence import sequence as sequence
+from nanochat_jax.transforms.scheduling import (
+    group_by_shape as group_by_shape,
+    group_bytes as group_bytes,
+    sequence as sequence,
+)
+from nanochat_jax.transforms.sharding import placement as placement, specs as specs
 from nanochat_jax.transforms.stages import stages as stages
+from nanochat_jax.transforms.state_paths import Place as Place, locate as locate
 from nanochat_jax.transforms.storage import (
     QuantizationError as QuantizationError,
     dequantize as dequantize,
     quantization_error as quantization_error,
     quantize as quantize,
+    storage_of as storage_of,
 )
-from nanochat_jax.transforms.subspace import project_gradients as project_gradients
-from nanochat_jax.transforms.views import as_matrices as as_matrices
+from nanochat_jax.transforms.stored import (
+    Stored as Stored,
+    is_quantized as is_quantized,
+)

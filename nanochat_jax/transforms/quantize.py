@@ -11,7 +11,8 @@ from jax.tree_util import KeyPath, keystr
 from jaxtyping import Array, Int32
 
 from nanochat_jax.codecs import Codec, Quantized
-from nanochat_jax.transforms import checks, placement, precision
+from nanochat_jax.transforms import checks, precision
+from nanochat_jax.transforms.sharding import placement
 from nanochat_jax.transforms.state_paths import locate
 from nanochat_jax.transforms.stored import (
     Stored,

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Float32, Int32, PRNGKeyArray
 
 from nanochat_jax.codecs import Codec, Quantized
-from nanochat_jax.transforms import trees
+from nanochat_jax.numerics import hashing
 
 
 @jax.tree_util.register_static
@@ -37,7 +37,7 @@ class Stored:
         # One key must not serve two random draws, here and in the wrapped transform.
         name = f"quantize_state{self.name}"
         keyed = self.codec.needs_key
-        key = trees.leaf_key(self.seed, count, name) if keyed else None
+        key = hashing.leaf_key(self.seed, count, name) if keyed else None
         return _encode(self.codec, x, key)
 
     def stored_shape(self) -> Quantized:

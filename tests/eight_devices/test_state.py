@@ -8,7 +8,7 @@ from jax.sharding import AxisType, Mesh
 from variants import MESHES, VARIANTS, build, leaves, make_mesh, shardings
 
 import nanochat_jax as nj
-from nanochat_jax.lm.checkpoint import Checkpoints
+from nanochat_jax.lm.checkpoints.store import Checkpoints
 
 
 def held(tree):

@@ -6,11 +6,11 @@ from jax.sharding import NamedSharding, PartitionSpec as P
 
 import nanochat_jax as nj
 from nanochat_jax.config import Config
-from nanochat_jax.lm import mesh, model, setup, spread
-from nanochat_jax.lm.collectives import KINDS, collectives
-from nanochat_jax.lm.traffic import step_traffic
-from nanochat_jax.lm.update_traffic import update_traffic
-from nanochat_jax.transforms import trees
+from nanochat_jax.lm.model import activation_sharding, gpt, param_sharding
+from nanochat_jax.lm.planning.hlo_collectives import KINDS, collectives
+from nanochat_jax.lm.planning.step_traffic import step_traffic
+from nanochat_jax.lm.planning.update_traffic import update_traffic
+from nanochat_jax.transforms.scheduling import groups
 
 SMALL = {
     "dim": 64, "n_layers": 4, "n_heads": 8, "ffn_mult": 4.0, "vocab_size": 128,
@@ -21,8 +21,12 @@ SMALL = {
 
 def place(sizes, **values):
     config = Config(**SMALL | values, mesh=sizes)
-    graphdef, params = setup.abstract_model(config)
-    return config, graphdef, mesh.place(params, mesh.make_mesh(sizes), config)
+    graphdef, params = gpt.abstract_model(config)
+    return (
+        config,
+        graphdef,
+        param_sharding.place(params, param_sharding.make_mesh(sizes), config),
+    )
 
 
 def sent_by(config, compiled):
@@ -38,11 +42,11 @@ def gradient(config, graphdef, params):
     """The compiled loss and gradient, placed as the trainer does."""
     shape = (config.batch_size, config.sequence + 1)
     place = params["embed"]["embedding"].sharding.mesh
-    where = spread.batch_sharding(place, shape)
+    where = activation_sharding.batch_sharding(place, shape)
     batch = jax.ShapeDtypeStruct(shape, "int32", sharding=where)
-    loss = lambda params, batch: model.next_token_loss(graphdef, params, batch)
+    loss = lambda params, batch: gpt.next_token_loss(graphdef, params, batch)
     out = (NamedSharding(place, P()), jax.tree.map(lambda x: x.sharding, params))
-    with spread.using(place):
+    with activation_sharding.using(place):
         step = jax.jit(jax.value_and_grad(loss), out_shardings=out)
         return step.lower(params, batch).compile()
 
@@ -122,7 +126,7 @@ def test_a_group_is_sent_whole(monkeypatch):
     config, _, params = place({"fsdp": 8})
     square = 4 * config.dim**2
     # All 16 square matrices are one group, and half of the bytes would make two.
-    monkeypatch.setattr(trees, "group_bytes", lambda: 16 * square // 8)
+    monkeypatch.setattr(groups, "CPU_GROUP_BYTES", 16 * square // 8)
     rows, found = update_traffic(config, params), updated(config, params)
     assert_as_predicted(found, rows)
     exchanges = [x for x in found if x.kind == "all-to-all"]

@@ -12,10 +12,11 @@ from jax.sharding import AxisType
 import nanochat_jax as nj
 from nanochat_jax.config import Config
 from nanochat_jax.config.run import MESH_AXES
-from nanochat_jax.lm import mesh, resume, setup, trainer
-from nanochat_jax.lm.checkpoint import Checkpoints
-from nanochat_jax.lm.evaluation import Evaluator
-from nanochat_jax.lm.feed import feed
+from nanochat_jax.lm.checkpoints.store import Checkpoints
+from nanochat_jax.lm.model import param_sharding
+from nanochat_jax.lm.training import resume, run as setup, step as trainer
+from nanochat_jax.lm.training.device_batches import feed
+from nanochat_jax.lm.training.evaluation import Evaluator
 
 TINY = {
     "dim": 32, "n_layers": 2, "n_heads": 4, "ffn_mult": 2.0, "vocab_size": 64,
@@ -46,7 +47,7 @@ def on_first(run, devices):
     sizes = (1, devices, 1)
     types = (AxisType.Auto,) * 3
     place = jax.make_mesh(sizes, MESH_AXES, types, devices=jax.devices()[:devices])
-    params = mesh.place(run.params, place, run.config)
+    params = param_sharding.place(run.params, place, run.config)
     tx = nj.build_optimizer(run.config, params)
     return dataclasses.replace(run, params=params, tx=tx)
 
@@ -134,11 +135,11 @@ def test_a_mesh_that_does_not_fit_is_refused_with_what_to_do():
 
 def test_what_a_mesh_does_not_divide_is_whole_and_named():
     run = prepare({"tensor": 8})
-    text = mesh.describe(run.params, run.config)
+    text = param_sharding.describe(run.params, run.config)
     assert "Mesh:   data 1 x fsdp 1 x tensor 8" in text
     assert "tensor does not divide the 4 heads of `query`" in text
     specs = {tuple(x.sharding.spec) for x in jax.tree.leaves(run.params["blocks"])}
     assert {(), (None, None), (None, "tensor"), ("tensor", None)} == specs
-    assert mesh.describe(run.params, prepare({}).config) == (
+    assert param_sharding.describe(run.params, prepare({}).config) == (
         "One device of 8 is used; `--mesh fsdp=8` uses all."
     )

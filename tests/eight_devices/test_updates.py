@@ -13,7 +13,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 from variants import VARIANTS, build, leaves, make_mesh, shardings
 
 import nanochat_jax as nj
-from nanochat_jax.linalg import newton_schulz
+from nanochat_jax.numerics.polar import newton_schulz
 
 PLACES = [("8", AxisType.Auto), ("4x2", AxisType.Explicit), ("2x2x2", AxisType.Auto)]
 # Those that between them compile everything once.

@@ -34,7 +34,7 @@ def test_the_tree_is_the_one_that_was_read(name, tree):
 
 
 def test_the_model_tells_every_leaf(name, tree):
-    from nanochat_jax.roles import settle
+    from nanochat_jax.optimizer.roles import settle
 
     if tree.model is None and not tree.keeps_classes:
         return  # bare arrays, which the next test reads
@@ -44,7 +44,7 @@ def test_the_model_tells_every_leaf(name, tree):
 
 
 def test_module_classes_in_the_tree_tell_every_leaf(name, tree):
-    from nanochat_jax.roles import settle
+    from nanochat_jax.optimizer.roles import settle
 
     if not tree.keeps_classes:
         return
@@ -54,7 +54,7 @@ def test_module_classes_in_the_tree_tell_every_leaf(name, tree):
 
 
 def test_names_tell_right_or_refuse(name, tree):
-    from nanochat_jax.roles import settle
+    from nanochat_jax.optimizer.roles import settle
 
     params = bare(tree.params)
     found = _record("names", name, params, settle(params, refuse=False))
@@ -113,7 +113,7 @@ def _derived(tree):
 def _optimizer(name, tree, variant):
     """Returns a variant as a user makes it, with by hand what nothing tells."""
     import nanochat_jax
-    from nanochat_jax.roles import settle
+    from nanochat_jax.optimizer.roles import settle
 
     axes = None if tree.model is None else _derived(tree)
     roles = settle(tree.params, matrix_axes=axes, refuse=False)

@@ -1,0 +1,211 @@
+"""Trains variants of the optimizer on the same batches, each with several seeds.
+
+Each variant and seed is a trial. It goes through the code of `train`, and leaves two
+files: its metrics, `NAME-seedS.jsonl`, and once it is done its result beside them, as
+`.json`. A comparison that was stopped goes on with the trials that have no result.
+"""
+
+import dataclasses
+import json
+import os
+import re
+import time
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from nanochat_jax.config import Config
+from nanochat_jax.lm.checkpoints import differences
+from nanochat_jax.lm.planning import Variant
+from nanochat_jax.lm.runtime import machine
+from nanochat_jax.lm.tracking import Display, MetricsWriter, read_metrics
+from nanochat_jax.lm.training import (
+    Run,
+    TrainState,
+    compile_low_rank_step,
+    compile_train_step,
+    fit,
+    init_state,
+)
+from nanochat_jax.optimizer import memory_report
+
+# Settings that leave the numbers of a trial as they are.
+_WITHOUT_EFFECT = (
+    "checkpoint_interval",
+    "data_path",  # the ids themselves are compared
+    "keep_checkpoint_every",
+    "keep_last_checkpoints",
+    "sample_interval",
+    "sample_prompt",
+    "sample_tokens",
+    "tokenizer",
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Trial:
+    """A variant to train with a seed.
+
+    Attributes:
+      variant: Name of the variant.
+      run: What to train.
+      folder: Where its two files go.
+    """
+
+    variant: str
+    run: Run
+    folder: Path
+
+    @property
+    def seed(self) -> int:
+        """Seed of the parameters, the order of the data, and the sketches."""
+        return self.run.config.seed
+
+    @property
+    def metrics(self) -> Path:
+        """File of its metrics."""
+        name = re.sub(r"[^\w.,=-]", "_", self.variant)
+        return self.folder / f"{name}-seed{self.seed}.jsonl"
+
+    @property
+    def result(self) -> Path:
+        """File of its result."""
+        return self.metrics.with_suffix(".json")
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What a result must agree with to be this trial's, as JSON values."""
+        config = dataclasses.asdict(self.run.config)
+        kept = {k: v for k, v in config.items() if k not in _WITHOUT_EFFECT}
+        data = self.run.corpus.fingerprint
+        return differences.as_json({"variant": self.variant, "data": data, **kept})
+
+
+def plan_trials(
+    base: Run, variants: Sequence[Variant], seeds: int, folder: Path
+) -> list[Trial]:
+    """Returns the trials, all variants with one seed before the next seed.
+
+    Args:
+      base: A run whose data and model all share.
+      variants: Optimizers to compare.
+      seeds: Number of seeds, from that of `base` on.
+      folder: Where results go.
+    """
+    trials = []
+    for seed in range(base.config.seed, base.config.seed + seeds):
+        for variant in variants:
+            config = dataclasses.replace(variant.config, seed=seed)
+            tx = variant.build(config, base.params)
+            run = dataclasses.replace(base, config=config, tx=tx)
+            trials.append(Trial(variant.name, run, folder))
+    return trials
+
+
+def read_results(trials: Iterable[Trial]) -> dict[tuple[str, int], dict[str, Any]]:
+    """Reads the results of the trials that are done.
+
+    Args:
+      trials: Trials of the comparison.
+
+    Returns:
+      Results by variant and seed.
+
+    Raises:
+      ValueError: If results are of other settings; the differences are listed.
+    """
+    results, errors = {}, []
+    for trial in trials:
+        if trial.result.exists() and trial.metrics.exists():
+            result = json.loads(trial.result.read_text(encoding="utf-8"))
+            results[trial.variant, trial.seed] = result
+            errors += _differences(trial, result["settings"])
+    if errors:
+        raise ValueError(
+            "Results that are there already are of other settings.\n"
+            + "\n".join(f"  {error}" for error in errors)
+            + "\nSet these as they were, delete the files named, or choose another "
+            "`--output`."
+        )
+    return results
+
+
+def run_trial(trial: Trial, display: Display) -> dict[str, Any]:
+    """Trains one variant with one seed, and writes its result.
+
+    A run that diverges has a result too, with `null` for the losses and an `error`.
+
+    Args:
+      trial: What to train.
+      display: Where progress is shown.
+
+    Returns:
+      The result: losses at the end, bytes held and planned, and seconds.
+    """
+    step = compile_train_step(trial.run)
+    low_rank_step = compile_low_rank_step(trial.run)
+    state = init_state(trial.run)
+    result = {"settings": trial.settings, **_bytes_held(trial.run, state, step)}
+    started, error = time.perf_counter(), None
+    with MetricsWriter(trial.metrics) as metrics:
+        metrics.resume(-1)
+        try:
+            fit(
+                trial.run,
+                state,
+                step,
+                low_rank_step=low_rank_step,
+                display=display,
+                sinks=[metrics],
+            )
+        except FloatingPointError as diverged:
+            error = str(diverged)
+    last = {} if error else read_metrics(trial.metrics)[-1]
+    result |= {
+        "val_loss": last.get("val_loss"),
+        "val_bpb": last.get("val_bpb"),
+        "seconds": time.perf_counter() - started,
+        "error": error,
+        **machine.describe(),
+    }
+    write_json(trial.result, result)
+    return result
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Writes JSON in one piece: a reader finds the old file or the new one.
+
+    Args:
+      path: File to write; its folder is made.
+      value: JSON values.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(path.name + ".tmp")
+    text = json.dumps(value, indent=2, allow_nan=False)
+    temporary.write_text(text + "\n", encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def _bytes_held(
+    run: Run, state: TrainState, step: jax.stages.Compiled
+) -> dict[str, int | None]:
+    """Returns bytes of the state's arrays, and of what the compiled step adds."""
+    planned = step.memory_analysis()
+    return {
+        "matrix_state_bytes": memory_report(run.tx, run.params).matrix_bytes,
+        "total_state_bytes": sum(x.nbytes for x in jax.tree.leaves(state.opt_state)),
+        "temp_bytes": planned and int(planned.temp_size_in_bytes),
+    }
+
+
+def _differences(trial: Trial, stored: dict[str, Any]) -> list[str]:
+    """Returns a line for each setting that differs; new ones had their defaults."""
+    before = differences.flat(dataclasses.asdict(Config()) | stored)
+    changed = differences.changes(before, differences.flat(trial.settings))
+    return [
+        f"{trial.result}: `{key}` was {old}, is {new}"
+        for key, (old, new) in changed.items()
+        if key not in _WITHOUT_EFFECT
+    ]

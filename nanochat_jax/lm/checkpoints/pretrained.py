@@ -1,0 +1,83 @@
+"""A trained model, read from a checkpoint: its parameters and what their use needs."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+from flax import nnx
+
+from nanochat_jax.config import ModelConfig, schema
+from nanochat_jax.lm.checkpoints.store import Checkpoints
+from nanochat_jax.lm.data import Tokenizer, load_tokenizer
+from nanochat_jax.lm.model import gpt
+
+
+@dataclasses.dataclass(frozen=True)
+class Trained:
+    """A trained model.
+
+    Attributes:
+      config: Its shape and arithmetic.
+      graphdef: Its structure.
+      params: Its parameters.
+      step: Steps it was trained for.
+      tokenizer_file: Where its tokenizer was, None for bytes.
+      fingerprint: Fingerprint of its tokenizer.
+    """
+
+    config: ModelConfig
+    graphdef: nnx.GraphDef[gpt.GPT]
+    params: gpt.Params
+    step: int
+    tokenizer_file: str | None
+    fingerprint: str
+
+    def load_tokenizer(self, path: str | Path | None = None) -> Tokenizer:
+        """Returns the tokenizer of the model.
+
+        Args:
+          path: Where it is now, if it was moved.
+
+        Raises:
+          ValueError: If the file is missing, or not the one of the training.
+        """
+        path = path or self.tokenizer_file
+        tokenizer = load_tokenizer(path)
+        schema.require(
+            (
+                tokenizer.fingerprint == self.fingerprint,
+                f"{path or 'bytes'}: the model was trained on ids of the tokenizer "
+                f"{self.fingerprint}, but this one is {tokenizer.fingerprint} "
+                "(SHA-256). Give that file by `--tokenizer`.",
+            )
+        )
+        return tokenizer
+
+
+def load_trained(directory: str | Path) -> Trained:
+    """Reads a model from a checkpoint; of the optimizer nothing is read.
+
+    Args:
+      directory: Checkpoint folder, or the folder of one step; else the latest is read.
+
+    Returns:
+      The model, its parameters on the default device.
+
+    Raises:
+      ValueError: If there is no checkpoint, or it is damaged or of another model.
+    """
+    checkpoints = Checkpoints(directory)
+    step, meta = checkpoints.latest_step(), checkpoints.read_meta()
+    stored: dict[str, Any] = meta["config"]
+    source = f"{checkpoints.directory}/{step}"
+    config = schema.build(ModelConfig, stored, source, others=stored)
+    graphdef, params = gpt.abstract_model(config)
+    restored = checkpoints.restore({"params": params}, step, partial=True)
+    return Trained(
+        config,
+        graphdef,
+        restored["params"],
+        step or 0,
+        stored["tokenizer"],
+        meta["tokenizer"],
+    )

@@ -1,0 +1,261 @@
+"""Checkpoints of a run: one folder a step, written by Orbax in the background.
+
+`D/120` holds the training state after 120 steps, and the JSON record `meta` of what it
+belongs to. A folder gets its name once all of it is on disk, so a run that is killed
+leaves its last whole checkpoint. `SHA256SUMS` in it is checked before anything is read
+(by hand: `sha256sum -c SHA256SUMS`), because Orbax keeps no checksum of array data: a
+damaged file may come back as wrong numbers.
+
+This uses Orbax's API v1. It does all that is needed here without a warning, reads what
+v0 wrote, and is the one that will stay.
+"""
+
+import contextlib
+import functools
+import logging
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, Self, TypeVar
+
+import jax
+import jax.numpy as jnp
+from orbax.checkpoint import v1 as ocp
+
+from nanochat_jax.lm.checkpoints import checksums, differences
+
+Tree = TypeVar("Tree")
+
+# Orbax logs some forty lines a save at INFO through absl. Wherever the application
+# logs at INFO they would bury the progress display.
+logging.getLogger("absl").setLevel(logging.WARNING)
+
+
+class Checkpoints:
+    """Saves and restores the states of one run.
+
+    Leaving the context waits for the save in progress, after an exception too, and
+    raises what went wrong with it. Reading writes nothing and creates nothing.
+
+    Attributes:
+      directory: Folder with one folder a step; it need not exist yet.
+    """
+
+    def __init__(
+        self,
+        directory: str | Path,
+        *,
+        keep_last: int = 3,
+        keep_every: int | None = None,
+    ):
+        """Settles the paths; nothing is read or written yet.
+
+        Args:
+          directory: Folder with the steps, or for reading the folder of one step.
+          keep_last: Checkpoints to keep; older ones are deleted after each save.
+          keep_every: Steps that are multiples of it are kept for good.
+
+        Raises:
+          ValueError: If `keep_last` or `keep_every` is less than 1.
+        """
+        if keep_last < 1 or (keep_every is not None and keep_every < 1):
+            raise ValueError(
+                "`keep_last` and `keep_every` must be at least 1, got "
+                f"{keep_last} and {keep_every}."
+            )
+        path = Path(directory).expanduser().absolute()
+        is_step = path.name.isdecimal() and (path / "state").is_dir()
+        self.directory = path.parent if is_step else path
+        self._opened_step = int(path.name) if is_step else None
+        policies = ocp.training.preservation_policies
+        self._keep: list[Any] = [policies.LatestN(keep_last)]
+        if keep_every is not None:
+            self._keep.append(policies.EveryNSteps(keep_every))
+        self._writer: ocp.training.Checkpointer | None = None
+        self._pending: Any = None
+        self._intact: set[Path] = set()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        try:
+            self.wait()
+        finally:
+            if self._writer is not None:
+                self._writer.close()
+
+    def steps(self) -> list[int]:
+        """Returns the steps that are on disk, in order."""
+        folders = [path for path in self.directory.glob("*") if path.is_dir()]
+        return sorted(int(path.name) for path in folders if path.name.isdecimal())
+
+    def latest_step(self) -> int | None:
+        """Returns the last step on disk, or the one whose folder was opened."""
+        if self._opened_step is not None:
+            return self._opened_step
+        return max(self.steps(), default=None)
+
+    def check_start(self, step: int) -> None:
+        """Refuses a run from `step` on if the directory has later steps.
+
+        The next resumption would take those for the latest.
+
+        Args:
+          step: Step at which the run starts or resumes.
+
+        Raises:
+          ValueError: If a checkpoint is later than `step`.
+        """
+        later = [other for other in self.steps() if other > step]
+        if later:
+            raise ValueError(
+                f"{self.directory}: the run starts at step {step}, but later "
+                f"checkpoints are there: {later}. Resume from the last of them, choose "
+                "another checkpoint directory, or delete them."
+            )
+
+    def save(self, step: int, state: Any, meta: Mapping[str, Any]) -> None:
+        """Saves a state in the background, as it is now.
+
+        A save still in progress is awaited first, and its error raised. A step that is
+        on disk already is left as it is.
+
+        Args:
+          step: Steps taken so far; names the folder.
+          state: Tree of arrays, none of them empty or a typed PRNG key. It may be
+            donated as soon as this returns.
+          meta: What the state belongs to, as JSON values.
+
+        Raises:
+          ValueError: If the directory has later steps that this object did not write.
+          TypeError: If `meta` has values that JSON cannot hold.
+        """
+        self.wait()
+        if step in self.steps():
+            return
+        if self._writer is None:
+            self.check_start(step)
+            self._writer = self._open_writer()
+        record: Any = {"meta": differences.as_json(meta)}
+        self._pending = self._writer.save_async(
+            step, state, custom_metadata=record, force=True
+        )
+
+    def wait(self) -> None:
+        """Waits for the save in progress and raises what went wrong with it."""
+        pending, self._pending = self._pending, None
+        if pending is not None:
+            pending.result()
+
+    def restore(
+        self, target: Tree, step: int | None = None, *, partial: bool = False
+    ) -> Tree:
+        """Restores a state into the types, dtypes and places of `target`.
+
+        Args:
+          target: Tree of arrays, or of `ShapeDtypeStruct`s. A leaf without a sharding
+            comes back on the default device.
+          step: Step to restore; the latest if not given.
+          partial: Whether `target` may lack parts of the stored state. These are not
+            read: a dict with `params` alone restores nothing of the optimizer.
+
+        Returns:
+          The stored state as a tree like `target`.
+
+        Raises:
+          ValueError: If there is no such checkpoint, it is damaged, or its state does
+            not have the paths, shapes and dtypes of `target`.
+        """
+        folder = self._find(step)
+        with self._reading(folder):
+            stored = differences.layout(ocp.metadata(str(folder)).metadata)
+        # Orbax alone would cast to the target's dtypes without a word.
+        wanted = differences.layout(target)
+        if partial:
+            stored = {path: stored[path] for path in stored.keys() & wanted.keys()}
+        changed = differences.changes(stored, wanted)
+        if changed:
+            raise ValueError(
+                f"{folder}: the stored state is not that of this model and optimizer.\n"
+                f"{differences.listed(differences.differences(changed, 'wanted'))}\n"
+                "Use the settings of the run that wrote it, or train from the start in "
+                "a new directory."
+            )
+        context = ocp.Context()
+        context.pytree_options.loading.partial_load = partial
+        with self._reading(folder), context:
+            return ocp.load(str(folder), jax.tree.map(_abstract, target))
+
+    def read_meta(self, step: int | None = None) -> dict[str, Any]:
+        """Reads what was given to `save` as `meta`.
+
+        Args:
+          step: Step to read; the latest if not given.
+
+        Returns:
+          The record, as JSON gives it back: tuples are lists, keys are strings.
+
+        Raises:
+          ValueError: If there is no such checkpoint or it is damaged.
+        """
+        folder = self._find(step)
+        with self._reading(folder):
+            record: Any = ocp.metadata(str(folder)).custom_metadata
+            return record["meta"]
+
+    def _open_writer(self) -> ocp.training.Checkpointer:
+        """Returns Orbax's writer; this creates the directory."""
+        context = ocp.Context()
+        # Called when all files are written, just before the folder gets its name.
+        context.asynchronous.post_finalization_callback = functools.partial(
+            checksums.write, self.directory
+        )
+        policies: Any = ocp.training.preservation_policies
+        return ocp.training.Checkpointer(
+            str(self.directory),
+            context=context,
+            preservation_policy=policies.AnyPreservationPolicy(self._keep),
+            cleanup_tmp_directories=True,
+        )
+
+    def _find(self, step: int | None) -> Path:
+        """Returns the folder of a step, or says which steps there are."""
+        steps = self.steps()
+        step = self.latest_step() if step is None else step
+        if step not in steps:
+            which = "" if step is None else f" of step {step}"
+            raise ValueError(
+                f"{self.directory}: no checkpoint{which} is there. Give the checkpoint "
+                "directory of an earlier run, or the folder of one of its steps. Steps "
+                f"in this one: {steps or 'none'}."
+            )
+        return self.directory / str(step)
+
+    @contextlib.contextmanager
+    def _reading(self, folder: Path) -> Iterator[None]:
+        """Checks a checkpoint's files, and names it in what then goes wrong."""
+        if folder not in self._intact and (damage := checksums.damage(folder)):
+            raise self._unreadable(folder, damage)
+        self._intact.add(folder)
+        try:
+            yield
+        except (MemoryError, jax.errors.JaxRuntimeError):
+            raise  # The device is full; the checkpoint is sound.
+        except Exception as error:
+            raise self._unreadable(folder, [repr(error)]) from error
+
+    def _unreadable(self, folder: Path, damage: list[str]) -> ValueError:
+        """Returns the error for a damaged checkpoint, with the steps to try instead."""
+        others = [step for step in self.steps() if step != int(folder.name)]
+        remedy = "There is no other one: train from the start in a new directory."
+        if others:
+            other = self.directory / str(others[-1])
+            remedy = f"Try another one, such as {other}. There are steps {others}."
+        return ValueError(
+            f"{folder}: damaged checkpoint.\n{differences.listed(damage)}\n{remedy}"
+        )
+
+
+def _abstract(leaf: Any) -> jax.ShapeDtypeStruct:
+    sharding = getattr(leaf, "sharding", None) or jnp.zeros(()).sharding
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)

@@ -1,0 +1,47 @@
+"""A Markov chain of known entropy, to compare a loss with a number."""
+
+import itertools
+import math
+
+import numpy as np
+
+from nanochat_jax.config import schema
+
+# Chances of the four tokens that may follow a token.
+CHANCES = (0.5, 0.25, 0.125, 0.125)
+# Least loss that any model can reach on the chain, in nats a token.
+ENTROPY_RATE = -sum(p * math.log(p) for p in CHANCES)
+
+
+def markov_chain(vocab_size: int, length: int, seed: int) -> np.ndarray:
+    """Samples a Markov chain in which four tokens may follow each token.
+
+    Their chances are the same everywhere and the four always differ, so the entropy
+    rate is `ENTROPY_RATE` whatever the vocabulary and seed, and all tokens are equally
+    frequent: a model that ignores the context has a loss of `ln vocab_size`.
+
+    Args:
+      vocab_size: Number of states, at least four.
+      length: Tokens to sample.
+      seed: Seed of the chain and of the sample.
+
+    Returns:
+      Ids, `[length]`, of the smallest unsigned type.
+
+    Raises:
+      ValueError: If the vocabulary is too small.
+    """
+    schema.require(
+        (
+            vocab_size >= len(CHANCES),
+            "the data set synthetic needs a `vocab_size` of at least "
+            f"{len(CHANCES)}, got {vocab_size}.",
+        )
+    )
+    rng = np.random.default_rng(seed)
+    following = rng.permutation(vocab_size).tolist()
+    draws = np.searchsorted(np.cumsum(CHANCES), rng.random(length), side="right")
+    chain = itertools.accumulate(
+        draws.tolist(), lambda state, draw: following[(state + draw) % vocab_size]
+    )
+    return np.fromiter(chain, np.min_scalar_type(vocab_size - 1), length)

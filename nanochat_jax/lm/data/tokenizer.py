@@ -1,0 +1,155 @@
+"""Tokenizers: text to token ids and back.
+
+The byte tokenizer needs no file and is the default; any other is a `tokenizer.json` of
+the `tokenizers` library.
+"""
+
+import hashlib
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import tokenizers
+from numpy.typing import ArrayLike
+
+from nanochat_jax.config import schema
+
+# The special token that ends a document in a trained vocabulary.
+END_OF_TEXT = "<|endoftext|>"
+
+
+class Tokenizer(Protocol):
+    """What the trainer asks of a tokenizer."""
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of ids; every id is below it."""
+        ...
+
+    @property
+    def separator(self) -> int:
+        """Id that ends a document."""
+        ...
+
+    @property
+    def fingerprint(self) -> str:
+        """What tells it from others: SHA-256 of its file, or the name `bytes`."""
+        ...
+
+    def encode(self, text: str) -> np.ndarray:
+        """Returns the ids of `text`, `[length]`, in the smallest unsigned type."""
+        ...
+
+    def decode(self, ids: ArrayLike) -> str:
+        """Returns the text of `ids`; what is no text becomes U+FFFD."""
+        ...
+
+
+class ByteTokenizer:
+    """One token a byte of UTF-8: no vocabulary to train, store or mistake.
+
+    Byte 0, which hardly occurs in text, separates documents.
+    """
+
+    vocab_size = 256
+    separator = 0
+    fingerprint = "bytes"
+
+    def encode(self, text: str) -> np.ndarray:
+        """Returns the bytes of `text` as uint8 `[length]`."""
+        return np.frombuffer(text.encode("utf-8"), np.uint8)
+
+    def decode(self, ids: ArrayLike) -> str:
+        """Returns the text of `ids`; ids above 255 and broken UTF-8 become U+FFFD."""
+        ids = np.asarray(ids)
+        # UTF-8 never uses 0xFF, so a padded vocabulary's spare ids read as broken.
+        data = np.where(ids < self.vocab_size, ids, 0xFF).astype(np.uint8).tobytes()
+        return data.decode("utf-8", errors="replace")
+
+
+class TrainedTokenizer:
+    """A tokenizer of the `tokenizers` library, such as a byte-level BPE.
+
+    Documents are separated by `<|endoftext|>` where the vocabulary has it, otherwise
+    by the token of the character NUL. A text that has such characters itself is encoded
+    like any other, so that only documents end in the separator.
+
+    Args:
+      text: Content of its `tokenizer.json`. Truncation and padding in it are off.
+      source: Where it comes from, for messages.
+
+    Raises:
+      ValueError: If `text` is no tokenizer, or its vocabulary is empty or cannot
+        separate documents.
+    """
+
+    def __init__(self, text: str, source: str = "tokenizer"):
+        tokenizer = _parse(text, source)
+        tokenizer.no_truncation()
+        tokenizer.no_padding()
+        tokenizer.encode_special_tokens = True
+        self._tokenizer = tokenizer
+        self.fingerprint = hashlib.sha256(text.encode("utf-8")).hexdigest()
+        self.vocab_size = max(tokenizer.get_vocab().values(), default=-1) + 1
+        schema.require((self.vocab_size > 0, f"{source}: the vocabulary is empty."))
+        self._dtype = np.min_scalar_type(self.vocab_size - 1)
+        self.separator = self._find_separator(source)
+
+    def encode(self, text: str) -> np.ndarray:
+        """Returns the ids of `text`, `[length]`, without added special tokens."""
+        ids = self._tokenizer.encode(text, add_special_tokens=False).ids
+        return np.array(ids, self._dtype)
+
+    def decode(self, ids: ArrayLike) -> str:
+        """Returns the text of `ids`, special tokens included."""
+        return self._tokenizer.decode(
+            np.asarray(ids).tolist(), skip_special_tokens=False
+        )
+
+    def _find_separator(self, source: str) -> int:
+        special = self._tokenizer.token_to_id(END_OF_TEXT)
+        if special is not None:
+            return special
+        nul = self.encode("\0")
+        schema.require(
+            (
+                len(nul) == 1,
+                f"{source}: nothing separates documents: the vocabulary needs the "
+                f"token {END_OF_TEXT} or one for the character NUL.",
+            )
+        )
+        return int(nul[0])
+
+
+def load_tokenizer(path: str | Path | None) -> Tokenizer:
+    """Returns the byte tokenizer, or the one stored in a file.
+
+    Args:
+      path: A `tokenizer.json`, or None for bytes.
+
+    Returns:
+      The tokenizer.
+
+    Raises:
+      ValueError: If the file is missing, unreadable or no tokenizer.
+    """
+    if path is None:
+        return ByteTokenizer()
+    try:
+        text = Path(path).read_bytes().decode("utf-8")
+    except FileNotFoundError:
+        raise ValueError(
+            f"{path}: no such file. Give a `tokenizer.json`, or none for bytes."
+        ) from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: cannot be read: {error}.") from None
+    return TrainedTokenizer(text, str(path))
+
+
+def _parse(text: str, source: str) -> tokenizers.Tokenizer:
+    try:
+        return tokenizers.Tokenizer.from_str(text)
+    except Exception as error:  # the library raises nothing narrower
+        raise ValueError(
+            f"{source}: not a `tokenizer.json` of the tokenizers library: {error}."
+        ) from None

@@ -1,0 +1,287 @@
+"""A GPT decoder in Flax NNX, used through pure functions of its parameters.
+
+Pre-norm blocks with rotary positions, normalised queries and keys, grouped-query
+attention and a SwiGLU feed-forward layer; `layers.py` has the block. With `scan_layers`
+the parameters of all blocks are stacked, `[L, ...]`, and run by one loop.
+
+Axes: B batch, S sequence, T cache, D model, L layers, K key and value heads, H head
+size, V vocabulary. The embedding and the head have V entries filled up to `table_size`.
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.typing import ArrayLike
+from jaxtyping import Array, Float, Float32, Int, Int32
+
+from nanochat_jax.config import ModelConfig
+from nanochat_jax.lm.model import activation_sharding
+from nanochat_jax.lm.model.block import Block, LayerCache, norm
+from nanochat_jax.lm.model.layer_stacking import Params, unstack_trees
+from nanochat_jax.lm.model.loss import cross_entropy
+
+# Small, so that the first logits are near zero whether the table is tied or not.
+_table_init = nnx.initializers.normal(0.02)
+
+
+class Cache(NamedTuple):
+    """What the model keeps of the tokens it has read.
+
+    Attributes:
+      layers: One `LayerCache` a block, each with room for T tokens; or one for all,
+        its arrays `[L, B, T, K, H]`, if the blocks are stacked.
+      length: Tokens read. Slots from there on are never attended to.
+    """
+
+    layers: tuple[LayerCache, ...] | LayerCache
+    length: Int32[Array, ""]
+
+
+class GPT(nnx.Module):
+    """Decoder-only language model."""
+
+    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs) -> None:
+        self.remat, self.weight_tied = config.remat, config.weight_tied
+        self.n_layers, self.loss_chunk = config.n_layers, config.loss_chunk
+        self.vocab_size = config.vocab_size
+        self.dtype = dtype = jnp.dtype(config.compute_dtype)
+        self.embed = nnx.Embed(
+            config.table_size,
+            config.dim,
+            dtype=dtype,
+            embedding_init=_table_init,
+            rngs=rngs,
+        )
+        blocks = _stacked_blocks(config, rngs)
+        self.blocks = blocks if config.scan_layers else nnx.List(_unstack(blocks))
+        self.final_norm = norm(config, config.dim, rngs)
+        if not config.weight_tied:
+            self.head = nnx.Linear(
+                config.dim,
+                config.table_size,
+                use_bias=False,
+                dtype=dtype,
+                kernel_init=_table_init,
+                rngs=rngs,
+            )
+
+    def __call__(self, tokens: Int[Array, "B S"]) -> Float32[Array, "B S V"]:
+        """Returns the logits of the token after each of `tokens`."""
+        return self.logits(self.features(tokens))
+
+    def features(self, tokens: Int[Array, "B S"]) -> Float[Array, "B S D"]:
+        """Returns the hidden states of `tokens`, which `logits` reads out."""
+        positions = jnp.arange(tokens.shape[1])
+        caches = None if self.scans else [None] * self.n_layers
+        return self._run_blocks(tokens, positions, caches)[0]
+
+    def extend(
+        self, tokens: Int[Array, "B S"], cache: Cache
+    ) -> tuple[Float[Array, "B S D"], Cache]:
+        """Reads `tokens` after those in `cache`.
+
+        Args:
+          tokens: Token ids.
+          cache: What came before. It must have room for `tokens`.
+
+        Returns:
+          The hidden states of `tokens`, and the cache with `tokens` added to it.
+        """
+        positions = cache.length + jnp.arange(tokens.shape[1])
+        x, layers = self._run_blocks(tokens, positions, cache.layers)
+        return x, Cache(layers, cache.length + tokens.shape[1])
+
+    def logits(self, x: Float[Array, "*batch D"]) -> Float32[Array, "*batch V"]:
+        """Returns the logits of hidden states."""
+        return self._read_out(self._table, x)[..., : self.vocab_size]
+
+    def mean_loss(
+        self, x: Float[Array, "B S D"], labels: Int[Array, "B S"]
+    ) -> Float32[Array, ""]:
+        """Returns the mean cross-entropy of `labels`, in nats; `x` as for `logits`."""
+        return cross_entropy(self._read_out, self._table, x, labels, self.loss_chunk)
+
+    @property
+    def scans(self) -> bool:
+        """Whether the parameters of the blocks are stacked."""
+        return isinstance(self.blocks, Block)
+
+    @property
+    def _table(self) -> Array:
+        return (self.embed.embedding if self.weight_tied else self.head.kernel)[...]
+
+    def _read_out(self, table: Array, x: Array) -> Array:
+        table = table.astype(x.dtype)
+        kernel = activation_sharding.gathered(table).T if self.weight_tied else table
+        logits = jnp.dot(x, kernel).astype(jnp.float32)
+        if logits.shape[-1] == self.vocab_size:
+            return logits
+        # Not cut off, as that would shift what devices have of them.
+        known = jnp.arange(logits.shape[-1]) < self.vocab_size
+        return jnp.where(known[(None,) * (logits.ndim - 1)], logits, -jnp.inf)
+
+    def _look_up(self, tokens: Array) -> Array:
+        table = activation_sharding.by_columns(self.embed.embedding[...])
+        # Cast after: gradients of a token seen often are then added up in float32.
+        return activation_sharding.looked_up(
+            jnp.take(table, tokens, axis=0).astype(self.dtype)
+        )
+
+    def _run_blocks(self, tokens: Array, positions: Array, caches: Any) -> Any:
+        """Returns the normalised residual stream, and the caches of the blocks."""
+        blocks: Any = self.blocks
+        graphdef = nnx.graphdef(blocks if self.scans else blocks[0])
+
+        def run(x: Array, layer: Any) -> tuple[Array, LayerCache | None]:
+            params, cache = layer
+            x, cache = nnx.merge(graphdef, params)(x, positions, cache)
+            return activation_sharding.spread(x), cache
+
+        if self.remat or self.scans:
+            # A loop stores what it keeps of every block; of that only the products by
+            # kernels take longer to compute than to store.
+            kept = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+            policy = None if self.remat else kept
+            # Nothing outside a loop can be reused in place of recomputing it.
+            run = jax.checkpoint(run, policy=policy, prevent_cse=not self.scans)
+        x = self._look_up(tokens)
+        if self.scans:
+            x, caches = jax.lax.scan(run, x, (nnx.state(blocks), caches))
+            return self.final_norm(x), caches
+        new_caches = []
+        for block, cache in zip(blocks, caches, strict=True):
+            x, cache = run(x, (nnx.state(block), cache))
+            new_caches.append(cache)
+        return self.final_norm(x), tuple(new_caches)
+
+
+def init(config: ModelConfig, seed: ArrayLike) -> tuple[nnx.GraphDef[GPT], Params]:
+    """Returns the structure of a model and its initial parameters.
+
+    Under `jax.eval_shape` it allocates nothing; `jax.jit` may give `out_shardings`.
+
+    Args:
+      config: Shape and arithmetic.
+      seed: Seed of the parameters.
+
+    Returns:
+      The static graph definition, and nested dicts of float32 arrays by path, such as
+      `params["blocks"][0]["attention"]["query"]["kernel"]`.
+    """
+    graphdef, state = nnx.split(GPT(config, rngs=nnx.Rngs(jax.random.key(seed))))
+    return graphdef, nnx.to_pure_dict(state)
+
+
+def init_cache(config: ModelConfig, batch_size: int, max_len: int) -> Cache:
+    """Returns an empty cache for `batch_size` sequences of up to `max_len` tokens."""
+    shape = (batch_size, max_len, config.kv_heads, config.head_dim)
+    empty = lambda *stack: jnp.zeros((*stack, *shape), config.compute_dtype)
+    if config.scan_layers:
+        layers = LayerCache(empty(config.n_layers), empty(config.n_layers))
+    else:
+        layers = tuple(LayerCache(empty(), empty()) for _ in range(config.n_layers))
+    return Cache(layers, jnp.zeros([], jnp.int32))
+
+
+def apply(
+    graphdef: nnx.GraphDef[GPT], params: Params, tokens: Int[Array, "B S"]
+) -> Float32[Array, "B S V"]:
+    """Returns the logits of the token after each of `tokens`.
+
+    Args:
+      graphdef: Structure of the model, from `init`.
+      params: Its parameters.
+      tokens: Token ids below V; larger ones give NaN, so check them on the host.
+
+    Returns:
+      Logits; those at position `i` have seen `tokens[:, :i + 1]`.
+    """
+    return nnx.merge(graphdef, params)(tokens)
+
+
+def next_token_loss(
+    graphdef: nnx.GraphDef[GPT], params: Params, batch: Int[Array, "B length"]
+) -> Float32[Array, ""]:
+    """Returns the mean cross-entropy, in nats, of each token given those before it.
+
+    Args:
+      graphdef: Structure of the model, from `init`.
+      params: Its parameters.
+      batch: Token ids `[B, S + 1]`. The first of a row is read only, the last
+        predicted only.
+
+    Returns:
+      The mean over B times S predictions.
+    """
+    gpt = nnx.merge(graphdef, params)
+    return gpt.mean_loss(gpt.features(batch[:, :-1]), batch[:, 1:])
+
+
+def without_padding(config: ModelConfig, params: Params) -> Params:
+    """Returns parameters whose tables have V entries, as those without padding do.
+
+    Args:
+      config: Shape of the model.
+      params: Its parameters.
+    """
+    rows = params["embed"]["embedding"][: config.vocab_size]
+    cut: Params = {**params, "embed": {"embedding": rows}}
+    if not config.weight_tied:
+        cut["head"] = {"kernel": params["head"]["kernel"][:, : config.vocab_size]}
+    return cut
+
+
+def count_flops_per_token(config: ModelConfig, seq_len: int | None = None) -> int:
+    """Returns the floating-point operations of training on one token.
+
+    `6 * M + 12 * L * D * S`: two operations a multiply-add, once forward and twice
+    backward, for the M entries of the kernels and head, and for query-key and
+    weight-value products over S positions. As is usual, the masked half of attention
+    counts, while look-ups, norms, the optimizer and recomputation do not.
+
+    Args:
+      config: Shape of the model.
+      seq_len: Tokens in a sequence, S; `config.max_seq_len` if not given.
+    """
+    seq_len = config.max_seq_len if seq_len is None else seq_len
+    key_dim = config.kv_heads * config.head_dim
+    block = config.dim * (2 * config.dim + 2 * key_dim + 3 * config.ffn_dim)
+    kernels = config.n_layers * block + config.dim * config.table_size
+    return 6 * kernels + 12 * config.n_layers * config.dim * seq_len
+
+
+def _stacked_blocks(config: ModelConfig, rngs: nnx.Rngs) -> Block:
+    """Returns one block whose arrays are those of all blocks, `[L, ...]`.
+
+    Made in a loop, as a GPU compiles each kernel's random numbers for half a second.
+    """
+    make = nnx.scan(
+        lambda rngs: (rngs, Block(config, rngs=rngs)),
+        in_axes=nnx.Carry,
+        out_axes=(nnx.Carry, 0),
+        length=config.n_layers,
+    )
+    return make(rngs)[1]
+
+
+def _unstack(blocks: Block) -> list[Block]:
+    graphdef, state = nnx.split(blocks)
+    return [nnx.merge(graphdef, layer) for layer in unstack_trees(state)]
+
+
+def abstract_model(
+    config: ModelConfig,
+) -> tuple[nnx.GraphDef[GPT], Params]:
+    """Returns the structure of the model and its parameters as shapes and types."""
+    graphdef = None
+
+    def make() -> Params:
+        nonlocal graphdef
+        graphdef, params = init(config, seed=0)  # shapes do not depend on it
+        return params
+
+    params = jax.eval_shape(make)
+    assert graphdef is not None
+    return graphdef, params

@@ -1,0 +1,213 @@
+"""What devices send each other in an update of the matrices, reckoned from shapes.
+
+Sizes are those of `collectives.Collective`, on one device. Of a matrix `short x long`
+the shorter axis is divided over S devices and the longer one over T, its rank is r:
+
+  * Newton-Schulz: an all-to-all of a stack of matrices in the type of the iteration
+    there and one back, zero matrices that fill the stack among them; replicas over
+    `data` share the work if there is enough, and gather the results. Without residual
+    the matrices are `r x long`;
+  * low rank, in float32: over S a reduce-scatter of `PᵀG`, `[r, long / T]`, and an
+    all-gather of what comes back of it; over T an all-gather of the basis,
+    `[short / S, r]`;
+  * change of basis, in float32, once in `galore_update_freq` steps: over S an
+    all-to-all of the gradient, so that each device has all of the shorter axis, and an
+    all-gather of the momentum; over all devices an all-reduce of `[short, r]` for each
+    product, and one of `[r, r]`.
+
+Left out is quantised momentum whose blocks, which share a scale, are each on several
+devices: these send each other some of it to store and to read it.
+"""
+
+import math
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import jax
+
+from nanochat_jax.config import Config
+from nanochat_jax.lm.model import Params, label_params
+from nanochat_jax.lm.planning.step_traffic import Traffic
+from nanochat_jax.numerics import POWER_STEPS
+from nanochat_jax.optimizer import newton_schulz_flops, projector_cost
+from nanochat_jax.transforms import group_by_shape, group_bytes, projection, specs
+
+
+class Matrices(NamedTuple):
+    """A parameter of matrices.
+
+    Attributes:
+      whole: Its shape, type and sharding.
+      low: Those of its projected gradient; `None` if it is not projected.
+    """
+
+    whole: Any
+    low: Any
+
+
+class Stack(NamedTuple):
+    """Matrices that devices share out among them to iterate on.
+
+    Attributes:
+      shape: Shape of one.
+      size: How many there are, zeros that fill the stack among them.
+      inside: Devices over which each of them is divided.
+      replicas: How many times these there are, that share the work.
+    """
+
+    shape: tuple[int, ...]
+    size: int
+    inside: int
+    replicas: int
+
+
+def update_traffic(config: Config, params: Params) -> list[Traffic]:
+    """Returns what devices send each other in an update of the matrices.
+
+    Args:
+      config: Settings of the run.
+      params: Shapes and types of the parameters, from `mesh.place`.
+    """
+    matrices = _matrices(config, params)
+    # "auto" is bfloat16 on any device of which one takes several.
+    width = 2 if config.ns_dtype in ("auto", "bfloat16") else 4
+    rows = [
+        row for stack in stacks(config, params) for row in _shared_out(stack, width)
+    ]
+    for x in matrices:
+        if x.low is not None:
+            rows += [*_projected(x), *_based(x, config.galore_update_freq)]
+    sums: dict[tuple, Traffic] = {}
+    for row in rows:
+        key = (row.what, row.kind, row.devices, row.every)
+        old = sums.get(key, row._replace(count=0, bytes=0))
+        sums[key] = old._replace(
+            count=old.count + row.count, bytes=old.bytes + row.bytes
+        )
+    return [row for row in sums.values() if row.devices > 1 and row.bytes]
+
+
+def busiest_flops(config: Config, params: Params) -> int:
+    """Returns the operations of Newton-Schulz on the device that has the most of them.
+
+    Args:
+      config: Settings of the run.
+      params: Shapes and types of the parameters, from `mesh.place`.
+    """
+    return sum(
+        newton_schulz_flops(
+            config, (stack.size // (stack.inside * stack.replicas), *stack.shape)
+        )
+        for stack in stacks(config, params)
+    )
+
+
+def stacks(config: Config, params: Params) -> Iterator[Stack]:
+    """Yields the stacks of matrices, as `sequence` and `orthogonalize` make them."""
+    matrices = _matrices(config, params)
+    devices = matrices[0].whole.sharding.mesh.size
+    wholes = [x.whole for x in matrices]
+    for outer in group_by_shape(wholes, group_bytes(), devices=devices):
+        leaves = [
+            x.whole if x.low is None or config.galore_residual else x.low
+            for x in (matrices[i] for i in outer)
+        ]
+        places = [x.sharding for x in leaves]
+        for inner in group_by_shape(leaves, group_bytes(), places, devices):
+            first = leaves[inner[0]]
+            count = len(inner) * math.prod(first.shape[:-2])
+            inside, replicas = _shares(first, count)
+            filled = count + -count % (inside * replicas)
+            yield Stack(first.shape[-2:], filled, inside, replicas)
+
+
+def _matrices(config: Config, params: Params) -> list[Matrices]:
+    labels, ranks = label_params(params), jax.tree.map(lambda _: 0, params)
+    if config.use_galore:
+        ranks = projection.ranks(params, config.rank)
+
+    def with_low(x: Any, wanted: int) -> Matrices:
+        rank = wanted and projection.projected_rank(
+            x.shape, wanted, projector_cost(config)
+        )
+        if not rank:
+            return Matrices(x, None)
+        shape = (*x.shape[:-2], rank, max(x.shape[-2:]))
+        where = specs.derived(shape, x.shape, x.sharding)
+        return Matrices(x, jax.ShapeDtypeStruct(shape, "float32", sharding=where))
+
+    leaves = zip(*map(jax.tree.leaves, (params, labels, ranks)), strict=True)
+    return [with_low(x, rank) for x, label, rank in leaves if label == "matrix"]
+
+
+def _shares(x: Any, count: int) -> tuple[int, int]:
+    """Returns over how many devices matrices are divided, and helping replicas."""
+    used = _axes(x.sharding, x.ndim)
+    inside, replicas = specs.ways(x.sharding, [*used]), 1
+    for axis, size in x.sharding.mesh.shape.items():
+        if axis not in used and inside * replicas * size <= count:
+            replicas *= size
+    return inside, replicas
+
+
+def _shared_out(stack: Stack, width: int) -> Iterator[Traffic]:
+    size = width * stack.size * math.prod(stack.shape) // stack.inside
+    sent = 2 * size // stack.replicas
+    yield Traffic("Newton-Schulz", "all-to-all", 2, sent, stack.inside)
+    yield Traffic("Newton-Schulz", "all-gather", 1, size, stack.replicas)
+
+
+def _projected(x: Matrices) -> Iterator[Traffic]:
+    """Returns what is sent to project a gradient, and to project back."""
+    what, (s, t, size) = "low rank", _divided(x)
+    basis = Traffic(what, "all-gather", 1, size.basis // s, t)
+    if _short_axes(x) <= _axes(x.low.sharding, x.low.ndim):
+        yield Traffic(what, "reduce-scatter", 1, size.low // t, s)
+        yield Traffic(what, "all-gather", 1, size.low // t, s)
+    else:
+        yield Traffic(what, "all-reduce", 1, size.low // t, s)
+    yield basis
+
+
+def _based(x: Matrices, every: int) -> Iterator[Traffic]:
+    """Returns what is sent to find a basis, and to move the momentum to it."""
+    what, (s, t, size) = "change of basis", _divided(x)
+    products, rotation = POWER_STEPS * size.basis, size.rotation
+    sums = POWER_STEPS + 1
+    yield Traffic(what, "all-to-all", 1, size.whole // (s * t), s, every)
+    yield Traffic(what, "all-reduce", sums, products + rotation, s * t, every)
+    yield Traffic(what, "all-gather", 1, size.low // t, s, every)
+
+
+class _Sizes(NamedTuple):
+    """Float32 bytes of all that a device has some matrices' part of."""
+
+    whole: int
+    low: int
+    basis: int
+    rotation: int
+
+
+def _divided(x: Matrices) -> tuple[int, int, _Sizes]:
+    """Returns S, T and the bytes of these matrices, were they not divided."""
+    *batch, r, long = x.low.shape
+    short, sharding = min(x.whole.shape[-2:]), x.whole.sharding
+    axes = specs.axes_of(sharding, x.whole.ndim)
+    count = math.prod(batch)
+    for names in axes[:-2]:
+        count //= specs.ways(sharding, names)
+    s, t = (specs.ways(sharding, names) for names in axes[-2:])
+    if x.whole.shape[-2] > x.whole.shape[-1]:
+        s, t = t, s
+    bytes_of = lambda a, b: 4 * count * a * b
+    whole, low = bytes_of(short, long), bytes_of(r, long)
+    return s, t, _Sizes(whole, low, bytes_of(short, r), bytes_of(r, r))
+
+
+def _short_axes(x: Matrices) -> set[str]:
+    rows, columns = specs.axes_of(x.whole.sharding, x.whole.ndim)[-2:]
+    return {*(rows if x.whole.shape[-2] <= x.whole.shape[-1] else columns)}
+
+
+def _axes(sharding: Any, ndim: int) -> set[str]:
+    return {name for axes in specs.axes_of(sharding, ndim) for name in axes}

@@ -1,0 +1,16 @@
+"""TODO."""
+
+from nanochat_jax.lm.tracking.console import (
+    Display as Display,
+    clock as clock,
+    make_display as make_display,
+)
+from nanochat_jax.lm.tracking.jsonl import (
+    MetricsWriter as MetricsWriter,
+    read_metrics as read_metrics,
+)
+from nanochat_jax.lm.tracking.trackers import (
+    Sink as Sink,
+    TensorBoardSink as TensorBoardSink,
+    WandbSink as WandbSink,
+)

@@ -1,0 +1,95 @@
+"""The loop around the compiled step: what the host does between two steps."""
+
+import contextlib
+import functools
+from collections.abc import Callable, Sequence
+
+import jax
+
+from nanochat_jax.config import Config
+from nanochat_jax.lm.checkpoints import Checkpoints
+from nanochat_jax.lm.tracking import Display, Sink
+from nanochat_jax.lm.training import guard
+from nanochat_jax.lm.training.device_batches import feed
+from nanochat_jax.lm.training.optimizer_share import OptimizerShare
+from nanochat_jax.lm.training.profiler import StepProfiler
+from nanochat_jax.lm.training.reporter import Reporter, Sample, due
+from nanochat_jax.lm.training.run import Run
+from nanochat_jax.lm.training.step import TrainState
+
+
+def fit(
+    run: Run,
+    state: TrainState,
+    train_step: jax.stages.Compiled,
+    *,
+    low_rank_step: jax.stages.Compiled | None = None,
+    display: Display,
+    sinks: Sequence[Sink] = (),
+    checkpoints: Checkpoints | None = None,
+    sample: Sample | None = None,
+    profiler: StepProfiler | None = None,
+    share: OptimizerShare | None = None,
+    stop: Callable[[int], bool] = lambda step: False,
+) -> TrainState:
+    """Trains from `state` to the last step of the run, or until it is to stop.
+
+    Args:
+      run: What to train.
+      state: Where to begin; it is donated.
+      train_step: The compiled step, from `compile_train_step`.
+      low_rank_step: The step for when no basis changes, from `compile_low_rank_step`.
+      display: Where progress is shown.
+      sinks: Where metrics are written.
+      checkpoints: Where states are saved, if anywhere.
+      sample: Returns text for parameters and step, shown every `sample_interval` steps.
+      profiler: What traces some of the steps.
+      share: What times the optimizer, at the first steps whose metrics are logged.
+      stop: Asked after each step, with the steps done, whether to save and stop there.
+
+    Returns:
+      The state after the last step.
+
+    Raises:
+      FloatingPointError: If `max_skipped_steps` in a row were skipped, or a validation
+        loss is not finite. No checkpoint of that step is left.
+    """
+    config, first = run.config, int(state.step)
+    reporter = Reporter(run, first, display, sinks, sample, share)
+    if first == 0:
+        reporter.start(state.params)
+    skipped, previous = int(state.guard.skipped), None
+    with contextlib.closing(feed(run, first, config.total_steps)) as batches:
+        for step, batch in batches:
+            if profiler:
+                profiler.at(step)
+            take_step = train_step
+            if low_rank_step and not changes_bases(config, state, step, skipped):
+                take_step = low_rank_step
+            if share and share.wanted and due(step + 1, config.log_interval):
+                take_step = functools.partial(share.take, take_step)
+            state, values = take_step(state, batch)
+            if previous:
+                # One step stays in flight while the host looks at the one before.
+                skipped = guard.check(previous, step, config.max_skipped_steps)
+            previous, done = values, step + 1
+            reporter.step(done, state.params, values)
+            stopping = stop(done) or done == config.total_steps
+            if checkpoints and (stopping or due(done, config.checkpoint_interval)):
+                checkpoints.save(done, state, run.meta)
+            if stopping:
+                break
+    if previous:
+        guard.check(previous, int(state.step), config.max_skipped_steps)
+    return state
+
+
+def changes_bases(config: Config, state: TrainState, step: int, skipped: int) -> bool:
+    """Returns whether GaLore, which counts the steps taken, changes its bases on one.
+
+    Whether the step before, still in flight, is among the `skipped` is waited for only
+    if the answer hangs on it.
+    """
+    if (step - skipped) % config.galore_update_freq > 1:
+        return False
+    return (step - int(state.guard.skipped)) % config.galore_update_freq == 0

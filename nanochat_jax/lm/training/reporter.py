@@ -1,0 +1,135 @@
+"""What a run tells of itself: metrics, evaluations, its speed, and samples of text."""
+
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from nanochat_jax.lm.model import Params, count_flops_per_token
+from nanochat_jax.lm.runtime import utilization
+from nanochat_jax.lm.tracking import Display, Sink
+from nanochat_jax.lm.training.evaluation import Evaluator
+from nanochat_jax.lm.training.optimizer_share import OptimizerShare
+from nanochat_jax.lm.training.run import Run
+from nanochat_jax.optimizer import schedule
+
+Sample = Callable[[Params, int], str]
+"""Parameters and steps done, to text."""
+
+
+class Reporter:
+    """Tells display and sinks of a run, at the intervals that its settings give."""
+
+    def __init__(
+        self,
+        run: Run,
+        step: int,
+        display: Display,
+        sinks: Sequence[Sink] = (),
+        sample: Sample | None = None,
+        share: OptimizerShare | None = None,
+    ):
+        """Starts the clock.
+
+        Args:
+          run: The run.
+          step: Steps done before.
+          display: Where metrics and samples are shown.
+          sinks: Where metrics are written.
+          sample: Returns text from the model, if there is to be any.
+          share: What measures the optimizer's share of a step, if it is to be known.
+        """
+        self._config = run.config
+        self._devices = (
+            jax.devices()[:1] if run.mesh is None else [*run.mesh.devices.flat]
+        )
+        self._display, self._sinks = display, sinks
+        self._sample, self._share = sample, share
+        self._evaluate = Evaluator(run)
+        self._rate = schedule(run.config, run.config.lr)
+        self._flops = count_flops_per_token(run.config, run.config.sequence)
+        self._started = time.perf_counter()
+        self._measure_from(step)
+
+    def start(self, params: Params) -> None:
+        """Reports the loss before the first step."""
+        self._report(0, self._evaluate(params))
+        self._measure_from(0)
+
+    def step(self, done: int, params: Params, values: Mapping[str, Any]) -> None:
+        """Reports what is due after a step. Only if anything is, it is waited for.
+
+        Args:
+          done: Steps done.
+          params: Parameters after it.
+          values: What it returned.
+
+        Raises:
+          FloatingPointError: If the validation loss is not finite.
+        """
+        config, last = self._config, done == self._config.total_steps
+        self._display.update(done)
+        line: dict[str, Any] = {}
+        if last or due(done, config.log_interval):
+            line |= self._measure(done, values)
+        if last or due(done, config.eval_interval):
+            line |= self._evaluate(params)
+        if line:
+            self._report(done, line)
+        sample_due = due(done, config.sample_interval) and not last
+        if self._sample and sample_due:
+            text = self._sample(params, done)
+            self._display.print(f"\nA sample after step {done}:\n{text}\n")
+        if line or sample_due:
+            self._measure_from(done)
+
+    def _measure(self, done: int, values: Mapping[str, Any]) -> dict[str, Any]:
+        """Returns the metrics of a step, and the speed since the last report."""
+        config = self._config
+        loss, skipped = float(values["loss"]), int(values["skipped"])
+        now, (since, started) = time.perf_counter(), self._from
+        tokens = (done - since) * config.tokens_per_step
+        speed = tokens / (now - self._aside - started)
+        devices = self._devices
+        return {
+            "loss": loss,
+            # The optimizer does not count steps that were skipped.
+            "lr": float(jnp.asarray(self._rate(done - 1 - skipped))),
+            "grad_norm": float(values["grad_norm"]),
+            "skipped": skipped or None,
+            "tokens_per_s": speed,
+            "mfu": utilization.mfu(speed, self._flops, devices, config.compute_dtype),
+            "optimizer_share": self._share and self._share.median,
+            "memory_bytes": utilization.memory_in_use(),
+            "elapsed_s": now - self._started,
+        }
+
+    def _report(self, done: int, values: Mapping[str, Any]) -> None:
+        """Hands metrics to the display and to every sink, and looks at the loss."""
+        line = {"step": done, "tokens": done * self._config.tokens_per_step, **values}
+        self._display.log(line)
+        for sink in self._sinks:
+            sink.write(line)
+        if not math.isfinite(values.get("val_loss", 0.0)):
+            raise FloatingPointError(
+                f"step {done}: the validation loss is {values['val_loss']}: parameters "
+                "are out of bounds. Resume from an earlier checkpoint with a lower "
+                "`lr` or `fallback_lr`."
+            )
+
+    def _measure_from(self, done: int) -> None:
+        """Starts to measure speed anew: what was done meanwhile is no training."""
+        self._from = done, time.perf_counter() - self._aside
+
+    @property
+    def _aside(self) -> float:
+        """Seconds that were spent on measuring the optimizer."""
+        return self._share.seconds if self._share else 0.0
+
+
+def due(step: int, interval: int) -> bool:
+    """Returns whether something done every `interval` steps, if any, is due."""
+    return interval > 0 and step % interval == 0

@@ -1,0 +1,129 @@
+"""What a run is made of before it trains: settings, data, model and optimizer."""
+
+import dataclasses
+import hashlib
+import json
+from typing import Any
+
+import jax
+import numpy as np
+import optax
+from flax import nnx
+
+from nanochat_jax.config import Config
+from nanochat_jax.lm.data import Batches, Corpus, Tokenizer, load_corpus, load_tokenizer
+from nanochat_jax.lm.model import (
+    activation_sharding,
+    build_optimizer,
+    gpt,
+    param_sharding,
+)
+from nanochat_jax.lm.runtime import machine
+
+FORMAT = 1
+"""Layout of a checkpoint's state and record; one that has another is not read."""
+
+PACKAGES = ("jax", "flax", "optax", "orbax-checkpoint", "nanochat-jax")
+"""Packages whose versions a checkpoint records."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """What a run is made of, before anything is trained.
+
+    Attributes:
+      config: Its settings.
+      graphdef: Structure of the model.
+      params: Shapes and types of the parameters, and where they are on a mesh.
+      tx: The optimizer.
+      tokenizer: Text to ids and back.
+      corpus: Tokens to train and validate on.
+    """
+
+    config: Config
+    graphdef: nnx.GraphDef[gpt.GPT]
+    params: gpt.Params
+    tx: optax.GradientTransformationExtraArgs
+    tokenizer: Tokenizer
+    corpus: Corpus
+
+    @property
+    def mesh(self) -> jax.sharding.Mesh | None:
+        """The mesh that parameters, state and batches are on, if there is one."""
+        sharding = jax.tree.leaves(self.params)[0].sharding
+        return sharding and sharding.mesh
+
+    @property
+    def meta(self) -> dict[str, Any]:
+        """What a checkpoint records of the run it is of.
+
+        A run that resumes must agree with `format`, and with `config`, `data` and
+        `tokenizer` as `resume` says. The others are there to be looked at: `variant`,
+        and `config_hash`, SHA-256 of the settings as JSON with sorted keys, follow from
+        `config`; `versions` are those of the packages.
+        """
+        config = dataclasses.asdict(self.config)
+        text = json.dumps(config, sort_keys=True)
+        return {
+            "format": FORMAT,
+            "config": config,
+            "config_hash": hashlib.sha256(text.encode()).hexdigest(),
+            "variant": self.config.variant,
+            "data": self.corpus.fingerprint,
+            "tokenizer": self.corpus.tokenizer or self.tokenizer.fingerprint,
+            "versions": machine.versions(PACKAGES),
+        }
+
+
+def prepare(config: Config, epochs: int | None = None) -> Run:
+    """Loads the data and builds model and optimizer; allocates no parameters.
+
+    Args:
+      config: Settings of the run.
+      epochs: Times to go through the data, in place of `config.total_steps`.
+
+    Returns:
+      The run.
+
+    Raises:
+      ValueError: If data or settings are not usable.
+    """
+    tokenizer = load_tokenizer(config.tokenizer)
+    corpus = load_corpus(
+        config.dataset,
+        config.data_path,
+        tokenizer=tokenizer,
+        vocab_size=config.vocab_size,
+        seed=config.seed,
+        seq_len=config.sequence,
+        token_dtype=config.token_dtype,
+    )
+    if epochs is not None:
+        total = epochs * train_batches(config, corpus).steps_per_epoch
+        config = dataclasses.replace(config, total_steps=total)
+    graphdef, params = gpt.abstract_model(config)
+    if config.mesh or jax.process_count() > 1:
+        devices = param_sharding.make_mesh(config.mesh)
+        activation_sharding.check_batch(devices, config.batch_size)
+        params = param_sharding.place(params, devices, config)
+    tx = build_optimizer(config, params)
+    return Run(config, graphdef, params, tx, tokenizer, corpus)
+
+
+def train_batches(
+    config: Config, corpus: Corpus, rows: np.ndarray | None = None
+) -> Batches:
+    """Returns the batches of a run, all microbatches of a step together.
+
+    Args:
+      config: Settings of the run.
+      corpus: Its data.
+      rows: As for `Batches`.
+    """
+    return Batches(
+        corpus.train,
+        batch_size=config.grad_accum_steps * config.batch_size,
+        seq_len=config.sequence,
+        seed=config.seed,
+        rows=rows,
+    )

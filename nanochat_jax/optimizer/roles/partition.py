@@ -1,0 +1,146 @@
+"""Give each parameter to the optimizer of its role, matrices as matrices."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.tree_util import KeyPath, keystr
+
+from nanochat_jax.interop import as_arrays
+from nanochat_jax.optimizer.roles.settle import Role
+from nanochat_jax.transforms import record, require_state, seen_by, sequence
+
+Roles = Mapping[str, Role]
+
+
+def partition_by_role(
+    optimizers: Mapping[str, optax.GradientTransformation],
+    settle: Callable[[optax.Params], Roles],
+    around: Callable[
+        [optax.GradientTransformation], optax.GradientTransformation
+    ] = lambda tx: tx,
+    notes: Callable[[], Mapping[str, Any]] = dict,
+) -> optax.GradientTransformationExtraArgs:
+    """Gives each parameter to the optimizer of its role.
+
+    Matrices are seen as such, by `as_matrices`, one group of equal shapes after
+    another. Frozen parameters, and leaves that are no arrays, have no state and no
+    update: zeros where there is a gradient. `flax.nnx` variables are taken as the
+    arrays they hold.
+
+    Args:
+      optimizers: Optimizers by label: `"matrix"`, `"embedding"`, `"head"`, `"vector"`.
+      settle: Function from parameters to the role of each, by path.
+      around: What to put around the partition, such as clipping by the norm of all
+        gradients but those of frozen parameters.
+      notes: Function to what is told of the optimizers, by label, for `describe`.
+
+    Returns:
+      A transformation, from gradients to updates.
+
+    Raises:
+      ValueError: At `update`, if a parameter that is not frozen has no gradient.
+    """
+
+    def parts(tree: Any, roles: Roles) -> optax.GradientTransformationExtraArgs:
+        trained = {k: role.label for k, role in roles.items() if not _is_frozen(role)}
+        # Labels of leaves that `sequence` has left out too, for the state has these.
+        labels = jax.tree.map_with_path(
+            lambda path, _: trained.get(keystr(path)), tree, is_leaf=lambda x: x is None
+        )
+        matrices = _as_matrices(optimizers["matrix"], roles)
+        # A tree that is an Equinox module can be called, and `partition` would do so.
+        by_label = _checked(
+            optax.partition({**optimizers, "matrix": matrices}, lambda _: labels)
+        )
+        return optax.with_extra_args_support(around(by_label))
+
+    def init_fn(params: optax.Params) -> optax.OptState:
+        params = as_arrays(params)
+        roles = settle(params)
+        if record.is_recording():
+            record.tell(roles=roles, optimizers=notes())
+        trained = _without_frozen(params, roles)
+        return parts(trained, roles).init(trained)
+
+    def update_fn(
+        updates: optax.Updates,
+        state: optax.OptState,
+        params: optax.Params | None = None,
+        **extra_args: Any,
+    ) -> tuple[optax.Updates, optax.OptState]:
+        grads, params = as_arrays(updates), as_arrays(params)
+        roles = settle(grads if params is None else params)
+        trained = _without_frozen(grads, roles)
+        if params is not None:
+            params = _without_frozen(params, roles)
+            _require_gradients(trained, params)
+        new, state = parts(trained, roles).update(trained, state, params, **extra_args)
+        return _with_frozen(updates, grads, new), state
+
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def _checked(
+    by_label: optax.GradientTransformationExtraArgs,
+) -> optax.GradientTransformationExtraArgs:
+    """Returns a partition that refuses a state restored as plain dicts by name."""
+
+    def update_fn(
+        updates: optax.Updates,
+        state: optax.OptState,
+        params: optax.Params | None = None,
+        **extra_args: Any,
+    ) -> tuple[optax.Updates, optax.OptState]:
+        require_state(state, optax.PartitionState, "muon")
+        return by_label.update(updates, state, params, **extra_args)
+
+    return optax.GradientTransformationExtraArgs(by_label.init, update_fn)
+
+
+def _as_matrices(
+    inner: optax.GradientTransformation, roles: Roles
+) -> optax.GradientTransformationExtraArgs:
+    # Groups first, so that only the leaves of one are turned round at a time.
+    return sequence(seen_by(inner, lambda path, shape: roles[keystr(path)].axes))
+
+
+def _without_frozen(tree: Any, roles: Roles) -> Any:
+    """Returns a tree with `None`, an absent leaf, for what is frozen."""
+
+    def keep(path: KeyPath, x: Any) -> Any:
+        return None if _is_frozen(roles[keystr(path)]) else x
+
+    return jax.tree.map_with_path(keep, tree)
+
+
+def _is_frozen(role: Role) -> bool:
+    return role.label == "frozen"
+
+
+def _with_frozen(updates: Any, grads: Any, new: Any) -> Any:
+    """Returns new updates in the tree of the old ones, zeros for what is frozen."""
+    found = {keystr(path): x for path, x in jax.tree.leaves_with_path(new)}
+    leaves = [
+        found[keystr(path)] if keystr(path) in found else _unchanged(g)
+        for path, g in jax.tree.leaves_with_path(grads)
+    ]
+    return jax.tree.structure(updates).unflatten(leaves)
+
+
+def _unchanged(grad: Any) -> Any:
+    """Returns the update of a frozen leaf."""
+    is_float = hasattr(grad, "dtype") and jnp.issubdtype(grad.dtype, jnp.inexact)
+    return jnp.zeros_like(grad) if is_float else grad
+
+
+def _require_gradients(grads: Any, params: Any) -> None:
+    paths = lambda tree: {keystr(path) for path, _ in jax.tree.leaves_with_path(tree)}
+    missing = sorted(paths(params) - paths(grads))
+    if missing:
+        raise ValueError(
+            "these parameters have no gradient:\n  " + "\n  ".join(missing) + "\nLabel "
+            'them "frozen", or leave them out of the parameters at `init` too.'
+        )

@@ -1,0 +1,206 @@
+"""Run a transform on leaves of any shape, seen as matrices."""
+
+from collections.abc import Callable, Collection, Mapping
+from typing import Any
+
+import jax
+import optax
+from jax.tree_util import KeyPath, keystr
+from jaxtyping import Array
+
+from nanochat_jax.transforms import record
+from nanochat_jax.transforms.axes import MatrixAxes, ResolvedAxes, as_axes
+from nanochat_jax.transforms.sharding import placement
+
+AxesRule = Callable[[str, tuple[int, ...]], MatrixAxes | None]
+"""A function from path, such as `"block/query/kernel"`, and shape to axes."""
+
+PathRule = Callable[[KeyPath, tuple[int, ...]], MatrixAxes | None]
+"""The same, of the path as JAX has it."""
+
+
+def as_matrices(
+    inner: optax.GradientTransformation, axes: Any
+) -> optax.GradientTransformationExtraArgs:
+    """Runs `inner` on leaves seen as matrices, `[*batch, fan_in, fan_out]`.
+
+    Muon, GaLore and the shape factors act on the last two axes of a leaf. A kernel of
+    attention, `[features, heads, head_dim]`, is one matrix of `features` by `heads *
+    head_dim` in three axes; a kernel `[out, in]` is one turned round. Here both are
+    given to `inner` as the matrices they are, at `init` and at `update`, parameters
+    too; updates come back in the shape of the leaf. The state is that of `inner`, in
+    the shapes of the view, so that a basis has the rank it should and blocks of codes
+    run along the right axis.
+
+    Merging neighbouring axes costs nothing; axes in another order are transposed. A
+    merged axis is sharded as the first of its parts.
+
+    Example:
+      >>> params = {"query": jnp.ones((64, 4, 16)), "out": jnp.ones((4, 16, 64))}
+      >>> axes = {"query": MatrixAxes(0, (1, 2)), "out": MatrixAxes((0, 1), 2)}
+      >>> tx = as_matrices(optax.chain(momentum(), orthogonalize()), axes)
+      >>> state = tx.init(params)
+      >>> state[0].momentum["query"].shape, state[0].momentum["out"].shape
+      ((64, 64), (64, 64))
+      >>> updates, state = tx.update(params, state, params)
+      >>> updates["query"].shape
+      (64, 4, 16)
+
+    Args:
+      inner: Transform of matrices.
+      axes: The axes of each leaf: a tree like the parameters, or a prefix of it, of
+        `MatrixAxes`, `optax.contrib.MuonDimensionNumbers`, or `None` for leaves that
+        are `[*batch, fan_in, fan_out]` already; or a function of path and shape, `f(
+        "block/query/kernel", (64, 4, 16))`, that returns one of these.
+
+    Returns:
+      A transformation with the state of `inner`.
+
+    Raises:
+      TypeError: If `axes` holds something else.
+      ValueError: At `init` and `update`, if a leaf has no axes in the tree, or not
+        those that are named.
+    """
+    return seen_by(inner, axes_rule(axes))
+
+
+def seen_by(
+    inner: optax.GradientTransformation, rule: PathRule
+) -> optax.GradientTransformationExtraArgs:
+    """Runs `inner` on leaves seen as matrices, as `as_matrices` does.
+
+    Args:
+      inner: Transform of matrices.
+      rule: Axes of a leaf by its path and shape; `None` for a leaf as it is.
+    """
+    inner = optax.with_extra_args_support(inner)
+
+    def init_fn(params: optax.Params) -> optax.OptState:
+        views = resolve(rule, params)
+        record.tell(views=views)
+        return inner.init(_seen(views, params))
+
+    def update_fn(
+        updates: optax.Updates,
+        state: optax.OptState,
+        params: optax.Params | None = None,
+        **extra_args: Any,
+    ) -> tuple[optax.Updates, optax.OptState]:
+        views = resolve(rule, updates)
+        with placement.viewed(views):
+            new_updates, state = inner.update(
+                _seen(views, updates),
+                state,
+                None if params is None else _seen(views, params),
+                **extra_args,
+            )
+        return _map(views, ResolvedAxes.from_view, new_updates), state
+
+    return optax.GradientTransformationExtraArgs(
+        init_fn, placement.in_auto_mode(update_fn)
+    )
+
+
+def axes_rule(axes: Any) -> PathRule:
+    """Returns the axes of a leaf as a function of its path and shape.
+
+    Args:
+      axes: As for `as_matrices`.
+
+    Raises:
+      TypeError: If `axes` holds what is neither axes nor `None`.
+    """
+    if is_function(axes):
+        rule: Any = axes
+
+        def by_rule(path: KeyPath, shape: tuple[int, ...]) -> MatrixAxes | None:
+            given = rule(keystr(path, simple=True, separator="/"), shape)
+            return None if given is None else as_axes(given)
+
+        return by_rule
+    table = {
+        keystr(path): None if node is None else as_axes(node)
+        for path, node in jax.tree.leaves_with_path(axes, is_leaf=is_axes)
+    }
+
+    def by_tree(path: KeyPath, shape: tuple[int, ...]) -> MatrixAxes | None:
+        del shape
+        name = nearest(table, path)
+        if name is None:
+            raise ValueError(
+                f"`axes` has no entry for the leaf {keystr(path)}; it has "
+                f"{sorted(table)}. Add one, or give a function of path and shape."
+            )
+        return table[name]
+
+    return by_tree
+
+
+def nearest(names: Collection[str], path: KeyPath) -> str | None:
+    """Returns which entry of a prefix tree a leaf belongs to, if to any.
+
+    Args:
+      names: Paths of the entries, as `keystr` has them.
+      path: Path of the leaf.
+    """
+    above = (keystr(path[:i]) for i in range(len(path), -1, -1))
+    return next((name for name in above if name in names), None)
+
+
+def is_function(given: Any) -> bool:
+    """Returns whether what is given for a tree is a function.
+
+    A tree that is an Equinox module can be called too.
+    """
+    return callable(given) and jax.tree_util.all_leaves([given], is_leaf=is_axes)
+
+
+def resolve(rule: PathRule, tree: Any) -> dict[str, ResolvedAxes]:
+    """Returns the view of each leaf that is not seen as it is, by path.
+
+    Args:
+      rule: Axes by path and shape.
+      tree: Arrays, or their shapes.
+
+    Raises:
+      ValueError: If leaves have not the axes that are named; with all of them.
+    """
+    views, wrong = {}, []
+    for path, x in jax.tree.leaves_with_path(tree):
+        axes = rule(path, x.shape)
+        if axes is None:
+            continue
+        try:
+            view = axes.resolve(x.shape)
+        except ValueError as error:
+            wrong.append(f"  {keystr(path)} of shape {x.shape}: {error}")
+            continue
+        if not view.is_identity:
+            views[keystr(path)] = view
+    if wrong:
+        raise ValueError("these leaves have not the axes given:\n" + "\n".join(wrong))
+    return views
+
+
+def _seen(views: Mapping[str, ResolvedAxes], tree: Any) -> Any:
+    """Returns a tree of leaves as matrices."""
+    return _map(views, placement.seen_as, tree)
+
+
+def _map(
+    views: Mapping[str, ResolvedAxes],
+    f: Callable[[ResolvedAxes, Array], Array],
+    tree: Any,
+) -> Any:
+    def apply(path: KeyPath, x: Array) -> Array:
+        view = views.get(keystr(path))
+        return x if view is None else f(view, x)
+
+    return jax.tree.map_with_path(apply, tree)
+
+
+def is_axes(node: Any) -> bool:
+    """Returns whether a node stands for axes, or for none, in a tree of them."""
+    return (
+        node is None or isinstance(node, MatrixAxes) or hasattr(node, "reduction_axis")
+    )

@@ -1,0 +1,175 @@
+"""Orthogonalised updates: the step that makes momentum into Muon."""
+
+import functools
+import math
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import NamedSharding
+from jaxtyping import Array
+
+from nanochat_jax.numerics import (
+    QUINTIC,
+    Form,
+    Polynomials,
+    newton_schulz,
+    resolve_form,
+)
+from nanochat_jax.transforms import checks, precision
+from nanochat_jax.transforms.scheduling import (
+    by_rows,
+    group_by_shape,
+    group_bytes,
+    piece_bytes,
+)
+from nanochat_jax.transforms.sharding import placement, whole_matrices
+
+ShapeScale = Literal["width", "rms", "none"]
+
+
+def orthogonalize(
+    polynomials: Polynomials = QUINTIC,
+    *,
+    dtype: str = "float32",
+    form: Form = "auto",
+    max_bytes: int | None = None,
+    max_matrix_bytes: int = 1 << 30,
+) -> optax.GradientTransformation:
+    """Replaces each matrix of the updates by the nearest semi-orthogonal one.
+
+    The last two axes are the matrix; the axes before them are a batch. Leaves of one
+    shape are stacked, and iterated on a few matrices at a time in a loop, which is
+    compiled once for the stack. Stateless, so Muon is
+    `optax.chain(momentum(), orthogonalize(), scale_by_shape("width"), ...)`.
+
+    Where it is known how the parameters are sharded, on a mesh of Explicit axes or
+    under `distribute`, each device iterates on some whole matrices of a stack: one
+    all-to-all brings them there and one takes the results back, in bfloat16 if that is
+    the type of the iteration, and nothing is sent in between.
+
+    Example:
+      >>> tx = orthogonalize(POLYNOMIALS["polar_express_5"], dtype="bfloat16")
+      >>> params = {"a": jnp.ones((8, 16)), "b": jnp.ones((8, 16))}
+      >>> updates, _ = tx.update(params, tx.init(params))
+
+    Args:
+      polynomials: Newton-Schulz polynomials, one for each step.
+      dtype: Type of the iteration; the updates keep theirs.
+      form: Form of the iteration; see `newton_schulz`.
+      max_bytes: Most float32 bytes of the matrices iterated on at a time; a larger
+        matrix is alone. A stack is as large as that and as what `sequence` takes
+        together. By default it is half of the latter on a processor, which is no faster
+        on more, and all of it elsewhere. On several devices it is for each of them.
+      max_matrix_bytes: Most float32 bytes of a sharded matrix that one device is given
+        whole. All devices iterate on a larger one together, each on some of its
+        columns, and add up a Gram matrix in each step.
+
+    Returns:
+      A stateless transformation.
+
+    Raises:
+      ValueError: If `form` is not safe in `dtype`; at `update`, if a leaf has fewer
+        than two axes.
+    """
+    resolve_form((1, 1), dtype, form)
+    iterate = functools.partial(
+        newton_schulz, polynomials=polynomials, dtype=dtype, form=form
+    )
+
+    def most() -> int:
+        return piece_bytes() if max_bytes is None else max_bytes
+
+    def iterate_in_parts(stack: Array) -> Array:
+        return by_rows(iterate, stack, max_bytes=most())
+
+    def iterate_together(
+        leaves: Sequence[Array], sharding: NamedSharding | None
+    ) -> Sequence[Array]:
+        if not leaves[0].size:
+            return leaves
+        if sharding is None or sharding.mesh.size == 1:
+            stack = jnp.stack(leaves)
+            done = iterate_in_parts(stack.reshape(-1, *stack.shape[-2:]))
+            return list(done.reshape(stack.shape))
+        if 4 * math.prod(leaves[0].shape[-2:]) > max_matrix_bytes:
+            work = lambda x, names: iterate(x, axis_name=names)
+            return [whole_matrices.in_columns(work, x, sharding) for x in leaves]
+        sent = dtype if dtype == "bfloat16" else leaves[0].dtype
+        return whole_matrices.share_out(iterate_in_parts, leaves, sharding, sent)
+
+    def update_fn(
+        updates: optax.Updates, state: Any, params: optax.Params | None = None
+    ) -> tuple[optax.Updates, Any]:
+        del params
+        _require_matrices(updates, "orthogonalize")
+        flat, treedef = jax.tree.flatten_with_path(precision.inexact(updates))
+        leaves, places = [x for _, x in flat], [placement.of(*leaf) for leaf in flat]
+        devices, stack_bytes = placement.device_count(), group_bytes()
+        for group in group_by_shape(leaves, max(most(), stack_bytes), places, devices):
+            done = iterate_together([leaves[i] for i in group], places[group[0]])
+            for i, x in zip(group, done, strict=True):
+                leaves[i] = x
+        return treedef.unflatten(leaves), state
+
+    return optax.GradientTransformation(
+        optax.init_empty_state, placement.in_auto_mode(update_fn)
+    )
+
+
+def scale_by_shape(mode: ShapeScale = "width") -> optax.GradientTransformation:
+    """Scales each matrix of the updates by a function of its shape.
+
+    Kernels are `[..., fan_in, fan_out]`, as in Flax:
+
+      * `"width"`: `√max(1, fan_out / fan_in)` (Jordan 2024);
+      * `"rms"`: `0.2 √max(fan_in, fan_out)`, the root mean square of an AdamW update
+        (Liu et al. 2025, "Muon is scalable for LLM training", section 2.2);
+      * `"none"`: 1.
+
+    It depends on the parameter's own shape, so it belongs outside `galore`.
+
+    Args:
+      mode: One of the above.
+
+    Returns:
+      A stateless transformation.
+
+    Raises:
+      ValueError: If `mode` is none of the above; at `update`, if a leaf has fewer than
+        two axes.
+    """
+    rules = {
+        "width": lambda fan_in, fan_out: math.sqrt(max(1.0, fan_out / max(fan_in, 1))),
+        "rms": lambda fan_in, fan_out: 0.2 * math.sqrt(max(fan_in, fan_out)),
+        "none": lambda fan_in, fan_out: 1.0,
+    }
+    if mode not in rules:
+        raise ValueError(f"`mode` must be one of {list(rules)}, got {mode!r}.")
+
+    def update_fn(
+        updates: optax.Updates, params: optax.Params | None = None
+    ) -> optax.Updates:
+        del params
+        _require_matrices(updates, "scale_by_shape")
+        scale = lambda x: x * rules[mode](*x.shape[-2:])
+        return jax.tree.map(scale, precision.inexact(updates))
+
+    return optax.stateless(update_fn)
+
+
+def _require_matrices(updates: optax.Updates, who: str) -> None:
+    checks.require_real(updates, who)
+    found = [
+        f"  {jax.tree_util.keystr(path)} has shape {x.shape}"
+        for path, x in jax.tree.leaves_with_path(updates)
+        if x.ndim < 2
+    ]
+    if found:
+        raise ValueError(
+            f"`{who}` needs leaves of two or more axes, but\n"
+            + "\n".join(found)
+            + "\nSend them to another transform with `optax.partition`."
+        )

@@ -1,0 +1,124 @@
+"""Work on a few rows of an array at a time, to bound the temporaries of a large one."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from jax import lax
+from jax.tree_util import keystr
+from jaxtyping import Array
+
+from nanochat_jax.transforms.scheduling.barrier import Step, in_turn, layouts
+from nanochat_jax.transforms.sharding import from_bits, to_bits
+from nanochat_jax.transforms.state_paths import locate
+from nanochat_jax.transforms.stored import is_quantized
+
+
+def by_rows(work: Callable[[Array], Array], x: Array, max_bytes: int) -> Array:
+    """Returns `work(x)`, worked out a few rows at a time.
+
+    The temporaries of `work` are those of these rows alone.
+
+    Args:
+      work: Function that treats each row, each entry of the first axis, by itself, and
+        keeps shape and type.
+      x: `[n, *row]`.
+      max_bytes: Most bytes of the rows at a time, counted in float32.
+    """
+    rows = _rows_at_a_time(x, max_bytes)
+    if rows == len(x):
+        return work(x)
+
+    def write(start: Array | int, count: int, bits: Array) -> Array:
+        part = from_bits(lax.dynamic_slice_in_dim(bits, start, count), x.dtype)
+        # A read fused with the write over it would cost a copy of the whole.
+        part = work(lax.optimization_barrier(part))
+        return lax.dynamic_update_slice_in_dim(bits, to_bits(part), start, 0)
+
+    return from_bits(_in_pieces(write, len(x), rows, to_bits(x)), x.dtype)
+
+
+def update_by_rows(
+    step: Step, updates: Any, state: Any, params: Any, max_bytes: int
+) -> tuple[Any, Any]:
+    """Returns `step(updates, state, params)`, worked out a few rows at a time.
+
+    Rows are entries of the first axis. They are written over those they came from, so
+    that nothing of full size is added to updates and state.
+
+    Args:
+      step: The `update` of a transform that treats each row by itself.
+      updates: A tree with one leaf, `[n, *row]`.
+      state: Its state; arrays that belong to the leaf have `n` rows too.
+      params: A tree like `updates`, or `None`.
+      max_bytes: Most bytes of the rows at a time, counted in float32.
+
+    Returns:
+      Updates and state.
+    """
+    [leaf] = jax.tree.leaves(updates)
+    rows = _rows_at_a_time(leaf, max_bytes) if leaf.ndim > 1 else 0
+    if not 0 < rows < leaf.shape[0] or not _keeps_layout(step, updates, state, params):
+        return step(updates, state, params)
+    before, treedef = jax.tree.flatten((updates, state, params))
+    owned = _owned((updates, state, params), updates)
+    written = jax.tree.structure((updates, state))
+
+    def work(start: Array | int, count: int, done: list[Array]) -> list[Array]:
+        # Counts are taken from before the first rows: in `done` they have moved on.
+        inputs = [
+            from_bits(lax.dynamic_slice_in_dim(x, start, count), old.dtype)
+            if mine
+            else old
+            for x, old, mine in zip([*done, *params_bits], before, owned, strict=True)
+        ]
+        # A read fused with the write over it would cost a copy of the whole leaf.
+        part = lax.optimization_barrier(in_turn(step, treedef.unflatten(inputs))[0])
+        return [
+            lax.dynamic_update_slice_in_dim(x, to_bits(new), start, 0) if mine else new
+            for x, new, mine in zip(done, jax.tree.leaves(part), owned, strict=False)
+        ]
+
+    whole = [to_bits(x) for x in before]
+    done, params_bits = whole[: written.num_leaves], whole[written.num_leaves :]
+    done = _in_pieces(work, leaf.shape[0], rows, done)
+    return written.unflatten(
+        from_bits(x, old.dtype) for x, old in zip(done, before, strict=False)
+    )
+
+
+def _rows_at_a_time(x: Array, max_bytes: int) -> int:
+    """Returns how many rows to work on at a time: those that fit.
+
+    Fewer, down to half, if they divide all rows: a rest is compiled apart.
+    """
+    fitting = max(1, max_bytes * len(x) // (4 * max(x.size, 1)))
+    if fitting >= len(x):
+        return len(x)
+    dividing = max(i for i in range(1, fitting + 1) if len(x) % i == 0)
+    return dividing if 2 * dividing >= fitting else fitting
+
+
+def _in_pieces(
+    write: Callable[[Array | int, int, Any], Any], size: int, rows: int, done: Any
+) -> Any:
+    """Returns `done` after `write(start, count, done)` for each few of `size` rows."""
+    pieces, rest = divmod(size, rows)
+    done = lax.fori_loop(0, pieces, lambda i, done: write(i * rows, rows, done), done)
+    return write(pieces * rows, rest, done) if rest else done
+
+
+def _keeps_layout(step: Step, updates: Any, state: Any, params: Any) -> bool:
+    """Returns whether rows can be written over those they come from."""
+    results = jax.eval_shape(step, updates, state, params)[0]
+    return layouts(results) == layouts(updates)
+
+
+def _owned(tree: Any, updates: Any) -> list[bool]:
+    """Returns which arrays of a tree belong to the one leaf of the updates."""
+    places = locate(tree, updates)
+    return [
+        places[keystr(path)].name is not None and x.ndim > 0
+        for path, node in jax.tree.leaves_with_path(tree, is_leaf=is_quantized)
+        for x in jax.tree.leaves(node)
+    ]

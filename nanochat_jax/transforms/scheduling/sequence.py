@@ -1,0 +1,135 @@
+"""Run a transform on one group of leaves after another, to bound its temporaries."""
+
+import functools
+from typing import Any
+
+import jax
+import optax
+from jax.tree_util import keystr
+
+from nanochat_jax.transforms.scheduling.barrier import Step, in_turn
+from nanochat_jax.transforms.scheduling.groups import (
+    group_by_shape,
+    group_bytes,
+    piece_bytes,
+)
+from nanochat_jax.transforms.scheduling.rows import update_by_rows
+from nanochat_jax.transforms.sharding import placement, varying_axes
+from nanochat_jax.transforms.state_paths import locate
+from nanochat_jax.transforms.stored import is_quantized
+
+
+def sequence(
+    inner: optax.GradientTransformation,
+    *,
+    max_bytes: int | None = None,
+    core_ndim: int | None = None,
+) -> optax.GradientTransformationExtraArgs:
+    """Runs `inner` on groups of leaves of one shape, each after the one before.
+
+    A compiler is free to decode all momenta first and to orthogonalise them together,
+    and then holds a float32 copy of everything at once. Here a barrier keeps each
+    group from starting before the last has ended, so only one group's copies live at a
+    time. Updates and state are those of `inner`.
+
+    `inner` must treat each leaf by itself, as all but norms over whole trees do; what
+    does not, such as `optax.clip_by_global_norm`, belongs outside. Before JAX 0.11 the
+    order is kept by a loop, which reverse-mode differentiation does not pass.
+
+    Example:
+      >>> tx = sequence(optax.chain(momentum(), orthogonalize()))
+      >>> params = {"a": jnp.ones((8, 16)), "b": jnp.ones((8, 16))}
+      >>> updates, state = tx.update(params, tx.init(params))
+
+    Args:
+      inner: Transform to run.
+      max_bytes: Most bytes of a group, counted in float32; a larger leaf is a group of
+        its own. On several devices it is for each of them. By default 13 MiB on a
+        processor and 64 MiB elsewhere.
+      core_ndim: Number of last axes that `inner` treats together, if it treats what is
+        along the axes before by itself: 1 for elementwise transforms, also quantised, 2
+        for those of matrices. A larger leaf of more axes is then worked on a few
+        entries of its first axis at a time, by default on a processor half of what a
+        group takes; not if it is spread over devices.
+
+    Returns:
+      A transformation with the updates and the state of `inner`.
+
+    Raises:
+      ValueError: If `max_bytes` is less than 1.
+    """
+    if max_bytes is not None and max_bytes < 1:
+        raise ValueError(f"`max_bytes` must be at least 1, got {max_bytes}.")
+    inner = optax.with_extra_args_support(inner)
+
+    def update_fn(
+        updates: optax.Updates,
+        state: optax.OptState,
+        params: optax.Params | None = None,
+        **extra_args: Any,
+    ) -> tuple[optax.Updates, optax.OptState]:
+        flat, treedef = jax.tree.flatten_with_path(updates)
+        names, leaves = [keystr(path) for path, _ in flat], [x for _, x in flat]
+        most = group_bytes() if max_bytes is None else max_bytes
+        rows = piece_bytes() if max_bytes is None else max_bytes
+        groups = group_by_shape(leaves, most, devices=placement.device_count())
+        step = functools.partial(inner.update, **extra_args)
+        alone = placement.device_count() == 1 and not varying_axes(updates)
+        if core_ndim is not None and alone:
+            step = functools.partial(_by_rows, step, rows, core_ndim)
+        if len(groups) < 2:
+            return step(updates, state, params)
+        weights = None if params is None else treedef.flatten_up_to(params)
+        nodes, state_def = jax.tree.flatten(state, is_leaf=is_quantized)
+        owners = _owners(state, updates)
+        new_leaves, new_nodes = list(leaves), list(nodes)
+
+        def collect(result: tuple[optax.Updates, optax.OptState]) -> None:
+            _fill(new_leaves, treedef.flatten_up_to(result[0]))
+            _fill(new_nodes, state_def.flatten_up_to(result[1]))
+
+        result: Any = None
+        for group in groups:
+            mine = [i in group for i in range(len(leaves))]
+            chosen = {None, *(names[i] for i in group)}
+            inputs = (
+                treedef.unflatten(_only(leaves, mine)),
+                state_def.unflatten(_only(nodes, [o in chosen for o in owners])),
+                weights and treedef.unflatten(_only(weights, mine)),
+            )
+            new_result, result = in_turn(step, inputs, result)
+            if result is not None:
+                collect(result)
+            result = new_result
+        collect(result)
+        return treedef.unflatten(new_leaves), state_def.unflatten(new_nodes)
+
+    return optax.GradientTransformationExtraArgs(
+        inner.init, placement.in_auto_mode(update_fn)
+    )
+
+
+def _by_rows(
+    step: Step, max_bytes: int, core_ndim: int, *inputs: Any
+) -> tuple[Any, Any]:
+    """Returns `step(*inputs)`, a few rows at a time if there is but one leaf."""
+    leaves = jax.tree.leaves(inputs[0])
+    if len(leaves) != 1 or leaves[0].ndim <= core_ndim:
+        return step(*inputs)
+    return update_by_rows(step, *inputs, max_bytes=max_bytes)
+
+
+def _owners(state: optax.OptState, updates: optax.Updates) -> list[str | None]:
+    """Returns which parameter each node of `state` belongs to; `None` for counts."""
+    nodes = jax.tree.leaves_with_path(state, is_leaf=is_quantized)
+    places = locate(state, updates)
+    return [places[keystr(path)].name for path, _ in nodes]
+
+
+def _only(items: list[Any], keep: list[bool]) -> list[Any]:
+    """Returns `items` with `None`, an absent leaf, for those that are not kept."""
+    return [x if kept else None for x, kept in zip(items, keep, strict=True)]
+
+
+def _fill(items: list[Any], new: list[Any]) -> None:
+    items[:] = [old if x is None else x for old, x in zip(items, new, strict=True)]
