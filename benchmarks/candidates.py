@@ -1,11 +1,10 @@
 """Ways to store momentum in about 4 bits that `momentum_codecs.py` compares.
 
-Each is a function of a matrix and a key that returns the matrix as it would be read
-back. All but those of the library's codecs are experiments, most of which lost.
+Each is a function of a matrix and a key that returns the matrix as decoded. The codecs
+of the library are among them; the others are experiments, most of which lost.
 """
 
 import dataclasses
-import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -31,7 +30,7 @@ class Candidate(NamedTuple):
 
     Attributes:
       bits: Bits an entry takes, scales included, for a matrix of the given shape.
-      store: Returns the matrix that is read back.
+      store: Returns the matrix as decoded.
     """
 
     bits: float
@@ -100,13 +99,12 @@ def candidates(shape: tuple[int, int]) -> dict[str, Candidate]:
 def of_codec(codec: nj.Codec, shape: tuple[int, ...]) -> Candidate:
     def store(x, key):
         stored = codec.encode(x, key if codec.needs_key else None)
-        return codec.decode(stored, x.shape[-1])
+        return stored.decode()
 
     like = jax.ShapeDtypeStruct(shape, jnp.float32)
     key = jax.random.key(0) if codec.needs_key else None
     stored = jax.eval_shape(lambda x: codec.encode(x, key), like)
-    held = sum(leaf.size * leaf.dtype.itemsize for leaf in stored)
-    return Candidate(8 * held / math.prod(shape), store)
+    return Candidate(8 * stored.nbytes / stored.size, store)
 
 
 def _dynamic() -> Levels:
@@ -125,12 +123,12 @@ def _mu_law(mu: float) -> Levels:
 
 
 def _plain(codec: nj.Normal4, x):
-    return Blockwise.decode(codec, Blockwise.encode(codec, x), x.shape[-1])
+    return Blockwise.decode(codec, Blockwise.encode(codec, x))
 
 
 def _rotated(codec, x):
     stored = codec.encode(rotate(x, codec.block_size))
-    return rotate(codec.decode(stored, x.shape[-1]), codec.block_size, back=True)
+    return rotate(stored.decode(), codec.block_size, back=True)
 
 
 def _search(codec: nj.Normal4, x):
@@ -163,21 +161,21 @@ def _smaller_of_two_scales(x, tile):
 def _column_scaled(codec, x):
     scales = jnp.sqrt(jnp.mean(x**2, axis=0, keepdims=True)).astype(jnp.bfloat16)
     scales = jnp.where(scales > 0, scales, 1).astype(jnp.float32)
-    return codec.decode(codec.encode(x / scales), x.shape[-1]) * scales
+    return codec.encode(x / scales).decode() * scales
 
 
 def _low_rank(codec, x, rank):
-    """Keeps the leading directions in 8 bits and the rest in 4."""
+    """Keeps the leading directions in 8 bits and the complement in 4."""
     directions = jnp.linalg.eigh(x @ x.T)[1][:, -rank:]
     eight = nj.Int8()
-    left = eight.decode(eight.encode(directions.T), x.shape[0]).T
-    right = eight.decode(eight.encode(left.T @ x), x.shape[1])
-    return left @ right + codec.decode(codec.encode(x - left @ right), x.shape[1])
+    left = eight.encode(directions.T).decode().T
+    right = eight.encode(left.T @ x).decode()
+    return left @ right + codec.encode(x - left @ right).decode()
 
 
 def _with_error(codec, x):
-    stored = codec.decode(codec.encode(x), x.shape[-1])
-    return stored + codec.decode(codec.encode(x - stored), x.shape[-1])
+    stored = codec.encode(x).decode()
+    return stored + codec.encode(x - stored).decode()
 
 
 def _nearest(x, levels):

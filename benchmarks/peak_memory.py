@@ -32,7 +32,7 @@ import jax.numpy as jnp
 
 from nanochat_jax.config import Config
 from nanochat_jax.lm.planning import run_memory
-from nanochat_jax.lm.training import step as trainer
+from nanochat_jax.lm.training.step import compile_train_step, init_state
 
 VARIANTS = {
     "muon": {},
@@ -70,12 +70,12 @@ def measure(config, steps):
     """Returns what one run takes; to be called in a fresh process."""
     row = {"imports": Memory.now()}
     run = run_memory.abstract_run(config)
-    step = trainer.compile_train_step(run)
+    step = compile_train_step(run)
     planned = run_memory.plan_run(run, [step])
     row |= {"planned": planned._asdict(), "compiling": Memory.most()}
     Memory.forget()
     row["compiled"] = base = Memory.now()
-    state = jax.block_until_ready(trainer.init_state(run))
+    state = jax.block_until_ready(init_state(run))
     row["init"] = Memory.most() - base
     shape = (config.grad_accum_steps, config.batch_size, config.sequence + 1)
     Memory.forget()

@@ -27,7 +27,9 @@ def exact(x, rank):
     return jnp.linalg.svd(x, full_matrices=False)[0][:, :rank]
 
 
-randomised = jax.jit(range_basis, static_argnames=("rank", "power_steps", "aligned"))
+randomised = jax.jit(
+    range_basis, static_argnames=("rank", "power_iterations", "aligned")
+)
 
 
 def main():
@@ -47,7 +49,7 @@ def main():
         for steps, aligned in itertools.product((1, 2, 3), (False, True)):
             name = f"{steps} power steps" + (", aligned" if aligned else "")
             calls[name] = functools.partial(
-                randomised, x, rank, 1, power_steps=steps, aligned=aligned
+                randomised, x, rank, 1, power_iterations=steps, aligned=aligned
             )
         seconds = common.interleave(calls, args.repeats)
         best = float(np.sum(np.linalg.svd(x, compute_uv=False)[:rank] ** 2))

@@ -19,7 +19,8 @@ import optax
 from nanochat_jax import label_params
 from nanochat_jax.config import Config
 from nanochat_jax.lm.model import gpt
-from nanochat_jax.lm.training import run as setup, step as trainer
+from nanochat_jax.lm.training.run import Run
+from nanochat_jax.lm.training.step import compile_train_step, init_state
 from nanochat_jax.optimizer import build_optimizer
 from nanochat_jax.optimizer.baselines import build_adamw
 
@@ -54,9 +55,9 @@ class Step:
     def __init__(self, config, build=build_optimizer):
         graphdef, params = gpt.abstract_model(config)
         tx = build(config, params)
-        run = setup.Run(config, graphdef, params, tx, None, None)
-        self.step = trainer.compile_train_step(run)
-        self.state = trainer.init_state(run)
+        run = Run(config, graphdef, params, tx, None, None)
+        self.step = compile_train_step(run)
+        self.state = init_state(run)
         shape = (config.grad_accum_steps, config.batch_size, config.sequence + 1)
         self.batch = jax.random.randint(
             jax.random.key(0), shape, 0, config.vocab_size, jnp.int32

@@ -19,9 +19,11 @@ STEPS = 80
 def directions() -> dict[str, optax.GradientTransformation]:
     muon = optax.chain(nj.momentum(0.9), nj.orthogonalize())
     # Momentum of rank 32; the rest of the gradient passes by it, without state.
-    galore = nj.galore(nj.momentum(0.9), rank=32, refresh_every=20, residual=1.0)
+    galore = nj.galore(
+        nj.momentum(0.9), rank=32, basis=nj.RandomizedSVD(20), complement=1.0
+    )
     low_rank = optax.chain(galore, nj.orthogonalize())
-    codecs = {"momentum": nj.Int8(128), "projector": nj.Int4(128)}
+    codecs = {"momentum": nj.Int8(128), "basis": nj.Int4(128)}
     return {
         "Muon, float32": muon,
         "8-bit Muon": nj.quantize_state(muon, {"momentum": nj.Int8(128)}),

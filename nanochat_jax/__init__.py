@@ -1,12 +1,21 @@
-"""Muon, 8-bit momentum and GaLore for Optax."""
+"""Muon, 8-bit momentum and GaLore for Optax.
+
+optimizer/   `muon` and `build_optimizer`, and reports on them
+transforms/  the links and wrappers that these are made of
+codecs/      arrays in few bits
+numerics/    Newton-Schulz and the randomised range finder
+interop/     axes from the modules of JAX's frameworks
+config/      settings
+lm/          a GPT and its trainer (extra `train`)
+
+State types and helpers are in these packages; `docs/ARCHITECTURE.md` is a map.
+"""
 
 from nanochat_jax.codecs import (
     Codec as Codec,
     Dynamic8 as Dynamic8,
-    Float8 as Float8,
     Int4 as Int4,
     Int8 as Int8,
-    MuLaw8 as MuLaw8,
     Normal2 as Normal2,
     Normal4 as Normal4,
     Quantized as Quantized,
@@ -16,6 +25,7 @@ from nanochat_jax.interop import (
     for_nnx as for_nnx,
     matrix_axes as matrix_axes,
     register_for_export as register_for_export,
+    register_for_flax as register_for_flax,
 )
 from nanochat_jax.numerics import (
     POLYNOMIALS as POLYNOMIALS,
@@ -25,8 +35,6 @@ from nanochat_jax.numerics import (
 )
 from nanochat_jax.optimizer import (
     MUON_STATIC as MUON_STATIC,
-    Description as Description,
-    MemoryReport as MemoryReport,
     build_optimizer as build_optimizer,
     bytes_per_device as bytes_per_device,
     describe as describe,
@@ -38,14 +46,9 @@ from nanochat_jax.optimizer import (
     state_sharding as state_sharding,
 )
 from nanochat_jax.transforms import (
-    Adaptive as Adaptive,
-    AdaptiveState as AdaptiveState,
-    CorrectedMomentumState as CorrectedMomentumState,
-    GaloreState as GaloreState,
+    Basis as Basis,
     MatrixAxes as MatrixAxes,
-    MomentumState as MomentumState,
-    QuantizationError as QuantizationError,
-    QuantizeState as QuantizeState,
+    RandomizedSVD as RandomizedSVD,
     as_matrices as as_matrices,
     dequantize as dequantize,
     galore as galore,

@@ -7,6 +7,7 @@ anything else.
 import argparse
 import contextlib
 import functools
+import logging
 import operator
 import os
 import sys
@@ -31,7 +32,7 @@ from nanochat_jax.commands import (
     usage_errors,
 )
 
-# Flags on which hangs what is not set, and how they are read.
+# Flags from which defaults of others are derived, and their types.
 _DECIDING = {"depth": int, "model": str, "fallback": str, "mesh": tables.parse_table}
 
 COMMANDS = {
@@ -56,8 +57,10 @@ def main(args: Sequence[str] | None = None) -> int:
       The exit code.
     """
     warnings.showwarning = _show_warning
-    # LAPACK's threads wait for work by spinning, and so take cores from XLA's: a change
-    # of GaLore's basis takes up to 1.6 times as long with them.
+    # Orbax logs some forty lines per save through absl, which bury the display.
+    logging.getLogger("absl").setLevel(logging.WARNING)
+    # LAPACK's threads spin while they wait, and take cores from XLA's: with them a
+    # refresh of GaLore's basis takes up to 1.6 times as long.
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     args = sys.argv[1:] if args is None else args
     try:
@@ -67,7 +70,7 @@ def main(args: Sequence[str] | None = None) -> int:
                 return 0
             command = _parse(args)
         command.run()
-    except BrokenPipeError:  # whoever read the output, as `head` does, has enough
+    except BrokenPipeError:  # the reader of the output has closed it, as `head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except (FloatingPointError, KeyboardInterrupt, OSError) as error:
@@ -77,22 +80,22 @@ def main(args: Sequence[str] | None = None) -> int:
 
 
 def _defaults(args: Sequence[str]) -> dict[str, Any]:
-    """Returns commands with the settings that the flags begin from, by name.
+    """Returns the default settings of commands, by name.
 
-    Flags come before the file, and both before `--depth` and `--model`.
+    Flags override the file, and both override `--depth` and `--model`.
     """
     file, flags = _before(args)
-    kinds = {name: COMMANDS[name] for name in ("train", "plan", "compare")}
+    names = [name for name in ("train", "plan", "compare") if name in args]
     return {
-        name: kind.from_toml(file, **flags)
+        name: COMMANDS[name].from_toml(file, **flags)
         if file
-        else kind.from_values(flags, "flags")
-        for name, kind in kinds.items()
+        else COMMANDS[name].from_values(flags, "flags")
+        for name in names
     }
 
 
 def _parse(args: Sequence[str]) -> Any:
-    """Returns the command."""
+    """Returns the command with its flags."""
     kinds, defaults = [], _defaults(args)
     for name, kind in COMMANDS.items():
         given = {"default": defaults[name]} if name in defaults else {}
@@ -106,7 +109,7 @@ def _parse(args: Sequence[str]) -> Any:
 
 
 def _show_help(args: Sequence[str]) -> None:
-    """Prints what there is to know of a command, or of all."""
+    """Prints the help of a command, or the list of commands."""
     console = Console()
     name = next((arg for arg in args if arg in COMMANDS), None)
     if name is None:
@@ -117,14 +120,14 @@ def _show_help(args: Sequence[str]) -> None:
 
 
 def _before(args: Sequence[str]) -> tuple[str | None, dict[str, Any]]:
-    """Returns the file of settings, and the flags that decide what is not in it."""
+    """Returns the file of settings, and the flags that derive defaults."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     for name in ("config-file", *_DECIDING):
         parser.add_argument(f"--{name}", f"--{name.replace('-', '_')}", dest=name)
     given = vars(parser.parse_known_args(args)[0])
     flags = {key: given[key] for key in _DECIDING if given[key] is not None}
     for key, read in _DECIDING.items():
-        # What cannot be read is refused by what it is given to.
+        # A value that cannot be read is refused later, with a message.
         with contextlib.suppress(KeyError, ValueError):
             flags[key] = read(flags[key])
     return given["config-file"], flags

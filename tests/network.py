@@ -51,7 +51,9 @@ def loss(params):
 
 def optimizer(name, params):
     if name == "by hand":
-        low_rank = nj.galore(nj.momentum(), 5, refresh_every=2, residual=1.0)
+        low_rank = nj.galore(
+            nj.momentum(), 5, basis=nj.RandomizedSVD(2), complement=1.0
+        )
         direction = optax.chain(low_rank, nj.orthogonalize())
         muon = optax.chain(
             helpers.quantized(direction, helpers.BOTH),

@@ -1,6 +1,5 @@
 """What a checkpoint promises: the same bits back, or a refusal that says why."""
 
-import logging
 import shutil
 import signal
 import subprocess
@@ -282,13 +281,6 @@ def test_meta_must_be_json(tmp_path):
 def test_keeping_nothing_is_refused(tmp_path, keep):
     with pytest.raises(ValueError, match="must be at least 1"):
         Checkpoints(tmp_path, **keep)
-
-
-def test_saving_logs_nothing_below_warnings(tmp_path, caplog):
-    caplog.set_level(logging.INFO)
-    with Checkpoints(tmp_path) as checkpoints:
-        checkpoints.save(1, {"w": jnp.zeros(3)}, {})
-    assert not [record for record in caplog.records if record.name == "absl"]
 
 
 def test_equal_meta_passes_also_after_json():

@@ -1,9 +1,13 @@
 """The command line: what it prints, what it refuses and with which exit code."""
 
+import contextlib
 import dataclasses
+import io
 import json
+import logging
 import os
 import re
+import shutil
 import subprocess
 import sys
 
@@ -14,33 +18,28 @@ from nanochat_jax import cli
 from nanochat_jax.commands import help
 from nanochat_jax.lm.data.token_file import write_tokens
 from nanochat_jax.lm.tracking.jsonl import read_metrics
+from tiny import write_config
 
-TINY = """
-dim = 64
-n_layers = 1
-n_heads = 2
-ffn_mult = 2.0
-vocab_size = 256
-max_seq_len = 32
-dataset = "synthetic"
-batch_size = 4
-total_steps = 6
-eval_batches = 1
-log_interval = 3
-use_8bit_optim = true
-use_galore = true
-galore_rank = 16
-galore_update_freq = 4
-quant_min_size = 0
-ns_steps = 1
-"""
+SETTINGS = {
+    "vocab_size": 256, "total_steps": 6, "log_interval": 3, "use_8bit_optim": True,
+    "use_galore": True, "galore_update_freq": 4, "ns_steps": 1,
+}  # fmt: skip
 
 
 @pytest.fixture
 def config(tmp_path):
-    path = tmp_path / "tiny.toml"
-    path.write_text(TINY)
-    return path
+    return write_config(tmp_path, **SETTINGS)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """The folder of a run with checkpoints of steps 3 and 6, and what it printed."""
+    folder = tmp_path_factory.mktemp("trained")
+    args = ["--config-file", write_config(folder, **SETTINGS), "--checkpoint-dir"]
+    args += [folder / "run", "--checkpoint-interval", 3]
+    with contextlib.redirect_stdout(io.StringIO()) as out:
+        assert cli.main(["train", *map(str, args)]) == 0
+    return folder / "run", out.getvalue()
 
 
 def refused(args, capsys):
@@ -51,40 +50,31 @@ def refused(args, capsys):
     return capsys.readouterr().err
 
 
-def test_train_prints_the_optimizer_and_writes_checkpoints_and_metrics(
-    config, tmp_path, capsys
-):
-    folder = tmp_path / "run"
-    args = ["train", "--config-file", config, "--checkpoint-dir", folder]
-    assert cli.main([str(arg) for arg in args]) == 0
-    out = capsys.readouterr().out
+def test_train_prints_the_optimizer_and_writes_checkpoints_and_metrics(trained):
+    folder, out = trained
     assert "Muon variant:      GaLore 2 + 8-bit Muon" in out
     assert "Memory reduction:  " in out
-    assert "momentum int8, projector int4" in out
+    assert "momentum int8" in out and "basis int4" in out
     assert "step 6/6" in out
-    assert "Optimizer state: 0.0 MB; FP32 Muon + AdamW: 0.3 MB." in out
-    assert [line["step"] for line in read_metrics(folder / "metrics.jsonl")] == [
-        0,
-        3,
-        6,
-    ]
+    assert "Optimizer state: 0.0 MB; FP32 Muon + AdamW: 0.1 MB." in out
+    steps = [line["step"] for line in read_metrics(folder / "metrics.jsonl")]
+    assert steps == [0, 3, 6]
     assert (folder / "6").is_dir()
 
 
 def test_a_run_resumes_where_it_stopped_and_flags_override_the_file(
-    config, tmp_path, capsys
+    config, trained, tmp_path, capsys
 ):
-    folder = tmp_path / "run"
+    folder, _ = trained
     args = [
         "train", "--config-file", str(config), "--checkpoint-interval", "3",
         "--checkpoint-dir",
     ]  # fmt: skip
-    assert cli.main([*args, str(folder)]) == 0
     resume = ["--resume", str(folder / "3")]
     assert cli.main([*args, str(tmp_path / "again"), *resume]) == 0
     out = capsys.readouterr().out
     assert "Resumed from step 3" in out
-    assert "Done:   6 steps, 768 tokens, the last 3 steps in 0:0" in out
+    assert "Done:   6 steps, 384 tokens, the last 3 steps in 0:0" in out
     assert sorted(p.name for p in (tmp_path / "again").iterdir()) == [
         "6", "metrics.jsonl",
     ]  # fmt: skip
@@ -154,7 +144,7 @@ def test_what_cannot_be_used_is_refused_and_nothing_is_written(
 
 
 def test_a_typo_and_a_missing_file_name_what_is_known(config, tmp_path, capsys):
-    config.write_text(TINY.replace("galore_rank", "galor_rank"))
+    config.write_text(config.read_text().replace("galore_rank", "galor_rank"))
     message = refused(["train", "--config-file", config], capsys)
     assert "unknown key `galor_rank`. Did you mean `galore_rank`?" in message
     message = refused(["plan", "--config-file", tmp_path / "none.toml"], capsys)
@@ -163,15 +153,14 @@ def test_a_typo_and_a_missing_file_name_what_is_known(config, tmp_path, capsys):
     assert "galor" in message
 
 
-def test_a_damaged_checkpoint_is_refused(config, tmp_path, capsys):
-    folder = tmp_path / "run"
-    train = ["train", "--config-file", str(config), "--total-steps", "3"]
-    assert cli.main([*train, "--checkpoint-dir", str(folder)]) == 0
+def test_a_damaged_checkpoint_is_refused(config, trained, tmp_path, capsys):
+    folder = shutil.copytree(trained[0], tmp_path / "run")
     for path in (folder / "3" / "state").rglob("*"):
         if path.is_file():
             path.write_bytes(b"")
     before = sorted(folder.rglob("*"))
-    message = refused([*train, "--total-steps", 6, "--resume", folder], capsys)
+    train = ["train", "--config-file", config, "--resume", folder / "3"]
+    message = refused(train, capsys)
     assert "damaged checkpoint" in message
     assert sorted(folder.rglob("*")) == before
 
@@ -209,7 +198,7 @@ def test_help_describes_every_flag_once_within_the_width(
 def test_help_has_the_values_of_the_file_and_groups(config, capsys):
     assert cli.main(["train", "--config-file", str(config), "-h"]) == 0
     out = capsys.readouterr().out
-    assert re.search(r"--galore-rank.*\n.*\[16\]", out, re.DOTALL)
+    assert re.search(r"--galore-rank.*\n.*\[8\]", out, re.DOTALL)
     assert "--[no-]use-galore " in out and "low-rank" in out.replace("\n", "")
     for title in help.GROUPS.values():
         assert f"\n{title}\n" in out
@@ -224,6 +213,12 @@ def test_lapack_has_one_thread_unless_told_otherwise(given, used, monkeypatch, c
         monkeypatch.setenv("OPENBLAS_NUM_THREADS", given)
     assert cli.main(["--help"]) == 0
     assert os.environ["OPENBLAS_NUM_THREADS"] == used
+
+
+def test_info_lines_of_checkpoints_are_not_shown(capsys):
+    logging.getLogger("absl").setLevel(logging.INFO)
+    assert cli.main(["--help"]) == 0
+    assert logging.getLogger("absl").level == logging.WARNING
 
 
 def test_help_names_every_command(capsys):

@@ -116,7 +116,7 @@ def test_a_variant_is_trained_as_train_trains_it(config, output, tmp_path):
 def test_bytes_are_those_of_the_arrays_held(config, output):
     variants = read(output)["variants"]
     for variant in parse_variants([*variants], Config.from_toml(config), 0.01):
-        run = setup.prepare(variant.config)
+        run = setup.make_run(variant.config)
         state = trainer.init_state(run).opt_state
         values = variants[variant.name]
         assert values["total_state_bytes"] == sum(
@@ -217,7 +217,7 @@ def test_names_that_do_not_do_are_all_refused_at_once(config, tmp_path, capsys):
     names = [
         "muon", "muon", "sgd", "galore:galore_residual=0", "muon:dim=64", "muon:lr",
         "muon_8bit:quant_blok_size=3", "muon_4bit:lr=-1", "galore:galore_rank=low",
-        "adamw:ns_steps=3", "muon:galore_rank=3", "galore:quant_codec=mulaw8",
+        "adamw:ns_steps=3", "muon:galore_rank=3", "galore:quant_bits=4",
         "adamw:galore_rank=3",
     ]  # fmt: skip
     message = refused(capsys, config, tmp_path / "new", "--variants", *names)
@@ -228,7 +228,7 @@ def test_names_that_do_not_do_are_all_refused_at_once(config, tmp_path, capsys):
         "`muon:dim=64`: ['dim'] may not follow its name",
         "`adamw:ns_steps=3`: ['ns_steps'] may not follow its name",
         "`muon:galore_rank=3`: ['galore_rank'] have no effect",
-        "`galore:quant_codec=mulaw8`: ['quant_codec'] have no effect",
+        "`galore:quant_bits=4`: ['quant_bits'] have no effect",
         "`adamw:galore_rank=3`: ['galore_rank'] have no effect",
         "`muon:lr`: settings must be `key=value`",
         "Did you mean `quant_block_size`?",
@@ -292,7 +292,7 @@ def test_a_refresh_is_spread_over_the_steps_to_the_next(
     use_galore, expected, config, monkeypatch
 ):
     base = Config.from_toml(config)
-    run = setup.prepare(
+    run = setup.make_run(
         dataclasses.replace(base, use_galore=use_galore, galore_update_freq=5)
     )
     seconds = [0, 11] + [0, 1] * speed.BURST  # start and end of each step

@@ -13,7 +13,14 @@ import pytest
 import helpers
 import nanochat_jax as nj
 from nanochat_jax import OptimizerConfig
-from nanochat_jax.config import PARENT_ONLY, Config, ModelConfig, schema
+from nanochat_jax.config import (
+    PARENT_ONLY,
+    REMOVED,
+    Config,
+    ModelConfig,
+    schema,
+    without_removed,
+)
 from nanochat_jax.optimizer import schedule
 
 CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.toml"))
@@ -144,12 +151,8 @@ def test_unknown_keys_are_all_named_with_the_nearest_known_one(write):
         ("lion_betas = 0.9", "must be a list of 2 values, got 0.9"),
         ("fallback = 'sgd'", "must be one of ['adamw', 'lion'], got 'sgd'"),
         ("hardware = 'd'", "must be one of ['a', 'b', 'c'], got 'd'"),
-        ("quant_bits = 16", "must be one of [8, 4, 2], got 16"),
-        ("quant_bits = true", "must be one of [8, 4, 2], got True"),
-        (
-            "quant_codec = 'int4'",
-            "must be one of ['int8', 'dynamic8', 'mulaw8', 'float8'], got 'int4'",
-        ),
+        ("quant_bits = 16", "must be one of [8, 4], got 16"),
+        ("quant_bits = true", "must be one of [8, 4], got True"),
         ("quantize_embeddings = 1", "must be of type bool, got 1 (int)"),
         ("galore_rank = 0", "must be at least 1, got 0"),
         ("galore_update_freq = 0", "must be at least 1, got 0"),
@@ -265,25 +268,76 @@ def test_values_no_run_could_use_are_refused(line, write):
     assert f"{path}: `{line.split(' = ')[0]}`" in message(Config.from_toml, path)
 
 
-@pytest.mark.parametrize("codec", ["dynamic8", "mulaw8", "float8"])
-def test_only_even_levels_are_rounded_stochastically(codec):
-    said = message(lambda: OptimizerConfig(stochastic_rounding=True, quant_codec=codec))
-    assert said == (
-        f'`stochastic_rounding` needs `quant_codec` to be "int8", got "{codec}".'
-    )
-    OptimizerConfig(stochastic_rounding=True, quant_bits=4)
-
-
 @pytest.mark.parametrize("cls", [OptimizerConfig, ModelConfig, Config])
 def test_every_class_reads_its_own_keys_of_the_file_of_a_run(cls, write):
-    path = write("dim = 64\nquant_codec = 'float8'\nbatch_size = 2\n")
+    path = write("dim = 64\nquant_bits = 4\nbatch_size = 2\n")
     config = cls.from_toml(path)
-    own = {"dim": 64, "quant_codec": "float8", "batch_size": 2}
+    own = {"dim": 64, "quant_bits": 4, "batch_size": 2}
     names = {field.name for field in dataclasses.fields(cls)}
     assert all(getattr(config, name) == own[name] for name in names & set(own))
     assert names & set(own)
     said = message(cls.from_toml, write("batch_sise = 2\n"))
     assert "Did you mean `batch_size`?" in said
+
+
+GONE = {
+    "galore_adaptive": True,
+    "galore_match_norm": True,
+    "galore_momentum_share": 0.5,
+    "galore_scale": 0.25,
+    "galore_stagger": True,
+    "galore_warm_start": True,
+    "quant_codec": "dynamic8",
+    "quant_scale_dtype": "float32",
+    "galore_rest_bits": 8,
+    "ns_dtype": "float16",
+    "projector_bits": 16,
+    "quant_bits": 2,
+    "galore_rank": {"attention": 128, "*": 0.25},
+}
+"""Settings of version 0.1.0 that later versions cannot follow."""
+
+
+def test_every_removed_key_has_an_example_here():
+    assert REMOVED.keys() <= GONE.keys()
+    assert not REMOVED.keys() & {field.name for field in dataclasses.fields(Config)}
+
+
+def test_settings_that_are_removed_are_all_refused_by_name_and_version(write):
+    recorded = dataclasses.asdict(Config()) | GONE
+    said = message(without_removed, recorded, "runs/a").splitlines()
+    assert sorted(line.split("`")[1] for line in said) == sorted(GONE)
+    for line in said:
+        value = GONE[line.split("`")[1]]
+        assert line.startswith("runs/a: ")
+        assert f"= {value!r} is no longer supported" in line
+        assert "nanochat-jax 0.1.0" in line
+
+
+@pytest.mark.parametrize("key", GONE)
+def test_a_file_that_sets_what_is_removed_is_refused_by_name(key, write):
+    value = GONE[key]
+    text = {bool: str(value).lower(), dict: "{attention = 128}"}
+    path = write(f"{key} = {text.get(type(value), repr(value))}\n")
+    said = message(OptimizerConfig.from_toml, path)
+    assert f"{path}: `{key}` = " in said
+    assert "nanochat-jax 0.1.0" in said
+    assert "unknown key" not in said
+
+
+def test_removed_keys_that_did_nothing_load_with_one_warning(write):
+    recorded = dataclasses.asdict(Config(lr=0.5)) | REMOVED
+    assert Config(**without_removed(recorded, "runs/a")) == Config(lr=0.5)
+    lines = [
+        f"{key} = {str(value).lower() if isinstance(value, bool) else repr(value)}"
+        for key, value in REMOVED.items()
+    ]
+    path = write("\n".join([*lines, "lr = 0.5"]))
+    with pytest.warns(UserWarning, match="removed") as caught:
+        assert Config.from_toml(path) == Config(lr=0.5)
+    [warning] = caught
+    assert warning.filename == __file__
+    assert all(key in str(warning.message) for key in REMOVED)
 
 
 def test_a_missing_file_says_so(tmp_path):
@@ -334,7 +388,7 @@ def test_the_variant_has_its_name(variant):
 def test_projector_bits_follow_the_momentum_unless_given():
     assert OptimizerConfig().stored_projector_bits == 8
     assert OptimizerConfig(use_8bit_optim=True).stored_projector_bits == 4
-    assert OptimizerConfig(projector_bits=16).stored_projector_bits == 16
+    assert OptimizerConfig(projector_bits=32).stored_projector_bits == 32
 
 
 def test_the_fallback_has_a_rate_of_its_own():

@@ -38,7 +38,7 @@ def test_every_leaf_is_there_with_view_storage_and_bytes(bits, rank):
         "vector",
     ]
     assert ("momentum Int8" in leaves["up/kernel"].state) == (bits == 8)
-    assert ("projector" in leaves["up/kernel"].state) == (rank is not None)
+    assert ("basis" in leaves["up/kernel"].state) == (rank is not None)
     assert leaves["up/kernel"].optimizer == ("Muon, GaLore rank 8" if rank else "Muon")
     rates = {leaf.label: leaf.rate for leaf in leaves.values()}
     assert rates == {

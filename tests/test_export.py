@@ -25,9 +25,9 @@ def test_a_compiled_step_is_saved_and_loaded():
 
 def test_states_of_ours_and_of_optax_are_registered():
     nj.register_for_export()
-    adaptive = nj.galore(nj.momentum(bias_correction=True), 4, adaptive=nj.Adaptive())
+    low_rank = nj.galore(nj.momentum(bias_correction=True), 4)
     tx = optax.chain(
-        optax.masked(nj.quantize_state(adaptive, {"momentum": nj.Int8()}), True),
+        optax.masked(nj.quantize_state(low_rank, {"momentum": nj.Int8()}), True),
         optax.MultiSteps(optax.adam(0.1), 2),
     )
     state = jax.jit(tx.init)(PARAMS)

@@ -5,6 +5,7 @@ import collections
 import graphlib
 import inspect
 import itertools
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -44,6 +45,9 @@ def module_name(path):
 
 
 MODULES = {module_name(path): path for path in sorted(PACKAGE.rglob("*.py"))}
+
+
+PACKAGES = [name for name, path in MODULES.items() if path.name == "__init__.py"]
 
 
 def imports(path):
@@ -112,6 +116,37 @@ def test_no_folder_is_a_drawer():
     assert {str(p): n for p, n in counts.items() if n > MOST_FILES} == {}
 
 
+@pytest.mark.parametrize("package", PACKAGES)
+def test_the_map_of_a_package_has_all_of_its_rooms(package):
+    folder = MODULES[package].parent
+    rooms = {path.stem for path in folder.glob("*.py")} - {"__init__", "__main__"}
+    rooms |= {path.parent.name for path in folder.glob("*/__init__.py")}
+    text = ast.get_docstring(ast.parse(MODULES[package].read_text(encoding="utf-8")))
+    absent = {room for room in rooms if not re.search(rf"\b{room}\b", text)}
+    assert absent - {"cli", "commands", "experiments"} == set()
+
+
+def functions():
+    for path in MODULES.values():
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.FunctionDef):
+                yield path.name, node
+
+
+def test_functions_are_small_and_have_few_parameters():
+    """But `muon`, whose keywords are those of `OptimizerConfig`."""
+    large = []
+    for file, node in functions():
+        lines = node.end_lineno - node.lineno + 1
+        if ast.get_docstring(node):
+            lines -= node.body[0].end_lineno - node.body[0].lineno + 1
+        arguments = node.args.posonlyargs + node.args.args + node.args.kwonlyargs
+        few = sum(argument.arg not in ("self", "cls") for argument in arguments) <= 8
+        if node.name != "muon" and not (lines <= 62 and few):
+            large.append((file, node.name, lines, len(arguments)))
+    assert large == []
+
+
 def test_no_imports_go_in_a_circle():
     graph = {module: ours(path) - {module} for module, path in MODULES.items()}
     graphlib.TopologicalSorter(graph).prepare()
@@ -163,6 +198,10 @@ def callables(value):
         if inspect.isfunction(member):
             methods[name] = member
     return methods
+
+
+def test_the_top_of_the_package_is_a_page():
+    assert len(PUBLIC) <= 40, "further names are in the `__init__` of their packages"
 
 
 @pytest.mark.parametrize("name", PUBLIC)

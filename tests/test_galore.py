@@ -1,6 +1,8 @@
 """The laws of `galore`, on params that truly enter the low-rank branch."""
 
+import functools
 import itertools
+import zlib
 
 import jax
 import jax.numpy as jnp
@@ -10,9 +12,11 @@ import pytest
 
 import helpers
 import nanochat_jax as nj
+from nanochat_jax.transforms import saves_bytes
+from nanochat_jax.transforms.galore.projection import project
 
 PARAMS = {"wide": jnp.zeros((8, 40)), "tall": jnp.zeros((2, 40, 8))}
-ALWAYS = {"min_saving": -float("inf")}
+ALWAYS = {"project": lambda shape, rank: True}
 
 
 def grads(step=0, rank=8):
@@ -25,6 +29,9 @@ def grads(step=0, rank=8):
     return {name: leaf(i, x) for i, (name, x) in enumerate(PARAMS.items())}
 
 
+every = nj.RandomizedSVD
+
+
 def trajectory(tx, gradients, params=PARAMS):
     state, update, out = tx.init(params), jax.jit(tx.update), []
     for g in gradients:
@@ -35,11 +42,11 @@ def trajectory(tx, gradients, params=PARAMS):
 
 def projections(state):
     """`PPᵀ` of each leaf, which does not depend on signs and rotations."""
-    return jax.tree.map(lambda p: p @ p.mT, state.projector)
+    return jax.tree.map(lambda p: p @ p.mT, state.basis)
 
 
 def assert_orthonormal(state):
-    for p in jax.tree.leaves(state.projector):
+    for p in jax.tree.leaves(state.basis):
         eye = jnp.broadcast_to(jnp.eye(p.shape[-1]), (*p.shape[:-2], *p.shape[-1:] * 2))
         helpers.assert_close(p.mT @ p, eye)
 
@@ -47,17 +54,17 @@ def assert_orthonormal(state):
 @pytest.mark.parametrize("inner", [nj.momentum, helpers.muon], ids=["momentum", "muon"])
 def test_at_full_rank_it_is_the_inner_transform_across_refreshes(inner):
     gradients = [grads(step) for step in range(5)]
-    tx = nj.galore(inner(), rank=8, refresh_every=2, **ALWAYS)
+    tx = nj.galore(inner(), rank=8, basis=every(2), **ALWAYS)
     updates, state = trajectory(tx, gradients)
     expected, _ = trajectory(inner(), gradients)
-    assert all(p is not None for p in state.projector.values())
+    assert all(p is not None for p in state.basis.values())
     helpers.assert_close(updates, expected, atol=2e-4)
 
 
 def test_without_reprojection_the_law_fails():
     """So the test above can: moments kept in the old basis give other updates."""
     gradients = [grads(step) for step in range(5)]
-    kwargs = {"rank": 8, "refresh_every": 2, **ALWAYS}
+    kwargs = {"rank": 8, "basis": every(2), **ALWAYS}
     kept, _ = trajectory(nj.galore(nj.momentum(), reproject=(), **kwargs), gradients)
     moved, _ = trajectory(nj.galore(nj.momentum(), **kwargs), gradients)
     assert jnp.abs(kept[-1]["wide"] - moved[-1]["wide"]).max() > 0.1
@@ -65,9 +72,9 @@ def test_without_reprojection_the_law_fails():
 
 def test_orthogonalize_may_stand_inside_or_outside():
     gradients = [grads(step) for step in range(3)]
-    inside = nj.galore(helpers.muon(), rank=3, refresh_every=2)
+    inside = nj.galore(helpers.muon(), rank=3, basis=every(2))
     outside = optax.chain(
-        nj.galore(nj.momentum(), rank=3, refresh_every=2), nj.orthogonalize()
+        nj.galore(nj.momentum(), rank=3, basis=every(2)), nj.orthogonalize()
     )
     a, _ = trajectory(inside, gradients)
     b, _ = trajectory(outside, gradients)
@@ -75,32 +82,20 @@ def test_orthogonalize_may_stand_inside_or_outside():
 
 
 def test_residual_gives_back_what_the_projector_cuts_off():
-    whole = nj.galore(optax.identity(), rank=3, residual=1.0)
+    whole = nj.galore(optax.identity(), rank=3, complement=1.0)
     updates, _ = trajectory(whole, [grads()])
     helpers.assert_close(updates[0], grads(), atol=1e-4)
-    half = nj.galore(optax.identity(), rank=3, residual=0.5)
+    half = nj.galore(optax.identity(), rank=3, complement=0.5)
     cut = nj.galore(optax.identity(), rank=3)
     u, v = (trajectory(tx, [grads()])[0][0] for tx in (half, cut))
     expected = jax.tree.map(lambda v, g: v + 0.5 * (g - v), v, grads())
     helpers.assert_close(u, expected, atol=1e-4)
 
 
-def test_a_residual_matched_in_norm_is_as_large_as_the_inner_update_makes_it():
-    """With an inner transform that only scales, it is that scale times the rest."""
-    g, kwargs = grads(), {"rank": 3, "residual": 0.5}
-    tenfold = nj.galore(optax.scale(10.0), match_norm=True, **kwargs)
-    (updates,), _ = trajectory(tenfold, [g])
-    (plain,), _ = trajectory(nj.galore(optax.identity(), **kwargs), [g])
-    expected = jax.tree.map(lambda x: 10 * x, plain)
-    helpers.assert_close(updates, expected, atol=1e-3)
-    zero = jax.tree.map(jnp.zeros_like, g)
-    helpers.assert_close(trajectory(tenfold, [zero])[0][0], zero)
-
-
 def test_with_residual_the_orthogonalised_update_has_full_rank():
     gradients = [grads(step) for step in range(2)]
     plain = optax.chain(nj.galore(nj.momentum(), 3), nj.orthogonalize())
-    joint = optax.chain(nj.galore(nj.momentum(), 3, residual=1.0), nj.orthogonalize())
+    joint = optax.chain(nj.galore(nj.momentum(), 3, complement=1.0), nj.orthogonalize())
     a, b = (trajectory(tx, gradients)[0][-1]["wide"] for tx in (plain, joint))
     assert jnp.linalg.matrix_rank(a, rtol=1e-3) == 3
     assert jnp.linalg.matrix_rank(b, rtol=1e-3) == 8
@@ -117,7 +112,7 @@ def test_exactly_low_rank_gradients_pass_whole_and_stacks_are_their_matrices():
 
 
 def test_the_basis_changes_on_refresh_steps_only():
-    tx = nj.galore(nj.momentum(), rank=3, refresh_every=3)
+    tx = nj.galore(nj.momentum(), rank=3, basis=every(3))
     state, update, seen = tx.init(PARAMS), jax.jit(tx.update), []
     for step in range(7):
         _, state = update(grads(step), state, PARAMS)
@@ -127,18 +122,21 @@ def test_the_basis_changes_on_refresh_steps_only():
     assert_orthonormal(state)
 
 
-def test_staggered_leaves_refresh_in_turn_and_each_once_a_period():
+class Staggered(nj.RandomizedSVD):
+    """Leaves take turns, by a hash of their path."""
+
+    def is_due(self, count, path, gradient, basis):
+        turn = zlib.crc32(path.encode()) % self.refresh_every
+        return (count + turn) % self.refresh_every == 0
+
+
+def test_a_rule_may_let_leaves_take_turns():
     params = {f"w{i}": jnp.zeros((8, 40)) for i in range(4)}
-    tx = nj.galore(nj.momentum(), rank=3, refresh_every=4, refresh_stagger=True)
-    state, update, changes = tx.init(params), jax.jit(tx.update), []
-    for step in range(9):
-        keys = jax.random.split(jax.random.key(step), 4)
-        g = {f"w{i}": jax.random.normal(key, (8, 40)) for i, key in enumerate(keys)}
-        before = projections(state)
-        _, state = update(g, state, params)
-        now = projections(state)
-        changes.append([bool(jnp.abs(now[k] - before[k]).max() > 1e-3) for k in now])
-    changes = np.array(changes)
+    tx = nj.galore(nj.momentum(), rank=3, basis=Staggered(4))
+    normal = lambda step, i: jax.random.normal(jax.random.key(8 * step + i), (8, 40))
+    gradients = [{f"w{i}": normal(step, i) for i in range(4)} for step in range(9)]
+    steps, _ = refreshes(tx, gradients, params)
+    changes = np.array([[name in found for name in params] for found in steps])
     assert changes[0].all()  # no basis is left as it was made
     assert (changes[1:5].sum(0) == 1).all()
     assert (changes[5:9] == changes[1:5]).all()
@@ -156,74 +154,69 @@ def refreshes(tx, gradients, params):
     return steps, state
 
 
-def test_adaptive_leaves_are_refreshed_early_when_they_turn_and_late_when_they_stand():
-    """One leaf stays in its space throughout, the other leaves it at step 6."""
+class ByEnergy(nj.RandomizedSVD):
+    """A leaf is due when its basis captures too little of its gradient."""
+
+    def is_due(self, count, path, gradient, basis):
+        return jnp.sum((basis.mT @ gradient) ** 2) < 0.9 * jnp.sum(gradient**2)
+
+
+def test_a_rule_may_look_at_the_energy_captured():
+    """One leaf stays in its space throughout, the other leaves it at step 4."""
     k = jax.random.key(0)
     still, other = (jax.random.normal(jax.random.fold_in(k, i), (8, 2)) for i in (0, 1))
 
     def gradient(step):
         noise = jax.random.normal(jax.random.fold_in(k, 10 + step), (2, 40))
-        turned = other if step >= 6 else still
-        return {"still": still @ noise, "turned": turned @ noise}
+        return {
+            "still": still @ noise,
+            "turned": (other if step > 3 else still) @ noise,
+        }
 
     params = {"still": jnp.zeros((8, 40)), "turned": jnp.zeros((8, 40))}
-    rule = nj.Adaptive(drop=0.9, still=0.9, longest=4, shortest=0.25, decay=0.0)
-    tx = nj.galore(nj.momentum(), rank=2, refresh_every=4, adaptive=rule)
-    # Two bases of one space have the same projection, so turning shows, standing not.
-    steps, state = refreshes(tx, [gradient(step) for step in range(9)], params)
-    assert ["turned" in s for s in steps] == [True] + 6 * [False] + [True, False]
-    assert int(state.adaptive.interval["still"]) == 8  # doubled at step 4
-    assert int(state.adaptive.interval["turned"]) == 4  # doubled, and set back
-    assert int(state.adaptive.due["still"]) == 12
-    assert float(state.adaptive.captured["still"]) > 0.99
+    tx = nj.galore(nj.momentum(), rank=2, basis=ByEnergy())
+    steps, state = refreshes(tx, [gradient(step) for step in range(7)], params)
+    both, one = {"still", "turned"}, {"turned"}
+    assert steps == [both, set(), set(), set(), one, set(), set()]
     assert_orthonormal(state)
 
 
-@helpers.on_processors
-def test_without_a_fall_or_a_stand_adaptive_refreshing_is_periodic():
-    never = nj.Adaptive(drop=0.0, still=1.0)
-    gradients = [grads(step) for step in range(7)]
-    plain = nj.galore(nj.momentum(), rank=3, refresh_every=3)
-    adaptive = nj.galore(nj.momentum(), rank=3, refresh_every=3, adaptive=never)
-    a, _ = trajectory(plain, gradients)
-    b, _ = trajectory(adaptive, gradients)
-    helpers.assert_close(a, b, atol=0, rtol=0)
+class WarmStart(nj.RandomizedSVD):
+    """One power iteration from the basis before, in place of a sketch."""
+
+    def find(self, gradient, basis, momentum, key):
+        return jnp.linalg.qr(gradient @ (gradient.mT @ basis)).Q
 
 
-def test_a_warm_start_needs_no_sketch_and_follows_the_gradient():
-    """From the basis before, one product with `GGᵀ` is as good as a fresh sketch."""
+def test_a_rule_may_begin_from_the_basis_before():
     g = {"w": helpers.matrix_with_spectrum((32, 96), np.arange(1, 33) ** -0.5)}
     best = np.sum(1 / np.arange(1, 9))
 
-    def captured(**kwargs):
-        tx = nj.galore(optax.identity(), rank=8, refresh_every=1, **kwargs)
-        updates, _ = trajectory(tx, [g] * 4, g)
+    def captured(rule):
+        tx = nj.galore(optax.identity(), rank=8, basis=rule)
+        updates, _ = trajectory(tx, [g] * 8, g)
         return float(jnp.sum(updates[-1]["w"] ** 2)) / best
 
-    warm = captured(warm_start=True, power_steps=1)
-    assert warm > 0.98
-    assert warm > captured(power_steps=1)
+    assert captured(WarmStart(1)) > 0.98
+    assert captured(WarmStart(100)) < 0.9  # after one iteration
 
 
-def test_ranks_are_numbers_fractions_or_by_role():
-    shapes = {"attention": (8, 64), "ffn": (16, 64), "bias": (64,)}
-    params = {name: {"kernel": jnp.zeros(shape)} for name, shape in shapes.items()}
+def test_ranks_are_numbers_or_fractions():
+    params = {"square": jnp.zeros((8, 64)), "tall": jnp.zeros((64, 16))}
     ranks = lambda rank: {
-        name: p["kernel"].shape[-1]
+        name: p.shape[-1]
         for name, p in nj.galore(nj.momentum(), rank, **ALWAYS)
         .init(params)
-        .projector.items()
-        if p["kernel"] is not None
+        .basis.items()
     }
-    assert ranks(4) == {"attention": 4, "ffn": 4}
-    assert ranks(0.25) == {"attention": 2, "ffn": 4}
-    assert ranks({"attention": 3, "*": 0.5}) == {"attention": 3, "ffn": 8}
-    assert ranks({"ffn/kernel": 2, "*": 1}) == {"attention": 1, "ffn": 2}
+    assert ranks(4) == {"square": 4, "tall": 4}
+    assert ranks(0.25) == {"square": 2, "tall": 4}
+    assert ranks(100) == {"square": 8, "tall": 16}
 
 
 @pytest.mark.parametrize("poison", [0.0, jnp.nan, jnp.inf])
 def test_a_useless_gradient_at_a_refresh_keeps_the_old_basis(poison):
-    tx = nj.galore(nj.momentum(), rank=3, refresh_every=1)
+    tx = nj.galore(nj.momentum(), rank=3, basis=every(1))
     update = jax.jit(tx.update)
     _, state = update(grads(0), tx.init(PARAMS), PARAMS)
     bad = grads(1)
@@ -275,9 +268,8 @@ def test_galore_adam_is_the_published_method():
     tx = nj.galore(
         optax.scale_by_adam(0.9, 0.999, 1e-8),
         rank=4,
-        refresh_every=200,
         scale=0.25,
-        power_steps=4,
+        basis=nj.RandomizedSVD(power_iterations=4),
         reproject=(),
     )
     jaxed = [{"w": jnp.asarray(g, jnp.float32)} for g in gradients]
@@ -296,62 +288,93 @@ def test_galore_adam_is_the_published_method():
 def test_leaves_that_would_not_save_memory_stay_full_rank():
     shapes = {"square": (8, 8), "wide": (8, 64), "bias": (64,)}
     params = {name: jnp.zeros(shape) for name, shape in shapes.items()}
-    project = lambda **kwargs: {
+    projected = lambda **kwargs: {
         name
-        for name, p in nj.galore(nj.momentum(), **kwargs).init(params).projector.items()
+        for name, p in nj.galore(nj.momentum(), **kwargs).init(params).basis.items()
         if p is not None
     }
-    assert project(rank=4) == {"wide"}  # 4 (8 + 8) = 8 x 8 saves nothing
-    assert project(rank=3) == {"square", "wide"}
-    assert project(rank=4, projector_cost=0.5) == {"square", "wide"}
-    assert project(rank=4, projector_dtype="bfloat16") == {"square", "wide"}
-    assert project(rank=4, min_saving=0.5) == set()
-    assert project(rank=100, **ALWAYS) == {"square", "wide"}
+    assert projected(rank=4) == {"wide"}  # 4 (8 + 8) = 8 x 8 saves nothing
+    assert projected(rank=3) == {"square", "wide"}
+    cheap = functools.partial(saves_bytes, basis_cost=0.5)
+    assert projected(rank=4, project=cheap) == {"square", "wide"}
+    assert projected(rank=4, project=lambda shape, rank: rank > 4) == set()
+    assert projected(rank=100, **ALWAYS) == {"square", "wide"}
 
 
 def test_state_is_low_rank():
     state = nj.galore(optax.scale_by_adam(), rank=3).init(PARAMS)
-    assert state.projector["tall"].shape == (2, 8, 3)
+    assert state.basis["tall"].shape == (2, 8, 3)
     assert state.inner.mu["tall"].shape == (2, 3, 40)
     assert state.inner.nu["wide"].shape == (3, 40)
 
 
-def test_the_rest_may_have_a_transform_of_its_own():
-    """Momentum in the basis and momentum of the rest are momentum, as bases change."""
+def test_the_complement_may_have_a_transform_of_its_own():
+    """Momentum in the basis and of the complement are momentum, as bases change."""
     bias = {"bias": jnp.ones(5)}
     gradients = [grads(step) | bias for step in range(4)]
     follow = lambda tx: trajectory(tx, gradients, PARAMS | bias)
-    kwargs = {"rank": 3, "refresh_every": 2, "residual": 1.0}
-    split = nj.galore(nj.momentum(0.8), rest=nj.momentum(0.8), **kwargs)
+    make = lambda complement, steps: nj.galore(
+        nj.momentum(0.8), 3, complement=complement, basis=every(steps)
+    )
     whole, _ = follow(nj.momentum(0.8))
-    updates, state = follow(split)
+    updates, state = follow(make(nj.momentum(0.8), 2))
     helpers.assert_close(updates, whole)
-    assert state.rest.momentum["tall"].shape == PARAMS["tall"].shape
-    assert state.rest.momentum["bias"] is None
-    kwargs["refresh_every"] = 100
-    short = nj.galore(nj.momentum(0.8), rest=nj.momentum(0.0), **kwargs)
-    none = nj.galore(nj.momentum(0.8), **kwargs)
+    assert state.complement.momentum["tall"].shape == PARAMS["tall"].shape
+    assert state.complement.momentum["bias"] is None
+    short, none = make(nj.momentum(0.0), 100), make(1.0, 100)
     helpers.assert_close(follow(short)[0], follow(none)[0])
+    half = optax.chain(nj.momentum(0.0), optax.scale(0.5))
+    helpers.assert_close(follow(make(half, 100))[0], follow(make(0.5, 100))[0])
 
 
-def test_a_basis_may_be_that_of_the_momentum():
-    """Noise has averaged out of it, where one gradient is mostly noise."""
+@pytest.mark.parametrize("inner", [optax.identity(), optax.scale_by_rms()])
+def test_a_complement_with_moments_goes_with_an_inner_transform_without(inner):
+    tx = nj.galore(inner, 3, complement=nj.momentum(0.5), basis=every(2))
+    updates, state = trajectory(tx, [grads(step) for step in range(3)])
+    assert all(jnp.isfinite(x).all() for x in jax.tree.leaves(updates))
+    expected, _ = trajectory(
+        nj.galore(inner, 3, basis=every(2)), [grads(step) for step in range(3)]
+    )
+    within = jax.tree.map(project, updates[-1], state.basis)
+    helpers.assert_close(within, jax.tree.map(project, expected[-1], state.basis))
+
+
+class OfMomentum(nj.RandomizedSVD):
+    """Directions mostly of the momentum, out of which noise has averaged."""
+
+    def find(self, gradient, basis, momentum, key):
+        mixed = 0.2 * gradient + 0.8 * momentum
+        return super().find(mixed, basis, momentum, key)
+
+
+def test_a_rule_may_look_at_the_momentum():
     signal = helpers.matrix_with_spectrum((16, 48), np.ones(4))
     noise = lambda i: 0.15 * jax.random.normal(jax.random.key(i), signal.shape)
     gradients = [{"w": signal + noise(i)} for i in range(12)]
 
-    def captured(**kwargs):
-        tx = nj.galore(nj.momentum(0.8), 4, refresh_every=1, seed=1, **kwargs)
+    def captured(rule):
+        tx = nj.galore(nj.momentum(0.8), 4, basis=rule(1, seed=1))
         _, state = trajectory(tx, gradients, gradients[0])
-        return float(jnp.sum((state.projector["w"].mT @ signal) ** 2)) / 4
+        return float(jnp.sum((state.basis["w"].mT @ signal) ** 2)) / 4
 
-    assert captured(momentum_share=0.8) > captured() + 0.02
+    assert captured(OfMomentum) > captured(nj.RandomizedSVD) + 0.02
+
+
+def test_two_refreshes_of_one_gradient_use_two_sketches():
+    """One power iteration leaves a trace of the sketch in the basis."""
+    rule = nj.RandomizedSVD(1, power_iterations=1)
+    tx = nj.galore(nj.momentum(), rank=3, basis=rule)
+    state, update, seen = tx.init(PARAMS), jax.jit(tx.update), []
+    for _ in range(2):
+        _, state = update(grads(), state, PARAMS)
+        seen.append(projections(state))
+    assert jnp.abs(seen[0]["wide"] - seen[1]["wide"]).max() > 1e-3
 
 
 def test_the_seed_decides_the_sketch():
-    g = grads()
+    g, rule = grads(), functools.partial(nj.RandomizedSVD, power_iterations=1)
     trajectories = [
-        trajectory(nj.galore(optax.identity(), 3, seed=seed, power_steps=1), [g])[0]
+        trajectory(nj.galore(optax.identity(), 3, basis=rule(seed=seed)), [g])[0]
         for seed in (0, 0, 1)
     ]
     helpers.assert_close(trajectories[0], trajectories[1], atol=0, rtol=0)
@@ -364,33 +387,12 @@ def test_the_seed_decides_the_sketch():
         (lambda: nj.galore(nj.momentum(), jnp.int32(4)), TypeError, "static_args"),
         (lambda: nj.galore(nj.momentum(), 0), ValueError, "rank=0"),
         (lambda: nj.galore(nj.momentum(), 1.5), ValueError, "rank=1.5"),
+        (lambda: nj.galore(nj.momentum(), {"ffn": 2}), TypeError, "got dict"),
+        (lambda: nj.RandomizedSVD(0), ValueError, "refresh_every.*got 0"),
         (
-            lambda: nj.galore(nj.momentum(), {"ffn": 2}).init(PARAMS),
+            lambda: nj.RandomizedSVD(power_iterations=0),
             ValueError,
-            r"\['ffn'\], none of which(.|\n)*tall(.|\n)*wide",
-        ),
-        (
-            lambda: nj.galore(
-                nj.momentum(), 4, adaptive=nj.Adaptive(), refresh_stagger=True
-            ),
-            ValueError,
-            "Give one of them",
-        ),
-        (lambda: nj.Adaptive(drop=2.0, decay=1.0), ValueError, "drop=2.0, decay=1.0"),
-        (
-            lambda: nj.galore(nj.momentum(), 4, refresh_every=0),
-            ValueError,
-            "refresh_every=0",
-        ),
-        (
-            lambda: nj.galore(nj.momentum(), 4, rest=nj.momentum()),
-            ValueError,
-            "Give a `residual`",
-        ),
-        (
-            lambda: nj.galore(nj.momentum(), 4, power_steps=0),
-            ValueError,
-            "power_steps=0",
+            "power_iterations.*got 0",
         ),
         (
             lambda: nj.galore(

@@ -36,7 +36,8 @@ def test_what_is_not_finite_is_skipped_counted_and_forgotten(bad):
     taken, state = watch(losses, norms)
     skipped = [4, 5, 6, 9, 18, 19]
     assert np.flatnonzero(~taken).tolist() == skipped
-    assert (int(state.taken), int(state.skipped), int(state.in_a_row)) == (14, 6, 2)
+    assert (int(state.taken), int(state.skipped)) == (14, 6)
+    assert int(state.consecutive_skips) == 2
     _, same = watch(np.delete(losses, skipped), np.delete(norms, skipped))
     chex.assert_trees_all_close(state.mean, same.mean, rtol=1e-6)
     chex.assert_trees_all_close(state.variance, same.variance, rtol=1e-5)
@@ -64,7 +65,7 @@ def test_a_spike_is_skipped_in_either_signal_and_a_fall_is_not(signal):
     rows[signal][[50, 200, 250]] = 9.0, 9.0, -3.0
     taken, state = watch(*rows.values(), spike_skip=6.0)
     assert np.flatnonzero(~taken).tolist() == [200]  # at 50 it is too early to tell
-    assert int(state.in_a_row) == 0
+    assert int(state.consecutive_skips) == 0
     taken, _ = watch(*rows.values())
     assert taken.all()
 
@@ -94,7 +95,7 @@ def test_an_update_that_is_not_taken_is_not_applied():
     ],
 )
 def test_a_run_stops_with_what_was_wrong_and_what_to_do(loss, norm, said):
-    values = {"loss": loss, "grad_norm": norm, "skipped": 12, "in_a_row": 4}
+    values = {"loss": loss, "grad_norm": norm, "skipped": 12, "consecutive_skips": 4}
     assert guard.check(values, 40, most=5) == 12
     with pytest.raises(FloatingPointError) as error:
         guard.check(values, 40, most=4)

@@ -149,6 +149,7 @@ def check_four_devices():
 
 @every
 def test_a_state_round_trips_through_flax_serialization(name):
+    nj.register_for_flax()
     tx, update = network.compiled(name)
     params = network.init()
     empty = tx.init(params)

@@ -4,7 +4,6 @@ The processes are real, and so are the signals. They strike at a step or a save 
 test chooses, by a function put in place of the one that writes metrics or checksums.
 """
 
-import json
 import signal
 import subprocess
 import sys
@@ -14,19 +13,20 @@ from pathlib import Path
 import chex
 import pytest
 
+import tiny
 from nanochat_jax import cli
 from nanochat_jax.config import Config
 from nanochat_jax.lm.checkpoints.store import Checkpoints
 from nanochat_jax.lm.tracking.console import make_display
 from nanochat_jax.lm.tracking.jsonl import read_metrics
-from nanochat_jax.lm.training import loop, resume, run as setup, step as trainer
+from nanochat_jax.lm.training import loop, resume
+from nanochat_jax.lm.training.reporter import Reporter
+from nanochat_jax.lm.training.run import make_run
+from nanochat_jax.lm.training.step import compile_train_step, init_state
 
-TINY = {
-    "dim": 32, "n_layers": 1, "n_heads": 2, "ffn_mult": 2.0, "vocab_size": 64,
-    "max_seq_len": 16, "dataset": "synthetic", "batch_size": 2, "total_steps": 12,
-    "eval_interval": 0, "eval_batches": 1, "log_interval": 1, "checkpoint_interval": 4,
-    "galore_rank": 8, "galore_update_freq": 5, "quant_min_size": 0,
-    "ns_dtype": "float32",
+STEPS = {
+    "total_steps": 12, "eval_interval": 0, "log_interval": 1, "checkpoint_interval": 4,
+    "galore_update_freq": 5,
 }  # fmt: skip
 VARIANTS = {
     "muon": {},
@@ -63,10 +63,7 @@ STRIKE = """
 
 
 def write_config(folder, **values):
-    path = folder / "tiny.toml"
-    lines = [f"{key} = {json.dumps(x)}\n" for key, x in (TINY | values).items()]
-    path.write_text("".join(lines))
-    return path
+    return tiny.write_config(folder, **STEPS | values)
 
 
 def train_struck(name, step, config, folder):
@@ -96,7 +93,7 @@ def test_a_run_stopped_by_sigterm_is_resumed_to_the_same_bits(tmp_path, capsys):
     assert cli.main([*train, str(folder), "--resume", str(folder)]) == 0
     assert "Resumed from step 6" in capsys.readouterr().out
     assert cli.main([*train, str(tmp_path / "straight")]) == 0
-    run = setup.prepare(Config.from_toml(config))
+    run = make_run(Config.from_toml(config))
     straight = last_state(run, tmp_path / "straight")
     assert int(straight.step) == 12
     chex.assert_trees_all_equal(last_state(run, folder), straight)
@@ -122,7 +119,7 @@ def test_a_second_signal_stops_at_once_and_leaves_the_checkpoints_before(tmp_pat
     assert "A second signal stops at once" in done.stderr
     assert "stopped after step" not in done.stdout
     # The save of step 8 waited for that of step 4, and may not be done.
-    last = last_state(setup.prepare(Config.from_toml(config)), folder)
+    last = last_state(make_run(Config.from_toml(config)), folder)
     assert int(last.step) in (4, 8)
 
 
@@ -130,13 +127,15 @@ def test_a_second_signal_stops_at_once_and_leaves_the_checkpoints_before(tmp_pat
 @pytest.mark.parametrize("name", VARIANTS)
 def test_no_signal_changes_what_a_run_comes_to(name, tmp_path):
     config = write_config(tmp_path, **VARIANTS[name])
-    run = setup.prepare(Config.from_toml(config))
-    step = trainer.compile_train_step(run)
+    run = make_run(Config.from_toml(config))
+    step = compile_train_step(run)
 
     def train(state):
-        return loop.fit(run, state, step, display=make_display(12))
+        return loop.fit(
+            run, state, step, Reporter(run, int(state.step), make_display(12))
+        )
 
-    straight = train(trainer.init_state(run))
+    straight = train(init_state(run))
     killed, told = tmp_path / "killed", tmp_path / "told"
     assert train_struck("SIGKILL", 8, config, killed).returncode == -signal.SIGKILL
     assert [p.name for p in killed.glob("8*")] == ["8.orbax-checkpoint-tmp"]

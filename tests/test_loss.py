@@ -1,5 +1,6 @@
 """Cross-entropy in chunks is cross-entropy, and its logits never stand in full."""
 
+import dataclasses
 import functools
 
 import chex
@@ -9,10 +10,10 @@ import numpy as np
 import optax
 import pytest
 
-from nanochat_jax.config import ModelConfig
 from nanochat_jax.lm.model import gpt
 from nanochat_jax.lm.model.loss import cross_entropy
 from nanochat_jax.optimizer.memory import planned_bytes
+from tiny import MODEL
 
 BATCH, DIM, VOCAB = 2, 8, 61
 
@@ -91,11 +92,11 @@ def test_a_label_beyond_the_vocabulary_shows_as_nan():
 
 
 def test_logits_never_stand_in_full():
-    graphdef, params, batch = tiny(loss_chunk=8)
+    graphdef, params, batch = example_model(loss_chunk=8)
     text = lowered(graphdef, params, batch).as_text()
     assert "2x4x61xf32" in text
     assert "2x16x61xf32" not in text
-    graphdef, params, batch = tiny(loss_chunk=0)
+    graphdef, params, batch = example_model(loss_chunk=0)
     assert "2x16x61xf32" in lowered(graphdef, params, batch).as_text()
 
 
@@ -126,14 +127,16 @@ def test_evaluation_reads_out_once_and_training_three_times():
 def test_the_model_gives_the_same_loss_for_any_chunk(weight_tied):
     results = []
     for chunk in (0, 6):
-        graphdef, params, batch = tiny(loss_chunk=chunk, weight_tied=weight_tied)
+        graphdef, params, batch = example_model(
+            loss_chunk=chunk, weight_tied=weight_tied
+        )
         loss = functools.partial(gpt.next_token_loss, graphdef)
         results.append(jax.jit(jax.value_and_grad(loss))(params, batch))
     assert_near(*results)
 
 
-def tiny(**kwargs):
-    config = ModelConfig(dim=16, n_layers=1, n_heads=2, vocab_size=VOCAB, **kwargs)
+def example_model(**kwargs):
+    config = dataclasses.replace(MODEL, n_layers=1, **kwargs)
     graphdef, params = gpt.init(config, 0)
     return graphdef, params, jnp.arange(2 * 17).reshape(2, 17)
 

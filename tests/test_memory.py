@@ -31,19 +31,16 @@ VARIANTS = {
     "plain galore, 8-bit": GALORE | BITS8 | {"galore_residual": 0.0},
     **{
         f"galore, {bits}-bit projector": GALORE | {"projector_bits": bits}
-        for bits in (32, 16, 8, 4)
+        for bits in (32, 8, 4)
     },
     "galore, 8-bit, float32 projector": GALORE | BITS8 | {"projector_bits": 32},
     "lion": {"fallback": "lion"},
     "stochastic": BITS8 | {"stochastic_rounding": True},
-    "8-bit, float32 scales": BITS8 | {"quant_scale_dtype": "float32"},
-    "8-bit, bfloat16 scales": BITS8 | {"quant_scale_dtype": "bfloat16"},
     "8-bit, short blocks": BITS8 | {"quant_block_size": 48},
     "8-bit, small arrays too": BITS8 | {"quant_min_size": 0},
     "8-bit, embeddings whole": BITS8
     | {"quant_min_size": 0, "quantize_embeddings": False},
     "8-bit lion": BITS8 | {"quant_min_size": 0, "fallback": "lion"},
-    "8-bit, floats": BITS8 | {"quant_min_size": 0, "quant_codec": "float8"},
 }
 
 
@@ -104,8 +101,8 @@ def test_the_rows_say_what_is_held_for_what():
     expected = [
         ("momentum", "int8", 32 * 512, 32 * 512),
         ("momentum.scales", "bfloat16", 32 * 4, 2 * 32 * 4),
-        ("projector", "uint8", 128 * 16, 128 * 16),  # two codes a byte
-        ("projector.scales", "bfloat16", 128, 2 * 128),
+        ("basis", "uint8", 128 * 16, 128 * 16),  # two codes a byte
+        ("basis.scales", "bfloat16", 128, 2 * 128),
     ]
     for row in expected:
         assert rows["matrix", row[0]] == MemoryRow("matrix", *row)
@@ -175,7 +172,6 @@ def test_the_promised_reductions_at_nano_125m(name, most, whole):
 FALLBACK = {
     "adamw": ({}, {"mu": "int8", "nu": "uint8"}),
     "4 bits are for matrices": ({"quant_bits": 4}, {"mu": "int8", "nu": "uint8"}),
-    "codec": ({"quant_codec": "float8"}, {"mu": "float8_e4m3fn", "nu": "uint8"}),
     "lion": ({"fallback": "lion"}, {"mu": "int8"}),
     "whole": ({"quantize_embeddings": False}, {"mu": "float32", "nu": "float32"}),
 }
@@ -232,10 +228,10 @@ def test_matrices_are_projected_where_that_saves_bytes(storage, rank):
             continue
         one = nj.memory_report(build(low, leaf), leaf)
         whole = nj.memory_report(build(values, leaf), leaf)
-        projector = "projector" in {row.field for row in one.rows}
-        assert one.matrix_bytes < whole.matrix_bytes or not projector
-        assert one.matrix_bytes == whole.matrix_bytes or projector
-        kept |= set() if projector else {keystr(path)}
+        basis = "basis" in {row.field for row in one.rows}
+        assert one.matrix_bytes < whole.matrix_bytes or not basis
+        assert one.matrix_bytes == whole.matrix_bytes or basis
+        kept |= set() if basis else {keystr(path)}
     assert set(report.full_rank) == kept
 
 

@@ -213,7 +213,7 @@ def test_what_must_not_be_traced_is_said_in_one_message():
     tx = optax.inject_hyperparams(nj.muon)(learning_rate=0.02, bits=8, rank=4)
     with pytest.raises(TypeError, match=r"'bits', 'rank'.*'ns_steps'.*MUON_STATIC"):
         tx.init(TREE)
-    for wrong in ({"bits": 16}, {"rank": 0}, {"ns_method": "none"}):
+    for wrong in ({"bits": 16}, {"bits": 2}, {"rank": 0}, {"ns_method": "none"}):
         with pytest.raises(ValueError, match=f"`{next(iter(wrong))}`"):
             nj.muon(0.02, **wrong)
 

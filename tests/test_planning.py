@@ -10,7 +10,7 @@ import nanochat_jax as nj
 from nanochat_jax.config import Config
 from nanochat_jax.lm.checkpoints.store import Checkpoints
 from nanochat_jax.lm.planning import run_memory
-from nanochat_jax.lm.training import step as trainer
+from nanochat_jax.lm.training.step import abstract_state, compile_train_step, init_state
 from nanochat_jax.optimizer.memory import planned_bytes
 
 CONFIG = Config(
@@ -26,7 +26,7 @@ LOW_RANK = dataclasses.replace(
 @pytest.fixture(scope="module")
 def planned():
     run = run_memory.abstract_run(CONFIG)
-    return run, run_memory.plan_run(run, [trainer.compile_train_step(run)])
+    return run, run_memory.plan_run(run, [compile_train_step(run)])
 
 
 def held(tree):
@@ -35,7 +35,7 @@ def held(tree):
 
 def test_the_parts_are_the_arrays_of_the_step(planned):
     run, plan = planned
-    state = trainer.init_state(run)
+    state = init_state(run)
     assert plan.devices == 1
     assert plan.params_bytes == held(state.params)
     assert plan.opt_state_bytes == held(state.opt_state)
@@ -65,7 +65,7 @@ def test_a_checkpoint_is_about_as_large_as_planned(planned, tmp_path):
     rng = np.random.default_rng(0)
     noise = lambda x: rng.standard_normal(x.shape).astype(x.dtype)
     with Checkpoints(tmp_path) as checkpoints:
-        state = jax.tree.map(noise, trainer.abstract_state(run))
+        state = jax.tree.map(noise, abstract_state(run))
         checkpoints.save(1, jax.tree.map(jax.numpy.asarray, state), {})
     files = [path for path in (tmp_path / "1").rglob("*") if path.is_file()]
     size = sum(path.stat().st_size for path in files)
@@ -76,8 +76,8 @@ def test_a_checkpoint_is_about_as_large_as_planned(planned, tmp_path):
 def test_of_two_programs_the_larger_counts():
     run = run_memory.abstract_run(LOW_RANK)
     steps = [
-        trainer.compile_train_step(run),
-        trainer.compile_train_step(run, low_rank=True),
+        compile_train_step(run),
+        compile_train_step(run, low_rank=True),
     ]
     peaks = [planned_bytes(step)["peak_bytes"] for step in steps]
     assert peaks[0] != peaks[1]

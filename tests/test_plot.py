@@ -91,7 +91,7 @@ def test_the_legend_has_folder_names_or_paths_where_they_are_the_same(
 ):
     names = []
     monkeypatch.setattr(
-        plot, "draw_runs", lambda runs, x: names.extend(runs) or FigureStub()
+        figures, "draw_runs", lambda runs, x: names.extend(runs) or FigureStub()
     )
     same = [write(tmp_path / part / "run", LINES) for part in ("x", "y")]
     other = f"{write(tmp_path / 'other', LINES)}/metrics.jsonl"

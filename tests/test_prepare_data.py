@@ -152,7 +152,7 @@ def test_all_is_written_or_nothing(source, tmp_path, monkeypatch, old):
 
     monkeypatch.setattr(token_file, "write_tokens", fail)
     with pytest.raises(OSError, match="full"):
-        dataset_folder.prepare(folder, make_texts(), 300, force=True)
+        dataset_folder.build_dataset(folder, make_texts(), 300, force=True)
     assert os.listdir(tmp_path) == (["out"] if old else [])
     if old:
         assert contents(folder) == {"tokens.bin": b"old"}
@@ -175,4 +175,4 @@ def test_what_cannot_be_prepared_is_refused(args, message, tmp_path, capsys):
 
 def test_text_without_content_is_refused(tmp_path):
     with pytest.raises(ValueError, match="no text"):
-        dataset_folder.prepare(tmp_path / "new", [], 300)
+        dataset_folder.build_dataset(tmp_path / "new", [], 300)

@@ -3,7 +3,6 @@
 They are real processes on this machine, over gloo.
 """
 
-import json
 import os
 import socket
 import subprocess
@@ -11,24 +10,24 @@ import sys
 import textwrap
 from pathlib import Path
 
+import jax
 import pytest
 
+import tiny
 from nanochat_jax import cli
 from nanochat_jax.lm.checkpoints.store import Checkpoints
+from nanochat_jax.lm.runtime import watchdog
 from nanochat_jax.lm.tracking.jsonl import read_metrics
 
 ROOT = Path(__file__).parents[1]
-TINY = {
-    "dim": 32, "n_layers": 1, "n_heads": 2, "ffn_mult": 2.0, "vocab_size": 64,
-    "max_seq_len": 16, "dataset": "synthetic", "batch_size": 4, "total_steps": 12,
-    "eval_interval": 0, "eval_batches": 1, "log_interval": 1, "checkpoint_interval": 4,
-    "galore_rank": 8, "galore_update_freq": 5, "quant_min_size": 0,
-    "ns_dtype": "float32", "sample_tokens": 0,
+SETTINGS = {
+    "total_steps": 12, "eval_interval": 0, "log_interval": 1, "checkpoint_interval": 4,
+    "sample_tokens": 0,
 }  # fmt: skip
 STRUCK = """
     import os, signal, sys
     from nanochat_jax import cli
-    from nanochat_jax.lm.runtime.agreement import SharedStop
+    from nanochat_jax.lm.runtime.stop import SharedStop
 
     step, *args = sys.argv[1:]
     ask = SharedStop.__call__
@@ -71,13 +70,6 @@ def ends(running):
     return [(code, *text) for code, text in zip(codes, told, strict=True)]
 
 
-def write_config(folder, **values):
-    path = folder / "tiny.toml"
-    lines = [f"{key} = {json.dumps(x)}\n" for key, x in (TINY | values).items()]
-    path.write_text("".join(lines))
-    return path
-
-
 def together(train, script, step, devices=1):
     """Trains in two processes, the second of which gets SIGTERM at a step."""
     port = free_port()
@@ -96,8 +88,16 @@ def losses(folder):
     }
 
 
+def test_a_jax_that_keeps_its_client_elsewhere_is_named(monkeypatch):
+    assert watchdog.coordination_client() is None
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    monkeypatch.delattr("jax._src.distributed.global_state")
+    with pytest.raises(RuntimeError, match=r"`jax\._src\.distributed`.* one process"):
+        watchdog.coordination_client()
+
+
 def test_a_signal_to_one_of_two_processes_stops_both_at_a_step(tmp_path):
-    config, folder = write_config(tmp_path), tmp_path / "two"
+    config, folder = tiny.write_config(tmp_path, **SETTINGS), tmp_path / "two"
     train = ["train", "--config-file", config, "--checkpoint-dir"]
     first, second = together([*train, folder, "--mesh", "fsdp=2"], STRUCK, 5)
     assert first[0] == second[0] == 0, first[2] + second[2]

@@ -10,7 +10,7 @@ from rich.console import Console
 import nanochat_jax as nj
 from nanochat_jax.config import Config
 from nanochat_jax.lm.model import gpt
-from nanochat_jax.lm.planning import optimizer_summary
+from nanochat_jax.lm.planning import breakdown, optimizer_summary
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 FLOAT32 = {"mu": "float32", "nu": "float32"}
@@ -18,15 +18,15 @@ BITS8 = {"mu": "int8", "nu": "dynamic8"}
 STORAGE = {
     "nano_125m": ({"momentum": "float32"}, FLOAT32),
     "nano_125m_8bit": ({"momentum": "int8"}, BITS8),
-    "nano_125m_galore": ({"momentum": "float32", "projector": "int8"}, FLOAT32),
-    "nano_125m_8bit_galore": ({"momentum": "int8", "projector": "int4"}, BITS8),
+    "nano_125m_galore": ({"momentum": "float32", "basis": "int8"}, FLOAT32),
+    "nano_125m_8bit_galore": ({"momentum": "int8", "basis": "int4"}, BITS8),
 }
 
 
 def planned(config):
     _, params = gpt.abstract_model(config)
     held = nj.memory_report(nj.build_optimizer(config, params), params)
-    return held, optimizer_summary.parameter_groups(config, params, held)
+    return held, breakdown.parameter_groups(config, params, held)
 
 
 @pytest.mark.parametrize("name", STORAGE)
@@ -67,8 +67,6 @@ def test_a_field_that_is_stored_in_two_ways_names_both():
     held, _ = planned(
         config
     )  # 64 x 64 in attention, 64 x 172 in the feed-forward layer
-    assert optimizer_summary.storage(config, held, "matrix") == {
-        "momentum": "float32 and int8"
-    }
+    assert breakdown.storage(config, held, "matrix") == {"momentum": "float32 and int8"}
     config = dataclasses.replace(config, quantize_embeddings=False)
-    assert optimizer_summary.storage(config, planned(config)[0], "embedding") == FLOAT32
+    assert breakdown.storage(config, planned(config)[0], "embedding") == FLOAT32

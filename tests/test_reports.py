@@ -234,7 +234,6 @@ def test_types_are_promoted_by_nobody(name):
     "name",
     [
         "galore(muon)",
-        pytest.param("adaptive galore(muon)", marks=pytest.mark.slow),
         pytest.param("int8, 2 bits(two speeds)", marks=pytest.mark.slow),
     ],
 )
@@ -318,7 +317,7 @@ def test_complex_leaves_are_refused_with_their_paths(make):
 
 
 CODECS = [
-    nj.Int8(16), nj.Int4(16), nj.Dynamic8(16), nj.MuLaw8(16), nj.Float8(16),
+    nj.Int8(16), nj.Int4(16), nj.Dynamic8(16),
     nj.Normal4(16), nj.Normal2(16), nj.Int8(16, scale_dtype="bfloat16"),
 ]  # fmt: skip
 
@@ -331,26 +330,7 @@ def test_the_scale_of_a_block_changes_no_code(codec, exponent):
     stored = codec.encode(x)
     scaled = codec.encode(x * 2.0**exponent)
     chex.assert_trees_all_equal(scaled.codes, stored.codes)
-    helpers.assert_close(
-        codec.decode(scaled, 40) * 2.0**-exponent, codec.decode(stored, 40)
-    )
-
-
-@pytest.mark.parametrize("exponent", [-83, 99])
-def test_the_scale_of_gradients_changes_no_ratio_of_norms_and_no_captured_energy(
-    exponent,
-):
-    kwargs = {"residual": 1.0, "match_norm": True, "adaptive": nj.Adaptive()}
-    tx = helpers.low_rank(optax.scale(10.0), **kwargs)
-    update, params = jax.jit(tx.update), {"stack": helpers.params()["stack"]}
-    results = []
-    for scale in (1.0, 2.0**exponent):
-        state = tx.init(params)
-        for _ in range(2):  # a new basis is judged by the next gradient
-            updates, state = update(optax.tree.scale(scale, params), state, params)
-        results.append((optax.tree.scale(1 / scale, updates), state.adaptive))
-    assert results[0][1].captured["stack"] > 0
-    helpers.assert_close(*results)
+    helpers.assert_close(scaled.decode() * 2.0**-exponent, stored.decode())
 
 
 @pytest.mark.parametrize("make", [optax.adamw, optax.lamb])
@@ -358,7 +338,7 @@ def test_an_inner_transform_that_needs_parameters_is_refused_with_another_way(ma
     needing = make(0.1, weight_decay=0.1)
     for argument, tx in (
         ("inner", helpers.low_rank(needing)),
-        ("rest", helpers.low_rank(nj.momentum(), residual=1.0, rest=needing)),
+        ("complement", helpers.low_rank(nj.momentum(), complement=needing)),
     ):
         params = helpers.params()
         state = jax.eval_shape(tx.init, params)
@@ -369,7 +349,7 @@ def test_an_inner_transform_that_needs_parameters_is_refused_with_another_way(ma
 
 @pytest.mark.parametrize("inner", [optax.identity, optax.scale_by_rms])
 def test_a_complement_may_stand_beside_an_inner_transform_without_first_moments(inner):
-    tx = helpers.low_rank(inner(), residual=1.0, rest=nj.momentum())
+    tx = helpers.low_rank(inner(), complement=nj.momentum())
     params = helpers.params()
     state = jax.eval_shape(tx.init, params)
     updates, after = jax.eval_shape(tx.update, params, state, params)
@@ -400,14 +380,3 @@ def test_a_state_of_plain_dicts_is_refused_with_the_way_to_restore_it(name, who)
     message = f"`{who}` needs a .*State(.|\n)*got a dict(.|\n)*ocp.load"
     with pytest.raises(TypeError, match=message):
         jax.eval_shape(tx.update, params, state, params)
-
-
-def test_two_refreshes_of_one_gradient_use_different_sketches():
-    params = {"stack": helpers.params()["stack"]}
-    tx = nj.galore(optax.identity(), 3, refresh_every=1, power_steps=1)
-    update, state, bases = jax.jit(tx.update), tx.init(params), []
-    for _ in range(2):
-        _, state = update(params, state, params)
-        basis = state.projector["stack"]
-        bases.append(basis @ basis.mT)
-    assert jnp.abs(bases[0] - bases[1]).max() > 1e-3

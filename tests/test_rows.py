@@ -19,7 +19,7 @@ TRANSFORMS = {
     "adamw": lambda: optax.adamw(optax.linear_schedule(0.1, 0.0, 4), weight_decay=0.1),
     "stored adamw": lambda: helpers.quantized(optax.adamw(0.1, weight_decay=0.1), ADAM),
     "stored lion": lambda: helpers.quantized(
-        optax.lion(0.1), {"mu": nj.Float8(16, **SCALES)}
+        optax.lion(0.1), {"mu": nj.Dynamic8(16, **SCALES)}
     ),
     "4 bits": lambda: helpers.quantized(nj.momentum(), {"momentum": nj.Int4(16)}),
 }
@@ -87,14 +87,14 @@ def test_the_matrices_of_a_stack_are_worked_on_one_by_one_and_others_whole():
 
 def test_updates_that_change_their_shape_are_worked_on_whole():
     """As gradients that come projected do."""
-    inner = nj.galore(nj.momentum(), 2, refresh_every=9)
+    inner = nj.galore(nj.momentum(), 2, basis=nj.RandomizedSVD(9))
     tx = nj.sequence(inner, max_bytes=1, core_ndim=2)
     params = {"stack": jnp.zeros((5, 6, 24)), "other": jnp.zeros((3, 7, 24))}
     grads = jax.tree.map(
         lambda x: jax.random.normal(jax.random.key(x.size), x.shape), params
     )
     _, state = jax.jit(tx.update)(grads, tx.init(params), params)
-    low_rank = nj.project_gradients(tx, state, grads, params)
+    low_rank = nj.project_gradients(state, grads)
     step = lambda tx: tx.update(low_rank, state, params, projected=True)[0]
     helpers.assert_close(step(tx), step(inner))
 

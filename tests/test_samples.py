@@ -4,21 +4,17 @@ import dataclasses
 
 import pytest
 
-from nanochat_jax.config import Config
 from nanochat_jax.lm.model import gpt, sampling
-from nanochat_jax.lm.training import run as setup, text_samples
+from nanochat_jax.lm.training import text_samples
+from nanochat_jax.lm.training.run import make_run
 from nanochat_jax.lm.training.text_samples import Sampler, make_sampler
-
-TINY = Config(
-    dim=16, n_layers=1, n_heads=2, vocab_size=256, max_seq_len=16, dataset="synthetic",
-    batch_size=1, sample_tokens=8, sample_prompt="def",
-)  # fmt: skip
+from tiny import run_config
 
 
 @pytest.fixture(scope="module")
 def run():
     """A run whose ids are said to be bytes."""
-    run = setup.prepare(TINY)
+    run = make_run(run_config(vocab_size=256, sample_tokens=8, sample_prompt="def"))
     corpus = dataclasses.replace(run.corpus, tokenizer="bytes")
     return dataclasses.replace(run, corpus=corpus)
 

@@ -111,10 +111,10 @@ def test_a_vocabulary_that_is_not_divided_is_named_and_lies_by_columns():
         params, param_sharding.abstract_mesh(config.mesh), config
     )
     assert tuple(params["embed"]["embedding"].sharding.spec) == (None, "fsdp")
-    text = param_sharding.describe(params, config)
+    text = param_sharding.mesh_summary(params, config)
     assert "fsdp does not divide the 50257 rows of `embedding`" in text
     assert "`pad_vocab_to = 128` mends it" in text
-    assert "does not divide" not in param_sharding.describe(
+    assert "does not divide" not in param_sharding.mesh_summary(
         gpt.abstract_model(NANO)[1], NANO
     )
 

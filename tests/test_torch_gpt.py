@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from nanochat_jax.config import Config
+import tiny
 from nanochat_jax.lm.model import gpt
 
 torch = pytest.importorskip(
@@ -18,7 +18,7 @@ pytestmark = [
     pytest.mark.peers,
     pytest.mark.filterwarnings("ignore"),  # of PyTorch, which are not ours to mend
 ]
-CONFIG = Config(dim=32, n_layers=2, n_heads=2, vocab_size=48, max_seq_len=24)
+CONFIG = tiny.run_config(n_layers=2)
 BATCH = np.random.default_rng(0).integers(0, 48, (3, 17)).astype(np.int32)
 
 

@@ -1,19 +1,17 @@
 """What `train` writes beside checkpoints, and what it refuses before it writes."""
 
-import json
-
 import pytest
 
 from nanochat_jax import cli
 from nanochat_jax.lm.checkpoints.store import Checkpoints
 from nanochat_jax.lm.tracking.jsonl import read_metrics
+from tiny import write_config
 
-TINY = {
-    "dim": 32, "n_layers": 1, "n_heads": 2, "ffn_mult": 2.0, "vocab_size": 256,
-    "max_seq_len": 32, "dataset": "text", "batch_size": 2, "total_steps": 8,
-    "eval_batches": 1, "log_interval": 4, "checkpoint_interval": 2,
-    "keep_last_checkpoints": 1, "keep_checkpoint_every": 4, "sample_interval": 4,
-    "sample_tokens": 4, "sample_prompt": "The", "max_skipped_steps": 3,
+STEPS = {
+    "vocab_size": 256, "dataset": "text", "total_steps": 8, "log_interval": 4,
+    "checkpoint_interval": 2, "keep_last_checkpoints": 1, "keep_checkpoint_every": 4,
+    "sample_interval": 4, "sample_tokens": 4, "sample_prompt": "The",
+    "max_skipped_steps": 3,
 }  # fmt: skip
 
 
@@ -22,9 +20,7 @@ def train(tmp_path):
     """Returns a function that runs `train` with flags."""
     text = tmp_path / "text.txt"
     text.write_text("The quick brown fox jumps over the lazy dog.\n" * 200)
-    path = tmp_path / "tiny.toml"
-    values = TINY | {"data_path": [str(text)]}
-    path.write_text("".join(f"{k} = {json.dumps(v)}\n" for k, v in values.items()))
+    path = write_config(tmp_path, **STEPS, data_path=[str(text)])
 
     def train(*flags):
         return cli.main(["train", "--config-file", str(path), *map(str, flags)])
@@ -47,7 +43,7 @@ def test_samples_checkpoints_and_a_trace_at_their_steps(train, tmp_path, capsys)
     assert Checkpoints(folder).steps() == [4, 8]
     assert list((folder / "profile").rglob("*.xplane.pb"))
     record = Checkpoints(folder).read_meta()
-    assert record["format"] == 1
+    assert record["format"] == 2
     assert record["config"]["keep_checkpoint_every"] == 4
 
 

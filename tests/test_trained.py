@@ -18,25 +18,17 @@ from nanochat_jax.lm.checkpoints import weights_file
 from nanochat_jax.lm.checkpoints.pretrained import load_trained
 from nanochat_jax.lm.checkpoints.store import Checkpoints
 from nanochat_jax.lm.data import dataset_folder
-from nanochat_jax.lm.data.detokenize import cut_at, decode_stream
+from nanochat_jax.lm.data.detokenize import cut_at, decode_stream, up_to
 from nanochat_jax.lm.data.tokenizer import ByteTokenizer
 from nanochat_jax.lm.model import gpt
 from nanochat_jax.lm.model.sampling import generate
 from nanochat_jax.lm.tracking.jsonl import read_metrics
+from tiny import write_config
 
-CONFIG = """
-dim = 16
-n_layers = 2
-n_heads = 2
-max_seq_len = 32
-vocab_size = 300
-dataset = "tokens"
-batch_size = 2
-total_steps = 2
-eval_batches = 1
-sample_tokens = 5
-sample_prompt = "the cat"
-"""
+SETTINGS = {
+    "n_layers": 2, "max_seq_len": 32, "vocab_size": 300, "dataset": "tokens",
+    "total_steps": 2, "sample_tokens": 5, "sample_prompt": "the cat",
+}  # fmt: skip
 BYTES = ByteTokenizer()
 TEXT = st.text(st.sampled_from("ab\né日🦊"), max_size=12)
 
@@ -46,10 +38,9 @@ def folder(tmp_path_factory):
     """A folder with a run on prepared text, made by the commands themselves."""
     folder = tmp_path_factory.mktemp("trained")
     texts = ["the cat sat on the mät 🦊 and the cat did 日本 " * 5] * 4
-    dataset_folder.prepare(folder / "data", texts, 290)
-    (folder / "run.toml").write_text(CONFIG)
+    dataset_folder.build_dataset(folder / "data", texts, 290)
     flags = {
-        "--config-file": folder / "run.toml",
+        "--config-file": write_config(folder, **SETTINGS),
         "--data-path": folder / "data" / "tokens.bin",
         "--tokenizer": folder / "data" / "tokenizer.json",
         "--checkpoint-dir": folder / "run",
@@ -98,7 +89,7 @@ def test_a_run_on_prepared_tokens_ends_with_a_sample_of_text(folder):
 def test_only_the_parameters_are_read(folder, trained):
     whole = Checkpoints(folder / "run").read_meta()
     assert trained.fingerprint == whole["tokenizer"]
-    assert trained.step == 2 and trained.config.dim == 16
+    assert trained.step == 2 and trained.config.dim == 32
     again = load_trained(folder / "run" / "2").params
     same = jax.tree.map(lambda a, b: bool((a == b).all()), trained.params, again)
     assert all(jax.tree.leaves(same))
@@ -148,6 +139,12 @@ def test_text_is_cut_where_the_first_stop_ends_however_it_comes(pieces, stops):
     assert all(cut)
 
 
+def test_no_more_tokens_are_asked_for_after_the_end():
+    tokens = iter([5, 7, 0, 3])
+    assert list(up_to(tokens, 0)) == [5, 7]
+    assert next(tokens) == 3
+
+
 def test_no_more_is_asked_for_after_a_stop():
     pieces = iter(["a", "bst", "op", "never"])
     assert list(cut_at(pieces, ["stop"])) == ["a", "b"]
@@ -169,8 +166,8 @@ def test_it_prints_what_the_model_continues(folder, trained, capsys):
         max_tokens=32 - len(prompt),
         temperature=0.8,
         seed=3,
-        stop=[tokenizer.separator],
     )
+    tokens = up_to(tokens, tokenizer.separator)
     assert out == tokenizer.decode([*prompt, *tokens]) + "\n"
     assert out == generated(capsys, folder, "--prompt", "the", "--seed", 3)
     assert out != generated(capsys, folder, "--prompt", "the", "--seed", 4)
@@ -294,8 +291,8 @@ def test_weights_of_other_settings_are_refused(exported, tmp_path):
     path = copied(exported, tmp_path)
     beside = path.with_suffix(".json")
     record = json.loads(beside.read_text())
-    beside.write_text(json.dumps(record | {"config": record["config"] | {"dim": 32}}))
-    with pytest.raises(ValueError, match=r"blocks.0.*: stored .*\[16,16\], wanted"):
+    beside.write_text(json.dumps(record | {"config": record["config"] | {"dim": 16}}))
+    with pytest.raises(ValueError, match=r"blocks.0.*: stored .*\[32,32\], wanted"):
         weights_file.load(path)
 
 

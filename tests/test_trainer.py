@@ -1,7 +1,6 @@
 """The training step and the loop around it."""
 
 import dataclasses
-import functools
 import io
 import types
 
@@ -14,22 +13,30 @@ import pytest
 from rich.console import Console
 
 import helpers
-from nanochat_jax.config import Config
 from nanochat_jax.lm.checkpoints.store import Checkpoints
 from nanochat_jax.lm.model import gpt
+from nanochat_jax.lm.planning import run_memory
 from nanochat_jax.lm.tracking.console import make_display
 from nanochat_jax.lm.tracking.jsonl import MetricsWriter, read_metrics
-from nanochat_jax.lm.training import loop, resume, run as setup, step as trainer
-from nanochat_jax.lm.training.accumulate import accumulator_bytes, mean_gradient
+from nanochat_jax.lm.training import loop, resume
+from nanochat_jax.lm.training.accumulate import mean_gradient
 from nanochat_jax.lm.training.evaluation import Evaluator
+from nanochat_jax.lm.training.reporter import Reporter
+from nanochat_jax.lm.training.run import make_run, train_batches
+from nanochat_jax.lm.training.step import (
+    abstract_state,
+    compile_low_rank_step,
+    compile_train_step,
+    init_state,
+    make_train_step,
+)
 from nanochat_jax.optimizer import schedule
+from tiny import run_config
 
-TINY = Config(
-    dim=32, n_layers=1, n_heads=2, ffn_mult=2.0, vocab_size=64, max_seq_len=32,
-    dataset="synthetic", batch_size=4, total_steps=20, warmup_steps=2,
-    eval_interval=10, eval_batches=2, log_interval=5, checkpoint_interval=10,
-    galore_rank=8, galore_update_freq=4, muon_momentum=0.9, fallback_lr=0.01,
-    quant_min_size=0, ns_dtype="float32",
+TINY = run_config(
+    max_seq_len=32, total_steps=20, warmup_steps=2, eval_interval=10, eval_batches=2,
+    log_interval=5, checkpoint_interval=10, galore_update_freq=4, muon_momentum=0.9,
+    fallback_lr=0.01,
 )  # fmt: skip
 VARIANTS = {
     "muon": {},
@@ -46,7 +53,7 @@ def compiled(config):
     """Compiles the step of some settings once for all tests."""
     key = repr(config)
     if key not in COMPILED:
-        COMPILED[key] = trainer.compile_train_step(setup.prepare(config))
+        COMPILED[key] = compile_train_step(make_run(config))
     return COMPILED[key]
 
 
@@ -56,21 +63,22 @@ def quiet(config, start=0, file=None):
 
 
 def train(run, *, state=None, folder=None, step=None):
-    state = trainer.init_state(run) if state is None else state
-    fit = functools.partial(loop.fit, run, state, step or compiled(run.config))
-    with quiet(run.config, int(state.step)) as display:
+    state = init_state(run) if state is None else state
+    first, step = int(state.step), step or compiled(run.config)
+    with quiet(run.config, first) as display:
         if folder is None:
-            return fit(display=display)
+            return loop.fit(run, state, step, Reporter(run, first, display))
         with (
             Checkpoints(folder) as checkpoints,
             MetricsWriter(folder / "metrics.jsonl") as metrics,
         ):
-            return fit(display=display, sinks=[metrics], checkpoints=checkpoints)
+            reporter = Reporter(run, first, display, [metrics])
+            return loop.fit(run, state, step, reporter, checkpoints=checkpoints)
 
 
 @pytest.fixture(scope="module")
 def run():
-    return setup.prepare(TINY)
+    return make_run(TINY)
 
 
 def test_one_step_gives_the_numbers_it_gave_before(run):
@@ -80,9 +88,9 @@ def test_one_step_gives_the_numbers_it_gave_before(run):
     """
     shape = (1, TINY.batch_size, TINY.sequence + 1)
     batch = (jnp.arange(np.prod(shape)).reshape(shape) * 7) % TINY.vocab_size
-    state, metrics = compiled(TINY)(trainer.init_state(run), batch)
+    state, metrics = compiled(TINY)(init_state(run), batch)
     moved = jax.tree.map(
-        lambda a, b: jnp.abs(a - b).mean(), state.params, trainer.init_state(run).params
+        lambda a, b: jnp.abs(a - b).mean(), state.params, init_state(run).params
     )
     golden = {"loss": 4.1748, "grad_norm": 3.7178, "gate": 0.001220, "embedding": 0.005}
     found = {
@@ -96,17 +104,17 @@ def test_one_step_gives_the_numbers_it_gave_before(run):
 
 
 def test_microbatches_give_the_step_of_the_whole_batch(run):
-    step = jax.jit(trainer.make_train_step(run.graphdef, run.tx))
+    step = jax.jit(make_train_step(run.graphdef, run.tx))
     batch = jax.random.randint(jax.random.key(0), (1, 4, TINY.sequence + 1), 0, 64)
-    whole, metrics = compiled(TINY)(trainer.init_state(run), batch)
-    parts, same = step(trainer.init_state(run), batch.reshape(2, 2, -1))
+    whole, metrics = compiled(TINY)(init_state(run), batch)
+    parts, same = step(init_state(run), batch.reshape(2, 2, -1))
     chex.assert_trees_all_close(same, metrics, rtol=1e-5)
     chex.assert_trees_all_close(parts.params, whole.params, atol=1e-4)
 
 
 def test_the_state_keeps_its_types_and_its_memory(run):
-    state = trainer.abstract_state(run)
-    chex.assert_trees_all_equal_shapes_and_dtypes(trainer.init_state(run), state)
+    state = abstract_state(run)
+    chex.assert_trees_all_equal_shapes_and_dtypes(init_state(run), state)
     planned = compiled(TINY).memory_analysis()
     held = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state))
     assert planned.alias_size_in_bytes >= held  # donated, so updated in place
@@ -115,7 +123,7 @@ def test_the_state_keeps_its_types_and_its_memory(run):
 @pytest.mark.parametrize("name", VARIANTS)
 def test_a_resumed_run_ends_with_the_same_bits(name, tmp_path):
     config = dataclasses.replace(TINY, **VARIANTS[name])
-    run = setup.prepare(config)
+    run = make_run(config)
     straight = train(run, folder=tmp_path / "a")
     stored = Checkpoints(tmp_path / "a" / "10")
     resumed = train(run, state=resume.restore(run, stored), folder=tmp_path / "b")
@@ -155,27 +163,24 @@ def spoilt(state):
 @pytest.mark.parametrize("name", VARIANTS)
 def test_a_step_that_is_not_finite_changes_nothing_but_the_counts(name):
     config = dataclasses.replace(TINY, **VARIANTS[name])
-    run, step = setup.prepare(config), compiled(config)
-    batch = setup.train_batches(config, run.corpus)(0)[None]
-    state, _ = step(trainer.init_state(run), batch)
+    run, step = make_run(config), compiled(config)
+    batch = train_batches(config, run.corpus)(0)
+    state, _ = step(init_state(run), batch)
     state = spoilt(state)
     before = jax.tree.map(np.array, state)
     after, values = step(state, batch)
     chex.assert_trees_all_equal(after.params, before.params)
     chex.assert_trees_all_equal(after.opt_state, before.opt_state)
     assert not np.isfinite(values["loss"]) or not np.isfinite(values["grad_norm"])
-    assert (int(after.step), int(values["skipped"]), int(values["in_a_row"])) == (
-        2,
-        1,
-        1,
-    )
+    counts = (values["skipped"], values["consecutive_skips"])
+    assert (int(after.step), *map(int, counts)) == (2, 1, 1)
     chex.assert_trees_all_equal(after.guard.mean, before.guard.mean)
 
 
 def test_the_guard_takes_no_second_copy_of_parameters_or_gradients():
     """Beside the same step without it; under `lax.cond` it would take one."""
     config = dataclasses.replace(TINY, dim=128, n_layers=3, batch_size=1, seq_len=8)
-    run = setup.prepare(config)
+    run = make_run(config)
     loss_fn = lambda params, batch: gpt.next_token_loss(run.graphdef, params, batch)
 
     def unguarded(state, batch):
@@ -186,15 +191,15 @@ def test_the_guard_takes_no_second_copy_of_parameters_or_gradients():
 
     batch = jax.ShapeDtypeStruct((1, 1, 9), jnp.int32)
     step = jax.jit(unguarded, donate_argnums=0)
-    plain = step.lower(trainer.abstract_state(run), batch).compile().memory_analysis()
-    guarded = trainer.compile_train_step(run).memory_analysis()
+    plain = step.lower(abstract_state(run), batch).compile().memory_analysis()
+    guarded = compile_train_step(run).memory_analysis()
     held = sum(4 * x.size for x in jax.tree.leaves(run.params))
     assert guarded.temp_size_in_bytes < plain.temp_size_in_bytes + 0.75 * held
 
 
 def test_a_loss_that_stays_not_finite_stops_the_run_and_says_so(run, tmp_path):
     config = dataclasses.replace(TINY, eval_interval=0)
-    state = spoilt(trainer.init_state(run))._replace(step=jnp.int32(1))
+    state = spoilt(init_state(run))._replace(step=jnp.int32(1))
     run, step = dataclasses.replace(run, config=config), compiled(TINY)
     with pytest.raises(FloatingPointError, match=r"step 11: the loss is nan and the "):
         train(run, state=state, folder=tmp_path, step=step)
@@ -205,7 +210,7 @@ def test_a_loss_that_stays_not_finite_stops_the_run_and_says_so(run, tmp_path):
 
 
 def test_a_validation_loss_that_is_not_finite_stops_the_run_unsaved(run, tmp_path):
-    state = spoilt(trainer.init_state(run))._replace(step=jnp.int32(5))
+    state = spoilt(init_state(run))._replace(step=jnp.int32(5))
     with pytest.raises(
         FloatingPointError, match=r"step 10: the validation loss is nan"
     ):
@@ -216,7 +221,7 @@ def test_a_validation_loss_that_is_not_finite_stops_the_run_unsaved(run, tmp_pat
 
 def test_the_rate_that_is_logged_is_that_of_the_optimizer(run, tmp_path):
     """Which has not counted three steps that were skipped."""
-    state = trainer.init_state(run)
+    state = init_state(run)
     state = state._replace(guard=state.guard._replace(skipped=jnp.int32(3)))
     train(run, state=state, folder=tmp_path)
     rate = schedule(TINY, TINY.lr)
@@ -245,9 +250,10 @@ def test_a_run_that_is_told_to_stop_saves_that_step_and_goes_on_as_if_it_had_not
     stop = lambda step: asked.append(step) or step == 7
     config = dataclasses.replace(TINY, sample_interval=3)
     sample = lambda params, step: f"text of step {step}"
+    sampled = dataclasses.replace(run, config=config)
+    reporter = Reporter(sampled, 0, quiet(TINY, file=shown), sample=sample)
     early = loop.fit(
-        dataclasses.replace(run, config=config), trainer.init_state(run),
-        compiled(TINY), display=quiet(TINY, file=shown), sample=sample, stop=stop,
+        sampled, init_state(run), compiled(TINY), reporter, stop=stop,
         checkpoints=(checkpoints := Checkpoints(tmp_path)),
     )  # fmt: skip
     with checkpoints:
@@ -261,18 +267,18 @@ def test_a_run_that_is_told_to_stop_saves_that_step_and_goes_on_as_if_it_had_not
 
 def test_a_checkpoint_of_another_run_is_refused_with_the_difference(run, tmp_path):
     with Checkpoints(tmp_path) as checkpoints:
-        checkpoints.save(1, trainer.init_state(run), run.meta)
-    other = setup.prepare(dataclasses.replace(TINY, lr=0.01, use_galore=True))
+        checkpoints.save(1, init_state(run), run.meta)
+    other = make_run(dataclasses.replace(TINY, lr=0.01, use_galore=True))
     with pytest.raises(
         ValueError, match=r"config.lr: stored 0.02, now 0.01(.|\n)*galo"
     ):
         resume.restore(other, Checkpoints(tmp_path))
-    longer = setup.prepare(dataclasses.replace(TINY, log_interval=7))
+    longer = make_run(dataclasses.replace(TINY, log_interval=7))
     assert int(resume.restore(longer, Checkpoints(tmp_path)).step) == 0
 
 
 def test_epochs_set_the_number_of_steps():
-    run = setup.prepare(dataclasses.replace(TINY, batch_size=1024), epochs=2)
+    run = make_run(dataclasses.replace(TINY, batch_size=1024), epochs=2)
     windows = (len(run.corpus.train) - 1) // TINY.sequence
     assert run.config.total_steps == 2 * -(-windows // 1024)
 
@@ -283,21 +289,21 @@ def test_accumulating_in_the_low_rank_space_trains_the_same_and_holds_less():
         TINY, use_galore=True, galore_update_freq=3, galore_residual=0.0, grad_clip=0.0,
         grad_accum_steps=2, total_steps=7, warmup_steps=0, eval_interval=0,
     )  # fmt: skip
-    run = setup.prepare(config)
-    whole, low = trainer.compile_train_step(run), trainer.compile_low_rank_step(run)
+    run = make_run(config)
+    whole, low = compile_train_step(run), compile_low_rank_step(run)
     assert low is not None
     states = [
         loop.fit(
             run,
-            trainer.init_state(run),
+            init_state(run),
             whole,
+            Reporter(run, 0, quiet(config)),
             low_rank_step=step,
-            display=quiet(config),
         )
         for step in (None, low)
     ]
     helpers.assert_close(states[0].params, states[1].params, atol=1e-4)
-    held = accumulator_bytes(config, run.tx, run.params)
+    held = run_memory.accumulator_bytes(config, run.tx, run.params)
     matrices = run.params["blocks"][0]["ffn"]
     saved = sum(4 * x.size for x in jax.tree.leaves(matrices))
     assert held["usual"] < held["refresh"] - saved / 2

@@ -7,14 +7,13 @@ import jax
 import numpy as np
 import pytest
 
-from nanochat_jax.config import Config
+import tiny
 from nanochat_jax.lm.runtime import utilization
-from nanochat_jax.lm.training import optimizer_share, run as setup, step as trainer
+from nanochat_jax.lm.training import optimizer_share
+from nanochat_jax.lm.training.run import make_run
+from nanochat_jax.lm.training.step import compile_train_step, init_state
 
-TINY = Config(
-    dim=16, n_layers=1, n_heads=2, vocab_size=32, max_seq_len=8, dataset="synthetic",
-    batch_size=2, grad_accum_steps=2, total_steps=4, eval_batches=1,
-)  # fmt: skip
+TINY = tiny.run_config(grad_accum_steps=2, total_steps=4)
 
 
 def device(kind, **stats):
@@ -91,12 +90,12 @@ def test_utilisation_is_the_share_of_all_devices():
 
 @pytest.fixture(scope="module")
 def run():
-    return setup.prepare(TINY)
+    return make_run(TINY)
 
 
 @pytest.fixture(scope="module")
 def train_step(run):
-    return trainer.compile_train_step(run)
+    return compile_train_step(run)
 
 
 @pytest.fixture
@@ -106,7 +105,7 @@ def batch():
 
 
 def test_the_pass_that_is_timed_is_that_of_the_step(run, train_step, batch):
-    state = trainer.init_state(run)
+    state = init_state(run)
     loss, norm = optimizer_share._loss_and_norm(run)(state.params, batch)
     _, metrics = train_step(state, batch)
     assert float(loss) == pytest.approx(float(metrics["loss"]), rel=1e-5)
@@ -123,7 +122,7 @@ def test_the_share_is_what_the_pass_leaves_of_the_step(
     )
     share, state, medians = (
         optimizer_share.OptimizerShare(run),
-        trainer.init_state(run),
+        init_state(run),
         [],
     )
     assert share.median is None
@@ -137,7 +136,7 @@ def test_the_share_is_what_the_pass_leaves_of_the_step(
 def test_steps_that_are_measured_are_those_that_are_not(run, train_step, batch):
     share, states = optimizer_share.OptimizerShare(run), []
     for take in (train_step, functools.partial(share.take, train_step)):
-        state = trainer.init_state(run)
+        state = init_state(run)
         for _ in range(optimizer_share.TURNS):
             state, _ = take(state, batch)
         states.append(jax.tree.map(np.asarray, state))

@@ -30,7 +30,7 @@ INNERS = {
     "muon": helpers.muon,
     "shape": nj.scale_by_shape,
     "int8(galore)": lambda: helpers.quantized(
-        helpers.low_rank(nj.momentum(), residual=1.0), helpers.BOTH
+        helpers.low_rank(nj.momentum(), complement=1.0), helpers.BOTH
     ),
     "sequence(muon)": lambda: nj.sequence(helpers.muon(), max_bytes=1, core_ndim=2),
 }

@@ -2,31 +2,93 @@
 
 import abc
 import dataclasses
-from typing import Literal, NamedTuple, Protocol
+import functools
+import math
+from typing import Any, Literal, Protocol
 
+import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Float32, PRNGKeyArray, Shaped
+from jaxtyping import Array, Float, Float32, PRNGKeyArray
 
 from nanochat_jax.codecs import blocks
 
 ScaleDtype = Literal["float32", "bfloat16"]
 
 
-class Quantized(NamedTuple):
-    """An array kept as short codes, with one scale for each block of its last axis.
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=("codes", "scales"),
+    meta_fields=("codec", "width", "dtype"),
+)
+@dataclasses.dataclass(frozen=True)
+class Quantized:
+    """An array stored as short codes, with one scale for each block of its last axis.
+
+    It describes itself: codec, width and type are static, so that a state is read,
+    moved and reported without the transform that made it.
+
+    Example:
+      >>> stored = Int4(64).encode(jnp.ones((16, 200), jnp.bfloat16))
+      >>> stored.shape, stored.dtype.name, stored.codec.name, stored.nbytes
+      ((16, 200), 'bfloat16', 'int4', 1856)
+      >>> stored.decode().dtype.name
+      'float32'
 
     Attributes:
-      codes: `[*rows, n]`, or `[*rows, ceil(n / k)]` where a byte holds `k` codes.
-      scales: `[*rows, ceil(n / block_size)]`, what the level of a code is multiplied
-        by.
+      codes: `[*rows, width]`, or `[*rows, ceil(width / k)]` with `k` codes to a byte.
+      scales: `[*rows, ceil(width / block_size)]`, factors from levels to values.
+      codec: Codec of the codes.
+      width: Size of the last axis, which codes do not tell if two share a byte.
+      dtype: Type of the array.
     """
 
-    codes: Shaped[Array, "*rows _"]
-    scales: Float[Array, "*rows blocks"]
+    # Any: transformations of JAX put shapes, shardings and markers in their place.
+    codes: Any
+    scales: Any
+    codec: "Codec"
+    width: int
+    dtype: Any
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the array."""
+        return (*self.codes.shape[:-1], self.width)
+
+    @property
+    def ndim(self) -> int:
+        """Number of axes of the array."""
+        return len(self.shape)
+
+    @property
+    def size(self) -> int:
+        """Number of entries of the array."""
+        return math.prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of codes and scales."""
+        return sum(
+            math.prod(x.shape) * x.dtype.itemsize for x in (self.codes, self.scales)
+        )
+
+    def decode(self) -> Float32[Array, "..."]:
+        """Returns the array in float32, whatever its type."""
+        return _decode(self)
+
+
+# Traced once for each codec and shape, not once for each of many leaves.
+@jax.jit
+def _decode(stored: Quantized) -> Array:
+    return stored.codec.decode(stored)
+
+
+def is_quantized(node: Any) -> bool:
+    """Returns whether a tree node is a `Quantized` array; for `is_leaf` arguments."""
+    return isinstance(node, Quantized)
 
 
 class Codec(Protocol):
-    """What `quantize_state` asks of a codec, a hashable value without state."""
+    """Interface of a codec, a hashable value without state."""
 
     @property
     def name(self) -> str:
@@ -44,8 +106,8 @@ class Codec(Protocol):
         """Returns `x` in stored form."""
         ...
 
-    def decode(self, stored: Quantized, size: int) -> Float32[Array, "*rows n"]:
-        """Returns the array, of last axis `size`, that `stored` stands for."""
+    def decode(self, stored: Quantized) -> Float32[Array, "*rows n"]:
+        """Returns the decoded array."""
         ...
 
 
@@ -90,19 +152,20 @@ class Blockwise(abc.ABC):
         Raises:
           ValueError: If the rounding is stochastic and there is no key.
         """
-        x = x.astype(jnp.float32)
+        dtype, x = x.dtype, x.astype(jnp.float32)
         scales = self._scales(x).astype(self.scale_dtype)
         # Dividing by the scale as it is stored keeps the error within its bound.
         steps = jnp.where(scales != 0, scales, 1).astype(jnp.float32)
         # Spreading the scales out, not padding `x`, spares a copy of `x`.
         quotients = x / blocks.spread(steps, self.block_size, x.shape[-1])
-        return Quantized(self._pack(self._round(quotients, key)), scales)
+        codes = self._pack(self._round(quotients, key))
+        return Quantized(codes, scales, self, x.shape[-1], dtype)
 
-    def decode(self, stored: Quantized, size: int) -> Float32[Array, "*rows n"]:
-        """Returns the array, of last axis `size`, that `stored` stands for."""
-        levels = self._levels_of(self._unpack(stored.codes, size))
+    def decode(self, stored: Quantized) -> Float32[Array, "*rows n"]:
+        """Returns the decoded array, in float32."""
+        levels = self._levels_of(self._unpack(stored.codes, stored.width))
         scales = stored.scales.astype(jnp.float32)
-        return levels * blocks.spread(scales, self.block_size, size)
+        return levels * blocks.spread(scales, self.block_size, stored.width)
 
     def _scales(self, x: Array) -> Array:
         """Returns the scale of each block."""

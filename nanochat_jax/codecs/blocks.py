@@ -29,15 +29,15 @@ def join(
 def spread(
     x: Shaped[Array, "*rows blocks"], block_size: int, size: int
 ) -> Shaped[Array, "*rows {size}"]:
-    """Returns what each block has for each entry of a last axis of `size`."""
+    """Repeats the value of each block for all entries of a last axis of `size`."""
     entries = min(block_size, size)
     return join(jnp.broadcast_to(x[..., None], (*x.shape, entries)), size)
 
 
 def pack(codes: Shaped[Array, "*rows n"], bits: int = 4) -> UInt8[Array, "*rows bytes"]:
-    """Returns the low `bits` of bytes, as many to a byte as fit, the first lowest.
+    """Packs the low `bits` of bytes, the first code lowest in its byte.
 
-    A last axis that does not fill its last byte leaves the rest of it zero.
+    Unused bits of the last byte are zero.
     """
     per_byte = 8 // bits
     low = jax.lax.bitcast_convert_type(codes, jnp.uint8) & (2**bits - 1)

@@ -35,8 +35,8 @@ class Dynamic8(TableCodec):
       signed: Whether there are levels below zero. Without, negative entries are stored
         as zero and their levels refine the positive ones.
       zero: Whether entries are rounded to zero. Second moments, which are divided by,
-        want `signed=False, zero=False`: what would be zero is stored as the smallest
-        level, 3e-7 of the scale. A block of zeros is zero all the same.
+        need `signed=False, zero=False`: entries that would round to zero are stored as
+        the smallest level, 3e-7 of the scale. A block of zeros stays zero.
       scale_dtype: Type of the scales.
     """
 
@@ -60,12 +60,13 @@ class Dynamic8(TableCodec):
         self, x: Float[Array, "*rows n"], key: PRNGKeyArray | None = None
     ) -> Quantized:
         """Returns `x` in stored form; `key` is not used."""
-        codes, scales = super().encode(x, key)
+        stored = super().encode(x, key)
         if self.zero:
-            return Quantized(codes, scales)
-        # The code of a zero block is that of zero, whatever scale it is given later.
-        empty = blocks.spread(scales == 0, self.block_size, x.shape[-1])
-        return Quantized(jnp.where(empty, jnp.uint8(0), codes), scales)
+            return stored
+        # A zero block has the code of zero, whatever scale it is given later.
+        empty = blocks.spread(stored.scales == 0, self.block_size, x.shape[-1])
+        codes = jnp.where(empty, jnp.uint8(0), stored.codes)
+        return dataclasses.replace(stored, codes=codes)
 
     def _round(self, quotients: Array, key: PRNGKeyArray | None) -> Array:
         del key
@@ -88,8 +89,8 @@ def dynamic_map(signed: bool) -> Levels:
 def _centers(count: int) -> np.ndarray:
     """Returns the centers of `count` equal parts of [0.1, 1], in float32.
 
-    The edges of the parts are counted from the nearer end and each is rounded once, as
-    in the map that this is to equal to the bit.
+    Edges are counted from the nearer end and rounded once, as in bitsandbytes, so that
+    the two maps are equal to the bit.
     """
     start, end = np.float32(0.1), np.float32(1)
     step = np.float64((end - start) / np.float32(count))

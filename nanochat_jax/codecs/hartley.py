@@ -14,8 +14,8 @@ def rotate(
 ) -> Float32[Array, "*rows n"]:
     """Returns each block of the last axis times a fixed orthogonal matrix.
 
-    What stands out of a block is spread over all of it. A last block that is shorter
-    has a matrix of its own size.
+    Large single entries are spread over their block. A shorter last block has a matrix
+    of its own size.
 
     Args:
       x: Array to rotate.
@@ -23,14 +23,14 @@ def rotate(
       back: Whether to undo the rotation.
     """
     size = min(block_size, x.shape[-1])
-    whole = x.shape[-1] // size * size
-    parts = [(x[..., :whole], size), (x[..., whole:], x.shape[-1] - whole)]
+    full = x.shape[-1] // size * size
+    parts = [(x[..., :full], size), (x[..., full:], x.shape[-1] - full)]
     return jnp.concatenate(
-        [_rotate_whole(part, size, back) for part, size in parts if size], axis=-1
+        [_rotate_blocks(part, size, back) for part, size in parts if size], axis=-1
     )
 
 
-def _rotate_whole(x: Array, size: int, back: bool) -> Array:
+def _rotate_blocks(x: Array, size: int, back: bool) -> Array:
     """Rotates blocks of `size` that divide the last axis."""
     matrix = jnp.asarray(_matrix(size).T if back else _matrix(size))
     # Highest: a rounded product would not be a rotation.
@@ -42,8 +42,8 @@ def _rotate_whole(x: Array, size: int, back: bool) -> Array:
 def _matrix(size: int) -> np.ndarray:
     """Returns the Hartley transform of a block with the signs of Rudin and Shapiro.
 
-    The transform alone spreads single entries, but gathers blocks of equal ones; the
-    spectrum of those signs is flat.
+    The transform alone spreads single entries, but turns equal entries into a single
+    one. The signs have a flat spectrum, so that these are spread too.
     """
     k = np.arange(size)
     angles = 2 * np.pi / size * (np.outer(k, k) % size)

@@ -1,4 +1,4 @@
-"""The most accurate codecs of few bits for momentum that is to be orthogonalised."""
+"""Codecs of 4 and 2 bits for momentum that is orthogonalised."""
 
 import dataclasses
 from typing import ClassVar
@@ -31,11 +31,12 @@ class _Normal(TableCodec):
         self, x: Float[Array, "*rows n"], key: PRNGKeyArray | None = None
     ) -> Quantized:
         """Returns `x` in stored form; `key` is not used."""
-        return super().encode(rotate(x.astype(jnp.float32), self.block_size), key)
+        rotated = rotate(x.astype(jnp.float32), self.block_size)
+        return dataclasses.replace(super().encode(rotated, key), dtype=x.dtype)
 
-    def decode(self, stored: Quantized, size: int) -> Float32[Array, "*rows n"]:
-        """Returns the array, of last axis `size`, that `stored` stands for."""
-        return rotate(super().decode(stored, size), self.block_size, back=True)
+    def decode(self, stored: Quantized) -> Float32[Array, "*rows n"]:
+        """Returns the decoded array, in float32."""
+        return rotate(super().decode(stored), self.block_size, back=True)
 
     def _pack(self, codes: Array) -> Array:
         return blocks.pack(codes, self.bits)
@@ -48,18 +49,18 @@ class Normal4(_Normal):
     """4-bit codes of rotated blocks, with levels for normally distributed entries.
 
     Each block is multiplied by a fixed orthogonal matrix, after which its entries are
-    nearly normal whatever they were: a few large ones no longer cost the small ones
-    their digits. Its scale is its largest entry with its sign, so that one level, not
-    two, is spent on the largest. At 4.25 bits an entry the error on normal entries is
-    8.6 %, and hardly depends on how sizes are mixed within a block; that of `Int4` in
-    blocks of 128, as large, is 11.7 % and depends on it.
+    nearly normal, so that a few large entries do not coarsen the others. The scale of a
+    block is its largest entry with its sign, so that one level, not two, is spent on
+    it. At 4.25 bits an entry the error on normal entries is 8.6 %, and hardly depends
+    on how sizes are mixed within a block; the error of `Int4` in blocks of 128, of
+    about as many bytes, is 11.7 % and depends on it.
 
-    Single zeros among other entries do not stay zero. Hence it is for momentum that is
-    orthogonalised, and not for moments that are divided by each other.
+    Zeros among other entries do not stay zero. Use it for momentum that is
+    orthogonalised, not for moments that are divided by each other.
 
     Example:
       >>> x = jax.random.normal(jax.random.key(0), (16, 256)).at[:, 3].multiply(30)
-      >>> error = lambda codec: jnp.linalg.norm(codec.decode(codec.encode(x), 256) - x)
+      >>> error = lambda codec: jnp.linalg.norm(codec.encode(x).decode() - x)
       >>> bool(error(Normal4()) < 0.5 * error(Int4()))
       True
 
@@ -69,8 +70,8 @@ class Normal4(_Normal):
     """
 
     bits = 4
-    # Of least squared error (Lloyd 1957, Max 1960) for 64 normal entries divided by
-    # that of largest size, with 0 and 1 held fixed.
+    # Least squared error (Lloyd 1957, Max 1960) for 64 normal entries divided by the
+    # largest of them, with 0 and 1 held fixed.
     table = (
         -0.8574, -0.6702, -0.5246, -0.4016, -0.2920, -0.1908, -0.0943, 0.0,
         0.0892, 0.1802, 0.2752, 0.3770, 0.4896, 0.6196, 0.7797, 1.0,
@@ -85,9 +86,9 @@ class Normal4(_Normal):
 class Normal2(_Normal):
     """2-bit codes of rotated blocks: a sign and one of two sizes.
 
-    Rotated as `Normal4`. The scale is that of least squared error, so that entries
-    beyond the outermost levels are cut. At 2.25 bits an entry the error on normal
-    entries is 34 %: for a momentum of short memory, whose errors are soon forgotten.
+    Blocks are rotated as in `Normal4`. The scale minimises the squared error, so
+    entries beyond the outermost levels are clipped. At 2.25 bits an entry the error on
+    normal entries is 34 %: for momentum of short memory, which forgets errors soon.
 
     There is no level at zero; only a block of zeros stays zero.
 
@@ -109,7 +110,7 @@ class Normal2(_Normal):
         x_blocks = blocks.split(x, self.block_size)
         # Squares of 1e30 or 1e-25 would over- or underflow.
         unit = _power_of_two(jnp.max(jnp.abs(x_blocks), axis=-1))
-        # Least squares is over the entries there are, not those a last block lacks.
+        # Least squares is over the entries of the array, not over padding.
         inside = blocks.split(jnp.ones(x.shape[-1], x.dtype), self.block_size)
         inside = jnp.broadcast_to(inside, x_blocks.shape)
         squares = jnp.sum((x_blocks / unit[..., None]) ** 2, axis=-1)

@@ -30,7 +30,7 @@ class TableCodec(Blockwise):
 
     @property
     def _range(self) -> tuple[float, float]:
-        # A table without negative levels still sees the size of a negative entry.
+        # Without negative levels, negative entries still count for the scale.
         return self.levels[0] or -1.0, self.levels[-1]
 
     def _round(self, quotients: Array, key: PRNGKeyArray | None) -> Array:

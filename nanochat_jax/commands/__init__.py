@@ -1,4 +1,11 @@
-"""The commands of `nanochat-jax`, one a file: a dataclass of flags that can `run`."""
+"""The commands of `nanochat-jax`, one per module: a dataclass of flags that can `run`.
+
+compare, doctor, export, generate, plan, plot, prepare_data, train: the commands.
+help      what `--help` prints
+messages  what `train` prints before and after the steps
+shared    flags, output and errors that commands have in common
+tables    flags for settings that are tables in a TOML file
+"""
 
 from nanochat_jax.commands import help as help, tables as tables
 from nanochat_jax.commands.compare import Compare as Compare

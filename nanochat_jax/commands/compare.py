@@ -1,4 +1,4 @@
-"""`nanochat-jax compare`: variants of the optimizer side by side."""
+"""`nanochat-jax compare`: training runs of optimizer variants, side by side."""
 
 import dataclasses
 from pathlib import Path
@@ -25,9 +25,9 @@ from nanochat_jax.experiments import (
     write_json,
 )
 from nanochat_jax.lm.planning import parse_variants
-from nanochat_jax.lm.runtime import device, machine
+from nanochat_jax.lm.runtime import machine
 from nanochat_jax.lm.tracking import make_display
-from nanochat_jax.lm.training import prepare
+from nanochat_jax.lm.training import make_run
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,18 +35,16 @@ class CompareFlags(Flags):
     """Flags of `compare` besides the settings.
 
     Attributes:
-      output: Folder for `report.json`, figures, and the metrics and result of each run;
-        started again, it goes on where it stopped.
+      output: Folder for `report.json`, figures, and the metrics and result of each run.
+        Started again, it goes on where it stopped.
       steps: Steps of each run, in place of `total_steps`.
-      variants: Variants by name: muon, muon_8bit, muon_4bit, muon_2bit, galore,
-        galore_8bit, galore_4bit, galore_2bit, galore_plain, galore_plain_8bit (without
-        residual), adamw and adamw_galore (AdamW for all parameters). Settings of the
-        optimizer may follow a name, as in
-        `galore_8bit:galore_rank=32,quant_block_size=64`.
+      variants: Variants by name: muon, muon_8bit, muon_4bit, galore, galore_8bit,
+        galore_4bit, galore_plain, galore_plain_8bit (without residual), adamw and
+        adamw_galore (AdamW for all parameters). Settings of the optimizer may follow a
+        name, as in `galore_8bit:galore_rank=32,quant_block_size=64`.
       seeds: Seeds to train each variant with, from `seed` on.
-      adamw_lr: Peak learning rate of the AdamW variants; if not given, that of
-        embeddings and vectors in the Muon variants, `fallback_lr`.
-      speed_steps: Steps of each variant to time in turns, at the end; 0 for none.
+      adamw_lr: Peak learning rate of the AdamW variants; `fallback_lr` if not given.
+      speed_steps: Steps of each variant to time at the end, in turns; 0 for none.
     """
 
     output: str | None = None
@@ -67,11 +65,11 @@ class Compare(Config, CompareFlags):
     """
 
     def run(self) -> None:
-        """Trains what is not done yet, writes the report and prints its table."""
+        """Trains the remaining variants, writes the report and prints its table."""
         console = Console()
         with usage_errors():
             self._check()
-            device.use(self.device, self.threads)
+            machine.use_device(self.device, self.threads)
             trials = self._trials()
             results = read_results(trials)
         say_derived(console, self)
@@ -90,7 +88,7 @@ class Compare(Config, CompareFlags):
         console.print(summary.table(variants))
 
     def _check(self) -> None:
-        """Refuses flags that do not do, before anything is loaded."""
+        """Refuses invalid flags, before anything is loaded."""
         at_least = {"steps": 1, "seeds": 1, "speed_steps": 0, "adamw_lr": 0}
         schema.require(
             (
@@ -103,7 +101,7 @@ class Compare(Config, CompareFlags):
 
     @property
     def _config(self) -> Config:
-        """Settings that all variants share."""
+        """Settings of all variants."""
         config = settings_of(self)
         if self.steps is None:
             return config
@@ -120,13 +118,13 @@ class Compare(Config, CompareFlags):
         return Path(self.output)
 
     def _trials(self) -> list[Trial]:
-        """Returns the runs to make; their names and the data are checked."""
+        """Returns the trials, with names and data checked."""
         variants = parse_variants(self.variants, self._config, self._adamw_lr)
-        base = prepare(self._config)
+        base = make_run(self._config)
         return plan_trials(base, variants, self.seeds, self._folder / "runs")
 
     def _speeds(self, trials: list[Trial], console: Console) -> dict[str, speed.Speed]:
-        """Times the variants in turns, if that is wanted."""
+        """Times the variants in turns, unless `speed_steps` is 0."""
         if not self.speed_steps:
             return {}
         say(console, "\nTiming the variants in turns")
@@ -139,13 +137,13 @@ class Compare(Config, CompareFlags):
         results: summary.Results,
         speeds: dict[str, speed.Speed],
     ) -> dict[str, dict[str, Any]]:
-        """Writes report and figures of what is done; returns the numbers by variant."""
+        """Writes report and figures of finished runs; returns numbers by variant."""
         variants = summary.summarize(trials, results, speeds)
         report = {
             "steps": self._config.total_steps,
             "seeds": self.seeds,
             "done": f"{len(results)} of {len(trials)} runs",
-            **machine.describe(),
+            **machine.hardware_and_versions(),
             "data": trials[0].run.corpus.description,
             "adamw_lr": self._adamw_lr,
             "config": dataclasses.asdict(self._config),

@@ -1,4 +1,4 @@
-"""`nanochat-jax doctor`: whether this machine is fit to train on."""
+"""`nanochat-jax doctor`: faults of this machine and its installation."""
 
 import dataclasses
 import sys
@@ -9,19 +9,19 @@ from rich.console import Console
 from rich.table import Table
 
 from nanochat_jax.commands.shared import say
-from nanochat_jax.lm.runtime import device, installation, machine
+from nanochat_jax.lm.runtime import installation, machine
 from nanochat_jax.numerics import resolve_dtype
 
 
 @dataclasses.dataclass(frozen=True)
 class Doctor:
-    """Looks at versions, devices and plugins, and multiplies matrices on each device.
+    """Checks versions, devices and plugins, and multiplies matrices on each device.
 
     Ends with exit code 1 if something is wrong, and says what to do about it.
     """
 
     def run(self) -> None:
-        """Prints what it finds."""
+        """Prints the findings."""
         console = Console()
         devices, problems = _devices()
         plugins = installation.installed_plugins()
@@ -46,7 +46,7 @@ class Doctor:
 
 
 def _devices() -> tuple[list[installation.Device], list[installation.Problem]]:
-    """Returns the devices of JAX and the CPU, or what keeps JAX from finding any."""
+    """Returns the devices of JAX and the CPU, or why JAX finds none."""
     try:
         return list(dict.fromkeys([*jax.devices(), *jax.devices("cpu")])), []
     # JAX asserts that there is a backend, without a message.
@@ -59,9 +59,9 @@ def _devices() -> tuple[list[installation.Device], list[installation.Problem]]:
 def _facts(
     devices: list[installation.Device], errors: Mapping[str, float | str]
 ) -> dict[str, str]:
-    """Returns what there is to know about the machine, by name."""
+    """Returns facts about the machine, by name."""
     facts = {
-        "processor": f"{machine.processor()}, {device.available_threads()} threads",
+        "processor": f"{machine.processor()}, {machine.available_threads()} threads",
         "memory": machine.memory(),
         "NVIDIA driver": "loaded" if installation.has_nvidia_gpu() else "not loaded",
         **installation.variables(),
@@ -70,7 +70,7 @@ def _facts(
         return facts
     native = resolve_dtype("auto") == "bfloat16"
     return {
-        "devices": device.describe(),
+        "devices": machine.device_names(),
         **facts,
         "float32 product": "\n".join(
             f"{name}: {error if isinstance(error, str) else f'off by {error:.0e}'}"

@@ -7,27 +7,27 @@ from typing import Literal
 from nanochat_jax.commands.shared import usage_errors
 from nanochat_jax.config import schema
 from nanochat_jax.lm.checkpoints import load_trained
-from nanochat_jax.lm.data import cut_at, decode_stream
+from nanochat_jax.lm.data import cut_at, decode_stream, up_to
 from nanochat_jax.lm.model import generate
-from nanochat_jax.lm.runtime import device
+from nanochat_jax.lm.runtime import machine
 
 
 @dataclasses.dataclass(frozen=True)
 class Generate:
-    """Continues a prompt with a trained model, and prints the text as it is made.
+    """Continues a prompt with a trained model, and prints text as it is generated.
 
     The same flags give the same text. It ends where the model ends the document.
 
     Attributes:
       checkpoint: Checkpoint folder of a run, or the folder of one of its steps.
-      prompt: What the text begins with; if not given, a document begins.
-      max_tokens: Most tokens to make; as many as fit the context if not given.
-      temperature: How even the choice is; 0 always takes the likeliest token.
-      top_k: How many of the likeliest tokens to choose from; all if not given.
-      seed: Seed of the choice.
-      stop: Texts to stop at; they are not printed.
-      tokenizer: Where the tokenizer of the run is, if not where it was.
-      device: Where to compute. `gpu` without a GPU is an error.
+      prompt: Beginning of the text; a new document if not given.
+      max_tokens: Most tokens to generate; as many as fit the context if not given.
+      temperature: Divisor of the logits; 0 always takes the most likely token.
+      top_k: Number of most likely tokens to sample from; all if not given.
+      seed: Seed of the sampling.
+      stop: Stop strings; they are not printed.
+      tokenizer: Path of the tokenizer, if it was moved since the training.
+      device: Device to compute on. `gpu` without a GPU is an error.
       threads: Processors to use on the CPU; all if not given.
     """
 
@@ -43,10 +43,10 @@ class Generate:
     threads: int | None = None
 
     def run(self) -> None:
-        """Prints the prompt and what follows."""
+        """Prints the prompt and its continuation."""
         with usage_errors():
             self._check()
-            device.use(self.device, self.threads)
+            machine.use_device(self.device, self.threads)
             pieces = self._pieces()
         print(self.prompt, end="", flush=True)
         for piece in pieces:
@@ -63,7 +63,7 @@ class Generate:
         )
 
     def _pieces(self) -> Iterator[str]:
-        """Returns the text to come; what it needs is loaded and checked."""
+        """Loads model and tokenizer, and returns the text piece by piece."""
         trained = load_trained(self.checkpoint)
         tokenizer = trained.load_tokenizer(self.tokenizer)
         prompt = tokenizer.encode(self.prompt).tolist() or [tokenizer.separator]
@@ -77,6 +77,6 @@ class Generate:
             temperature=self.temperature,
             top_k=self.top_k,
             seed=self.seed,
-            stop=[tokenizer.separator],
         )
+        tokens = up_to(tokens, tokenizer.separator)
         return cut_at(decode_stream(tokenizer, tokens, prompt), self.stop)

@@ -1,4 +1,4 @@
-"""What `--help` prints: flags in groups, each with a sentence of its docstring."""
+"""`--help`: flags in groups, each with the first sentence of its docstring."""
 
 import dataclasses
 import inspect
@@ -13,30 +13,27 @@ import tyro
 from rich.console import Console
 from rich.text import Text
 
-from nanochat_jax.config import Config
+from nanochat_jax.config import Config, schema
 
-GROUPS = {
-    "config_file": "General",
-    "checkpoint_dir": "Where to write, and what to go on from",
-    "tensorboard": "Other logs",
-    "coordinator": "Several processes",
-    "dim": "Model",
-    "lr": "Optimizer",
-    "use_8bit_optim": "Optimizer state in few bits",
-    "use_galore": "Optimizer state of low rank: GaLore",
-    "adam_betas": "Optimizer of embeddings, head and vectors",
-    "seed": "Random numbers",
-    "dataset": "Data",
-    "batch_size": "Batches",
-    "log_interval": "Metrics and evaluations",
-    "checkpoint_interval": "Checkpoints",
-    "max_skipped_steps": "Steps that are skipped",
-    "sample_interval": "Samples of text",
+_FLAGS = {
+    "Where to write, and what to go on from": (
+        "checkpoint_dir",
+        "resume",
+        "allow_codec_change",
+        "allow_data_change",
+        "allow_tokenizer_change",
+    ),
+    "Other logs": ("tensorboard", "wandb", "profile_steps"),
+    "Several processes": ("coordinator", "num_processes", "process_id"),
 }
-"""Titles by the field that a group begins with; it goes on to the next of these."""
+
+GROUPS = {name: title for title, names in _FLAGS.items() for name in names} | {
+    key: known.group for key, known in schema.declared(Config).items()
+}
+"""Titles by field; flags of commands with settings are general if not listed here."""
 
 FLAGS = ("-h", "--help", "--help-all")
-"""Flags that ask for help; with the last descriptions are in full."""
+"""Flags that ask for help; the last one prints descriptions in full."""
 
 _EXAMPLES = (
     "nanochat-jax train --config-file configs/tiny_cpu_8bit_galore.toml",
@@ -49,7 +46,7 @@ _TYPES = {int: "INT", float: "FLOAT", str: "TEXT"}
 
 
 def show_commands(console: Console, commands: Mapping[str, type]) -> None:
-    """Prints what commands there are.
+    """Prints the list of commands.
 
     Args:
       console: Where to print.
@@ -72,7 +69,7 @@ def show_commands(console: Console, commands: Mapping[str, type]) -> None:
 def show_command(
     console: Console, name: str, kind: type, default: Any = None, *, full: bool = False
 ) -> None:
-    """Prints what a command does, and its flags.
+    """Prints the purpose of a command, and its flags.
 
     Args:
       console: Where to print.
@@ -104,7 +101,11 @@ def show_command(
 
 
 def descriptions(kind: type) -> dict[str, str]:
-    """Returns what the docstrings of a dataclass and its bases say of its fields."""
+    """Returns the descriptions of a dataclass's fields by name, from docstrings.
+
+    Args:
+      kind: Dataclass; it and its bases have `Attributes:` in their docstrings.
+    """
     found: dict[str, str] = {}
     for base in reversed(kind.__mro__):
         _, _, section = (inspect.cleandoc(base.__doc__ or "")).partition("Attributes:")
@@ -122,17 +123,12 @@ def _paragraphs(kind: type) -> list[str]:
 
 
 def _groups(kind: Any) -> Iterator[tuple[str, list[dataclasses.Field[Any]]]]:
-    """Yields titles and the fields below them; only settings have several groups."""
-    titles = GROUPS if issubclass(kind, Config) else {}
-    title, members = "Flags", []
+    """Yields titles with their fields; only commands with settings have several."""
+    has_settings, members = issubclass(kind, Config), {}
     for field in dataclasses.fields(kind):
-        if field.name in titles and members:
-            yield title, members
-            members = []
-        title = titles.get(field.name, title)
-        members.append(field)
-    if members:
-        yield title, members
+        title = GROUPS.get(field.name, "General") if has_settings else "Flags"
+        members.setdefault(title, []).append(field)
+    yield from members.items()
 
 
 def _is_required(field: dataclasses.Field[Any]) -> bool:
@@ -140,7 +136,7 @@ def _is_required(field: dataclasses.Field[Any]) -> bool:
 
 
 def _invocation(field: dataclasses.Field[Any], hint: Any) -> str:
-    """Returns a flag and what follows it, as `--dim INT`."""
+    """Returns a flag with the type of its value, such as `--dim INT`."""
     flag = field.name.replace("_", "-")
     if tyro.conf.Positional in getattr(hint, "__metadata__", ()):
         return f"{field.name[:-1].upper()}..."
@@ -150,7 +146,7 @@ def _invocation(field: dataclasses.Field[Any], hint: Any) -> str:
 
 
 def _type(hint: Any) -> str:
-    """Returns in a word what a flag takes."""
+    """Returns a word for the type of a flag's value."""
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if origin in (typing.Union, types.UnionType):
         return "|".join(_type(arg) for arg in args if arg is not type(None))

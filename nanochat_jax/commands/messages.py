@@ -1,4 +1,4 @@
-"""What `nanochat-jax train` says before and after the steps."""
+"""What `nanochat-jax train` prints before and after the steps."""
 
 import signal
 from collections.abc import Mapping
@@ -8,13 +8,19 @@ from typing import Any
 import jax
 
 from nanochat_jax.lm.planning import optimizer_summary
+from nanochat_jax.lm.runtime import tree_bytes
 from nanochat_jax.lm.tracking import clock
 from nanochat_jax.lm.training import Run, TrainState
 from nanochat_jax.optimizer import bytes_per_device, memory_report
 
 
 def done(metrics: Mapping[str, Any], first: int) -> str:
-    """Returns what came of a run that began with step `first`."""
+    """Returns the summary of a finished run.
+
+    Args:
+      metrics: Last metrics of the run.
+      first: Steps done before a resumption.
+    """
     now = f", the last {metrics['step'] - first:,} steps" if first else ""
     line = (
         f"Done:   {metrics['step']:,} steps, {metrics['tokens']:,} tokens{now} in "
@@ -26,14 +32,20 @@ def done(metrics: Mapping[str, Any], first: int) -> str:
 
 
 def saved(folder: Path | None) -> str:
-    """Returns where the model is, and what to do with it."""
+    """Returns the folder of the model, and a command to try it."""
     if folder is None:
         return "Saved:  nothing, for want of `--checkpoint-dir`"
     return f"Saved:  {folder}; try `nanochat-jax generate --checkpoint {folder}`"
 
 
 def stopped(received: signal.Signals, step: int, folder: Path | None) -> str:
-    """Returns what became of a run that a signal ended."""
+    """Returns the summary of a run that a signal ended, and how to go on.
+
+    Args:
+      received: The signal.
+      step: Steps done.
+      folder: Folder of the checkpoint, if there is one.
+    """
     line = f"\n{received.name}: stopped after step {step}"
     if folder is None:
         return f"{line}. Nothing was saved, for want of `--checkpoint-dir`."
@@ -41,7 +53,12 @@ def stopped(received: signal.Signals, step: int, folder: Path | None) -> str:
 
 
 def compiled(step: jax.stages.Compiled, seconds: float) -> str:
-    """Returns how long compiling took, and what the step plans."""
+    """Returns the compile time, and the planned bytes of the step.
+
+    Args:
+      step: The compiled step.
+      seconds: Time of its compilation.
+    """
     line = f"Step:   compiled in {seconds:.1f} s"
     planned = step.memory_analysis()
     if planned is None:
@@ -53,8 +70,13 @@ def compiled(step: jax.stages.Compiled, seconds: float) -> str:
 
 
 def held(run: Run, state: TrainState) -> str:
-    """Returns the bytes of an optimizer's state, beside those of the baseline."""
-    held = sum(x.nbytes for x in jax.tree.leaves(state.opt_state))
+    """Returns the bytes of the optimizer state, beside those of the baseline.
+
+    Args:
+      run: The run.
+      state: Its state.
+    """
+    held = tree_bytes(state.opt_state)
     baseline = memory_report(run.tx, run.params).fp32_muon_adamw_bytes
     each = optimizer_summary.megabytes(bytes_per_device(state.opt_state))
     return (

@@ -1,4 +1,4 @@
-"""`nanochat-jax plan`: what a run would hold and compute."""
+"""`nanochat-jax plan`: memory and operations of a run, without running it."""
 
 import dataclasses
 import json
@@ -15,13 +15,9 @@ from nanochat_jax.commands.shared import (
 )
 from nanochat_jax.config import Config, derived_from
 from nanochat_jax.lm.model import param_sharding
-from nanochat_jax.lm.planning import mesh_plan, optimizer_summary, run_memory
-from nanochat_jax.lm.runtime import device
-from nanochat_jax.lm.training import (
-    accumulator_bytes,
-    compile_low_rank_step,
-    compile_train_step,
-)
+from nanochat_jax.lm.planning import breakdown, mesh_plan, optimizer_summary, run_memory
+from nanochat_jax.lm.runtime import machine
+from nanochat_jax.lm.training import compile_low_rank_step, compile_train_step
 from nanochat_jax.optimizer import compiled_bytes, memory_report
 
 
@@ -38,16 +34,16 @@ class PlanFlags(Flags):
 
 @dataclasses.dataclass(frozen=True)
 class Plan(Config, PlanFlags):
-    """Trains nothing: groups, exact bytes of state, peak memory of a compiled step.
+    """Prints groups, exact bytes of state, and peak memory of a compiled step.
 
-    With a mesh it is on paper, for devices that need not be there: what each of them
-    holds and sends.
+    Nothing is trained. With a mesh nothing is compiled either, and the devices need not
+    exist: it prints the bytes that each of them holds and sends.
     """
 
     def run(self) -> None:
         """Prints the plan."""
         with usage_errors():
-            device.use(self.device, self.threads)
+            machine.use_device(self.device, self.threads)
             if self.mesh:
                 self._print_on_paper(mesh_plan.plan_scale(settings_of(self)))
             else:
@@ -62,12 +58,12 @@ class Plan(Config, PlanFlags):
         console = Console()
         say_derived(console, self)
         say(console, optimizer_summary.optimizer_summary(plan.config, plan.held) + "\n")
-        say(console, param_sharding.describe(plan.params, plan.config) + "\n")
+        say(console, param_sharding.mesh_summary(plan.params, plan.config) + "\n")
         console.print(mesh_plan.tables(plan, others))
         say(console, mesh_plan.summary(plan))
 
     def _derived(self) -> dict[str, Any]:
-        """Returns the settings that follow from depth or model, by which it is."""
+        """Returns the settings derived from `depth` or `model`, under that name."""
         values = {"fallback": self.fallback, "mesh": self.mesh}
         for key in ("depth", "model"):
             if getattr(self, key) is not None:
@@ -80,13 +76,13 @@ class Plan(Config, PlanFlags):
         run = run_memory.abstract_run(config)
         params, tx = run.params, run.tx
         held = memory_report(tx, params)
-        groups = optimizer_summary.parameter_groups(config, params, held)
+        groups = breakdown.parameter_groups(config, params, held)
         low_rank = compile_low_rank_step(run)
         steps = [compile_train_step(run), *([low_rank] if low_rank else [])]
         peak = run_memory.plan_run(run, steps)
         update = compiled_bytes(tx, params)
-        flops = optimizer_summary.step_flops(config, params)
-        accumulator = accumulator_bytes(config, tx, params)
+        flops = breakdown.step_flops(config, params)
+        accumulator = run_memory.accumulator_bytes(config, tx, params)
         if self.json:
             plan = {"variant": config.variant, **held.to_dict(), "update": update}
             plan |= {"run": peak._asdict(), "flops": flops}
@@ -101,7 +97,7 @@ class Plan(Config, PlanFlags):
             console.print(optimizer_summary.rank_table(config, params))
         say(
             console,
-            f"Compiled update on {device.describe()}:\n"
+            f"Compiled update on {machine.device_names()}:\n"
             f"  temporaries {optimizer_summary.megabytes(update['temp_bytes'])}\n"
             "  gradients, state and what is read of the parameters "
             f"{optimizer_summary.megabytes(update['argument_bytes'])}\n"

@@ -19,8 +19,7 @@ class Plot:
     Attributes:
       runs: Folders of runs, or their files of metrics.
       output: PNG file to write.
-      x: What the losses are drawn by; seconds are those of training, without
-        compilation.
+      x: Horizontal axis; seconds are those of training, without compilation.
     """
 
     runs: tyro.conf.Positional[tuple[str, ...]]
@@ -28,7 +27,7 @@ class Plot:
     x: figures.Axis = "step"
 
     def run(self) -> None:
-        """Draws the figure and says where it is."""
+        """Draws the figure and prints its path."""
         with usage_errors():
             figures.require_matplotlib()
             schema.require(
@@ -44,7 +43,7 @@ class Plot:
 
 
 def _read(runs: tuple[str, ...]) -> dict[str, figures.Curve]:
-    """Returns the lines of each run by its name; all that cannot be read is told."""
+    """Returns the lines of each run by its name, or refuses all unreadable ones."""
     curves, errors = {}, []
     for name, path in _files(runs).items():
         try:
@@ -58,7 +57,7 @@ def _read(runs: tuple[str, ...]) -> dict[str, figures.Curve]:
 
 
 def _files(runs: tuple[str, ...]) -> dict[str, Path]:
-    """Returns the file of each run by name, or by its path if names are not unique."""
+    """Returns the file of each run by name, or by path where names repeat."""
     files = {}
     for run in dict.fromkeys(runs):
         path = Path(run)
@@ -71,6 +70,6 @@ def _files(runs: tuple[str, ...]) -> dict[str, Path]:
 
 
 def _name(path: Path) -> str:
-    """Returns the name of a run: its folder's, but of a file in `runs` the file's."""
-    whole = path.absolute()
-    return whole.parent.name if whole.name == "metrics.jsonl" else whole.stem
+    """Returns the name of a run: of its folder, or of a file other than `metrics`."""
+    path = path.absolute()
+    return path.parent.name if path.name == "metrics.jsonl" else path.stem

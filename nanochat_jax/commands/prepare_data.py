@@ -1,4 +1,4 @@
-"""`nanochat-jax prepare-data`: a tokenizer trained on text, and the text's tokens."""
+"""`nanochat-jax prepare-data`: a tokenizer trained on text, and its tokens."""
 
 import dataclasses
 from collections.abc import Iterable, Iterator, Sequence
@@ -25,7 +25,7 @@ class PrepareData:
       vocab_size: Most tokens of the vocabulary: bytes, merges and <|endoftext|>.
       text: Files and folders of UTF-8 text.
       dataset: In place of `text`: the sources of Python's standard library.
-      force: Whether to replace such files in a folder that is not empty.
+      force: Whether to replace these files in a folder that is not empty.
     """
 
     output: str
@@ -35,7 +35,7 @@ class PrepareData:
     force: bool = False
 
     def run(self) -> None:
-        """Writes the folder and says how to train on it."""
+        """Writes the folder and prints how to train on it."""
         console = Console()
         with usage_errors():
             self._check()
@@ -43,12 +43,12 @@ class PrepareData:
                 texts = documents.text_documents(self.text)
             else:
                 texts = documents.stdlib_documents()
-            done = dataset_folder.prepare(
+            done = dataset_folder.build_dataset(
                 self.output,
                 texts,
                 self.vocab_size,
                 force=self.force,
-                track=lambda texts, what: _track(console, texts, what),
+                track=lambda texts, task: _track(console, texts, task),
             )
         folder = Path(self.output)
         say(
@@ -61,7 +61,7 @@ class PrepareData:
         )
 
     def _check(self) -> None:
-        """Refuses flags that do not do, before anything is read."""
+        """Refuses invalid flags, before anything is read."""
         schema.require(
             (
                 bool(self.text) != bool(self.dataset),
@@ -72,14 +72,14 @@ class PrepareData:
         dataset_folder.check_folder(Path(self.output), self.force)
 
 
-def _track(console: Console, texts: Sequence[str], what: str) -> Iterable[str]:
-    """Yields documents; shows a bar on a terminal, one line elsewhere."""
+def _track(console: Console, texts: Sequence[str], task: str) -> Iterable[str]:
+    """Returns documents that show a bar on a terminal, one line elsewhere."""
     if not console.is_terminal:
-        say(console, f"{what}: {len(texts):,} documents")
+        say(console, f"{task}: {len(texts):,} documents")
         return texts
-    return _bar(console, texts, what)
+    return _bar(console, texts, task)
 
 
-def _bar(console: Console, texts: Sequence[str], what: str) -> Iterator[str]:
+def _bar(console: Console, texts: Sequence[str], task: str) -> Iterator[str]:
     with Progress(console=console) as progress:
-        yield from progress.track(texts, description=what)
+        yield from progress.track(texts, description=task)

@@ -1,4 +1,4 @@
-"""What the commands share: their settings, how they print, how they refuse."""
+"""Flags, output and errors that commands have in common."""
 
 import contextlib
 import dataclasses
@@ -13,15 +13,15 @@ from nanochat_jax.config import Config, ModelName, depth, presets
 
 @dataclasses.dataclass(frozen=True)
 class Flags:
-    """Flags of the commands that take all settings of a run.
+    """Flags of commands that take all settings of a run.
 
     Attributes:
       config_file: TOML file with settings. Flags override it.
-      depth: Layers, from which width, heads, batch and learning rates follow where
-        neither the file nor a flag gives them.
-      model: Known model whose shape is taken where neither the file nor a flag gives
-        it, with a microbatch of one sequence for each part in which `mesh` divides it.
-      device: Where to compute. `gpu` without a GPU is an error.
+      depth: Layers; width, heads, batch and learning rates follow from it where neither
+        the file nor a flag gives them.
+      model: Known model that gives the shape where neither the file nor a flag does,
+        with one sequence per microbatch for each part into which `mesh` divides it.
+      device: Device to compute on. `gpu` without a GPU is an error.
       threads: Processors to use on the CPU; all if not given.
     """
 
@@ -33,13 +33,18 @@ class Flags:
 
 
 def settings_of(command: Config) -> Config:
-    """Returns the settings of a command without its own flags."""
+    """Returns the settings among the flags of a command."""
     names = [field.name for field in dataclasses.fields(Config)]
     return Config(**{name: getattr(command, name) for name in names})
 
 
 def say_derived(console: Console, command: Any) -> None:
-    """Prints what follows from the depth or the model of a command, if it has one."""
+    """Prints the settings derived from `--depth` or `--model`, if given.
+
+    Args:
+      console: Console to print to.
+      command: Command with these flags.
+    """
     if command.depth is not None:
         say(console, depth.describe(command.depth, command) + "\n")
     if command.model is not None:
@@ -47,13 +52,18 @@ def say_derived(console: Console, command: Any) -> None:
 
 
 def say(console: Console, text: str = "") -> None:
-    """Prints a text as it is: no markup, no highlights, no line breaks of our own."""
+    """Prints a text unchanged: no markup, no highlights, no added line breaks.
+
+    Args:
+      console: Console to print to.
+      text: Text to print.
+    """
     console.print(text, markup=False, highlight=False, soft_wrap=True)
 
 
 @contextlib.contextmanager
 def usage_errors() -> Iterator[None]:
-    """Ends with one message and exit code 2 on settings or data that do not do."""
+    """Ends with one message and exit code 2 on invalid settings or data."""
     try:
         yield
     except (ValueError, TypeError) as error:

@@ -12,11 +12,11 @@ from tyro.constructors import (
 )
 
 REGISTRY = ConstructorRegistry()
-"""How tyro reads the flags of these settings."""
+"""Constructors of these flags for tyro."""
 
 
 def parse_table(text: str) -> dict[str, Any]:
-    """Returns the table that a flag gives.
+    """Returns the table of a flag.
 
     Example:
       >>> parse_table("data=2,fsdp=4")
@@ -26,7 +26,7 @@ def parse_table(text: str) -> dict[str, Any]:
       text: Keys and numbers, `key=number,key=number`.
 
     Raises:
-      ValueError: If it is anything else.
+      ValueError: If `text` has another form.
     """
     pairs = [pair.partition("=")[::2] for pair in text.split(",") if pair]
     try:
@@ -36,7 +36,7 @@ def parse_table(text: str) -> dict[str, Any]:
 
 
 def format_table(table: Mapping[str, Any]) -> str:
-    """Returns the flag for a table; undoes `parse_table`."""
+    """Returns the text of a table; the inverse of `parse_table`."""
     return ",".join(f"{key}={value}" for key, value in table.items())
 
 

@@ -1,4 +1,4 @@
-"""`nanochat-jax train`: from settings to a trained model and a sample of its text."""
+"""`nanochat-jax train`: a model from settings, and a sample of its text."""
 
 import contextlib
 import dataclasses
@@ -25,7 +25,7 @@ from nanochat_jax.config import Config, schema
 from nanochat_jax.lm.checkpoints import Checkpoints
 from nanochat_jax.lm.model import param_sharding
 from nanochat_jax.lm.planning import optimizer_summary
-from nanochat_jax.lm.runtime import device, processes, stopping
+from nanochat_jax.lm.runtime import machine, processes, stopping
 from nanochat_jax.lm.tracking import (
     MetricsWriter,
     Sink,
@@ -35,6 +35,7 @@ from nanochat_jax.lm.tracking import (
 )
 from nanochat_jax.lm.training import (
     OptimizerShare,
+    Reporter,
     Run,
     Sampler,
     StepProfiler,
@@ -43,9 +44,9 @@ from nanochat_jax.lm.training import (
     compile_train_step,
     fit,
     init_state,
+    make_run,
     make_sampler,
     parse_steps,
-    prepare,
     resume,
 )
 from nanochat_jax.optimizer import memory_report
@@ -56,24 +57,24 @@ class TrainFlags(Flags):
     """Flags of `train` besides the settings.
 
     Attributes:
-      epochs: Times to go through the data, in place of `total_steps`.
-      checkpoint_dir: Folder for checkpoints and `metrics.jsonl`; with `resume` its
-        folder if not given, else nothing is written.
+      epochs: Passes over the data, in place of `total_steps`.
+      checkpoint_dir: Folder for checkpoints and `metrics.jsonl`. If not given, the
+        folder of `resume`; without both nothing is written.
       resume: Checkpoint folder, or the folder of one step, to go on from.
-      allow_codec_change: Whether the resumed state may be stored with other codecs, or
-        none, than it was: it is then decoded and stored anew.
+      allow_codec_change: Whether the resumed state may change its codecs: it is then
+        decoded and encoded anew.
       allow_data_change: Whether the resumed run may go on with other data.
       allow_tokenizer_change: Whether it may go on with another tokenizer, whose ids
-        are taken to mean what they did.
-      tensorboard: Whether metrics also go to the folder `tensorboard` beside them.
-      wandb: Project of Weights & Biases that metrics also go to; offline, unless
-        `WANDB_MODE` is `online`.
-      profile_steps: Steps to write a trace of, to the folder `profile` beside them:
-        `A:B` for those from A up to, and without, B.
-      coordinator: Where process 0 listens, `HOST:PORT`, for one of several processes
-        that train together. SLURM and Open MPI tell it without this flag.
-      num_processes: How many processes these are.
-      process_id: Which of them this one is, from 0.
+        must have the same meaning.
+      tensorboard: Whether to write metrics to the folder `tensorboard` too.
+      wandb: Project of Weights & Biases to log metrics to; offline, unless `WANDB_MODE`
+        is `online`.
+      profile_steps: Steps to trace, to the folder `profile`: `A:B` for the steps from A
+        up to, and without, B.
+      coordinator: Address of process 0, `HOST:PORT`, for one of several processes that
+        train together. SLURM and Open MPI give it without this flag.
+      num_processes: Number of these processes.
+      process_id: Number of this process, from 0.
     """
 
     epochs: int | None = None
@@ -91,15 +92,15 @@ class TrainFlags(Flags):
 
 
 class _Job(NamedTuple):
-    """What is settled before anything is compiled.
+    """A run and its surroundings, before anything is compiled.
 
     Attributes:
-      run: What to train.
+      run: Run to train.
       restored: State to go on from, if any.
-      folder: Where to write, if anywhere.
-      sinks: Where metrics go.
-      profiler: What traces some of the steps, if any.
-      sampler: What makes text, if any can be made.
+      folder: Folder to write to, if any.
+      sinks: Sinks of metrics.
+      profiler: Profiler of some steps, if any.
+      sampler: Generator of text samples, if any.
     """
 
     run: Run
@@ -115,17 +116,17 @@ class _Job(NamedTuple):
 class Train(Config, TrainFlags):
     """Trains a GPT; every setting of the TOML file is also a flag.
 
-    SIGTERM and Ctrl-C stop the run after the step it is at, with a checkpoint. The exit
-    code is then 0 and 130. A second signal stops it at once.
+    SIGTERM and Ctrl-C stop the run after the current step, with a checkpoint; the exit
+    codes are 0 and 130. A second signal stops it at once.
     """
 
     def run(self) -> None:
-        """Trains, prints what it does, and ends with a sample of text."""
+        """Trains, prints the progress, and ends with a sample of text."""
         with contextlib.ExitStack() as stack:
             with usage_errors():
                 who = (self.coordinator, self.num_processes, self.process_id)
                 stack.enter_context(processes.joined(*who))
-                device.use(self.device, self.threads)
+                machine.use_device(self.device, self.threads)
             received = self._train(Console(quiet=not processes.is_first()))
         if received:
             sys.exit(0 if received == signal.SIGTERM else 128 + received)
@@ -144,9 +145,10 @@ class Train(Config, TrainFlags):
         )
         tell()
         tell(f"Data:   {run.corpus.description}, {len(run.corpus.train):,} tokens")
-        tell(f"Model:  {_count(run.params):,} parameters on {device.describe()}")
-        if spread := param_sharding.describe(run.params, run.config):
-            tell(spread)
+        count = sum(x.size for x in jax.tree.leaves(run.params))
+        tell(f"Model:  {count:,} parameters on {machine.device_names()}")
+        if mesh := param_sharding.mesh_summary(run.params, run.config):
+            tell(mesh)
         first = int(job.restored.step) if job.restored else 0
         state, metrics, received = _fit(job, console, tell)
         if received:
@@ -160,8 +162,8 @@ class Train(Config, TrainFlags):
         return None
 
     def _prepare(self, tell: Callable[[str], object]) -> _Job:
-        """Loads what is needed, and refuses what will not do; nothing is written."""
-        run = prepare(settings_of(self), self.epochs)
+        """Loads data and state, and refuses invalid settings; nothing is written."""
+        run = make_run(settings_of(self), self.epochs)
         source = Checkpoints(self.resume) if self.resume else None
         allow: list[resume.Change] = [
             change
@@ -181,11 +183,11 @@ class Train(Config, TrainFlags):
         if not processes.is_first():
             sinks, profiler = [], None
         if jax.process_count() > 1:
-            sampler = None  # its tokens are on one process, the parameters on all
+            sampler = None  # its tokens are on one process, parameters on all
         return _Job(run, restored, folder, sinks, profiler, sampler)
 
     def _sinks(self, run: Run, folder: Path | None) -> list[Sink]:
-        """Returns where metrics go."""
+        """Returns the sinks of metrics."""
         sinks: list[Sink] = []
         if folder:
             sinks.append(MetricsWriter(folder / "metrics.jsonl"))
@@ -206,7 +208,7 @@ class Train(Config, TrainFlags):
 
 
 def _check_folder(folder: Path | None, first: int, total: int) -> None:
-    """Refuses, before anything is written, a run that could not be saved."""
+    """Refuses a run with later checkpoints or without steps, before it writes."""
     if folder:
         Checkpoints(folder).check_start(first)
     schema.require(
@@ -221,7 +223,7 @@ def _check_folder(folder: Path | None, first: int, total: int) -> None:
 def _fit(
     job: _Job, console: Console, tell: Callable[[str], object]
 ) -> tuple[TrainState, Mapping[str, Any], signal.Signals | None]:
-    """Trains; returns state, latest metrics, and the signal that ended it, if any."""
+    """Trains; returns state, last metrics, and the signal that ended it, if any."""
     run, config = job.run, job.run.config
     started = time.perf_counter()
     with console.status("Compiling the training step"):
@@ -251,21 +253,15 @@ def _fit(
         display = stack.enter_context(
             make_display(config.total_steps, start_step=first, console=console)
         )
+        share = OptimizerShare(run) if config.measure_optimizer else None
         state = fit(
             run,
             state,
             step,
+            Reporter(run, first, display, job.sinks, job.sampler, share),
             low_rank_step=low_rank_step,
-            display=display,
-            sinks=job.sinks,
             checkpoints=checkpoints,
-            sample=job.sampler,
             profiler=job.profiler,
-            share=OptimizerShare(run) if config.measure_optimizer else None,
             stop=stop,
         )
     return state, display.latest, stop.received
-
-
-def _count(params: object) -> int:
-    return sum(x.size for x in jax.tree.leaves(params))

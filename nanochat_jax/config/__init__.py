@@ -1,6 +1,14 @@
-"""Settings, one flat TOML file for a whole run.
+"""Settings, one flat TOML file for a whole run, of which each class reads its own keys.
 
-A file may hold any of the keys, and each class reads its own from it.
+schema     keys declared at their fields; reading, checking and describing them
+coerce     values as the types of their fields
+removed    keys and values of earlier versions
+depth      settings that follow from the depth of a model
+presets    settings that follow from the name of a model
+base       base class of the settings: from TOML to checked values
+optimizer  `OptimizerConfig`
+model      `ModelConfig`
+run        `Config`, all settings of a run
 """
 
 from nanochat_jax.config import depth as depth, presets as presets, schema as schema
@@ -14,6 +22,10 @@ from nanochat_jax.config.optimizer import (
     OptimizerConfig as OptimizerConfig,
 )
 from nanochat_jax.config.presets import ModelName as ModelName
+from nanochat_jax.config.removed import (
+    REMOVED as REMOVED,
+    without_removed as without_removed,
+)
 from nanochat_jax.config.run import (
     MESH_AXES as MESH_AXES,
     Config as Config,

@@ -1,13 +1,14 @@
-"""What all classes of settings share: their checks, and the file of a run."""
+"""Base class of all settings: how they are checked, and read from the file of a run."""
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Self
 
 from nanochat_jax.config import schema
 from nanochat_jax.config.depth import derive
 from nanochat_jax.config.presets import shape_of
+from nanochat_jax.config.removed import REMOVED, refused
 
 # Keys of the parent project, nanochat-rs-ternary, for parts that are not built here.
 PARENT_ONLY = (
@@ -17,15 +18,15 @@ PARENT_ONLY = (
     "mhc_n_streams",
 )
 
-RUN_KEYS: set[str] = {"depth", "model"}
-"""Keys that the file of a run may hold; `Config`, which has the others, adds them."""
-
 
 def derived_from(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns what follows from `depth` or `model` among the values of a run.
+    """Returns the settings that follow from `depth` or `model`, if one is given.
+
+    Args:
+      values: Values of a run by key.
 
     Raises:
-      ValueError: If both are there, or one is not allowed.
+      ValueError: If both are given, or one is not allowed.
     """
     schema.require(
         (
@@ -45,18 +46,24 @@ class Settings:
 
     def __post_init__(self) -> None:
         schema.check_types(self)
-        schema.require(*self._checks())
+        least = {
+            key: known.least
+            for key, known in schema.declared(self).items()
+            if known.least is not None
+        }
+        schema.require(*schema.lower_bounds(self, least), *self._checks())
 
     def _checks(self) -> list[schema.Check]:
+        """Returns the checks that take more than the least value of a field."""
         raise NotImplementedError
 
     @classmethod
     def from_toml(cls, path: str | Path, **flags: Any) -> Self:
         """Reads the fields of this class from a TOML file.
 
-        The file may have the keys of a whole run: those of the other classes here are
-        left alone. Files of the parent project load as they are; their keys for parts
-        that are not built here are named in one warning.
+        The file may have the keys of a whole run; the keys of other classes are left
+        alone. Keys without effect, of parts of the parent project that are not built
+        here and of parts that were removed, are named in a warning.
 
         Args:
           path: A flat TOML file. It may also have `depth` or `model`; see
@@ -70,13 +77,11 @@ class Settings:
           ValueError: If the file cannot be read, or a key or value is not allowed.
         """
         values = schema.read_toml(path, tables=("galore_rank", "mesh"))
-        unbuilt = [key for key in PARENT_ONLY if key in values]
-        if unbuilt:
-            warnings.warn(
-                f"{path}: these keys are for parts that are not built here and have no "
-                f"effect: {', '.join(unbuilt)}.",
-                stacklevel=2,
-            )
+        _warn(
+            path, values, PARENT_ONLY, "are for parts that are not built here and have"
+        )
+        neutral = REMOVED.keys() - {line.split("`")[1] for line in refused(values)}
+        _warn(path, values, sorted(neutral), "are removed and, as they are set, have")
         return cls.from_values({**values, **flags}, str(path))
 
     @classmethod
@@ -84,9 +89,9 @@ class Settings:
         """Takes the fields of this class from the values of a run.
 
         Args:
-          values: Values by key. `depth` or `model` among them gives those that are not
-            there; see `depth.derive` and `presets.shape_of`.
-          source: Where they come from, for messages.
+          values: Values by key. From `depth` or `model` follow other values where none
+            are given; see `depth.derive` and `presets.shape_of`.
+          source: Where the values come from, for messages.
 
         Returns:
           The settings.
@@ -98,5 +103,26 @@ class Settings:
             values = {**derived_from(values), **values}
         except ValueError as error:
             raise ValueError(f"{source}: {error}") from None
-        unbuilt = [key for key in PARENT_ONLY if key in values]
-        return schema.build(cls, values, source, [*RUN_KEYS, *unbuilt])
+        ignored = [key for key in (*PARENT_ONLY, *REMOVED) if key in values]
+        others = [*_keys_of_a_run(), *ignored]
+        return schema.build(cls, values, source, others, refused(values))
+
+
+def _keys_of_a_run() -> set[str]:
+    """Returns the keys that the file of a run may hold: all that a class declares."""
+    keys, classes = {"depth", "model"}, Settings.__subclasses__()
+    while classes:
+        cls = classes.pop()
+        keys |= schema.declared(cls).keys()
+        classes += cls.__subclasses__()
+    return keys
+
+
+def _warn(
+    path: str | Path, values: Mapping[str, Any], keys: Iterable[str], told: str
+) -> None:
+    """Warns, where the file is loaded, of keys that have no effect."""
+    found = [key for key in keys if key in values]
+    if found:
+        message = f"{path}: these keys {told} no effect: {', '.join(found)}."
+        warnings.warn(message, stacklevel=3)

@@ -1,4 +1,4 @@
-"""One dial: what follows from the depth of a model for what is not set.
+"""Settings that follow from the depth of a model, where they are not set.
 
   dim             64 a layer, and heads of 64, so one head a layer. This is the aspect
                   ratio of nanochat; at 12 layers it is the shape of GPT-2 small.
@@ -28,7 +28,9 @@ MICROBATCH = 8
 _REFERENCE = 12
 _SEQUENCES = 32
 _BATCH_EXPONENT = 3 * 0.383
-_FALLBACK_LR = {"adamw": 3e-3, "lion": 3e-4}
+
+FALLBACK_LR = {"adamw": 3e-3, "lion": 3e-4}
+"""Peak learning rates of AdamW and Lion, at 12 layers if they follow from depth."""
 
 
 def derive(depth: int, fallback: str = "adamw") -> dict[str, Any]:
@@ -50,7 +52,7 @@ def derive(depth: int, fallback: str = "adamw") -> dict[str, Any]:
     relative = depth / _REFERENCE
     sequences = 2 ** round(math.log2(_SEQUENCES * relative**_BATCH_EXPONENT))
     microbatch = min(sequences, MICROBATCH)
-    rate = _FALLBACK_LR.get(str(fallback), _FALLBACK_LR["adamw"]) / math.sqrt(relative)
+    rate = FALLBACK_LR.get(str(fallback), FALLBACK_LR["adamw"]) / math.sqrt(relative)
     return {
         "dim": HEAD_DIM * depth,
         "n_layers": depth,
@@ -63,7 +65,7 @@ def derive(depth: int, fallback: str = "adamw") -> dict[str, Any]:
 
 
 def describe(depth: int, config: Any) -> str:
-    """Returns in words what follows from a depth, and what was set otherwise.
+    """Describes the settings that follow from a depth, and those set otherwise.
 
     Args:
       depth: Layers.

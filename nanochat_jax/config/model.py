@@ -1,10 +1,14 @@
 """Settings of the model."""
 
 import dataclasses
+import functools
 from typing import Literal
 
 from nanochat_jax.config import schema
 from nanochat_jax.config.base import Settings
+from nanochat_jax.config.schema import setting
+
+_model = functools.partial(setting, group="Model")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -18,50 +22,45 @@ class ModelConfig(Settings):
       n_kv_heads: Key and value heads, K; divides `n_heads`. `n_heads` if not given.
       ffn_mult: Hidden width of the feed-forward layer over `dim`.
       vocab_size: Tokens, V.
-      pad_vocab_to: Rows of the embedding and columns of the head are filled up to a
-        multiple of this, so that devices divide them: 128 serves any power of two up
-        to that. What is filled up has no part in losses, samples and exports.
+      pad_vocab_to: Pads the embedding and the head to a multiple of this, so that they
+        can be sharded; 128 suits any power of two up to 128 devices. Padding has no
+        part in losses, samples and exports.
       max_seq_len: Longest sequence, in tokens.
       weight_tied: Whether the head is the transposed embedding.
       rope_theta: Base of the rotary frequencies.
       compute_dtype: Type of activations and products; parameters are float32.
-      remat: Whether blocks are recomputed in the backward pass. Before JAX 0.11 it
-        takes `scan_layers` too for this to save memory on CPUs.
+      remat: Whether blocks are recomputed in the backward pass. Before JAX 0.11 this
+        saves memory on CPUs only together with `scan_layers`.
       scan_layers: Whether the parameters of all blocks are stacked and run by one loop,
         which compiles faster the more blocks there are.
-      loss_chunk: Tokens whose logits stand at a time, at least one position of every
-        sequence; 0 for all. Fewer take less memory, but a large vocabulary and a fast
-        device want more.
-      ternary: Whether the kernels of blocks are rounded to -1, 0 and 1 times a scale,
-        and what they multiply to 8 bits, as in BitNet b1.58; trained are float weights.
-      group_size: Entries of a column of such a kernel that share a scale.
+      loss_chunk: Tokens whose logits are computed at a time, at least one position of
+        every sequence; 0 for all. Fewer take less memory; a large vocabulary on a fast
+        device runs faster with more.
+      ternary: Whether kernels of blocks are rounded to -1, 0 and 1 times a scale, and
+        their inputs to 8 bits, as in BitNet b1.58; the trained weights are floats.
+      group_size: Entries of a column of a ternary kernel that share a scale.
     """
 
-    dim: int = 256
-    n_layers: int = 4
-    n_heads: int = 4
-    n_kv_heads: int | None = None
-    ffn_mult: float = 2.6875
-    vocab_size: int = 256
-    pad_vocab_to: int = 1
-    max_seq_len: int = 512
-    weight_tied: bool = True
-    rope_theta: float = 10_000.0
-    compute_dtype: Literal["float32", "bfloat16"] = "float32"
-    remat: bool = False
-    scan_layers: bool = False
-    loss_chunk: int = 512
-    ternary: bool = False
-    group_size: int = 128
+    dim: int = _model(256, least=1)
+    n_layers: int = _model(4, least=1)
+    n_heads: int = _model(4, least=1)
+    n_kv_heads: int | None = _model(None)
+    ffn_mult: float = _model(2.6875)
+    vocab_size: int = _model(256, least=1)
+    pad_vocab_to: int = _model(1, least=1)
+    max_seq_len: int = _model(512, least=1)
+    weight_tied: bool = _model(True)
+    rope_theta: float = _model(10_000.0)
+    compute_dtype: Literal["float32", "bfloat16"] = _model("float32")
+    remat: bool = _model(False)
+    scan_layers: bool = _model(False)
+    loss_chunk: int = _model(512, least=0)
+    ternary: bool = _model(False)
+    group_size: int = _model(128, least=1)
 
     def _checks(self) -> list[schema.Check]:
-        sizes = (
-            "dim", "n_layers", "n_heads", "vocab_size", "pad_vocab_to", "max_seq_len",
-            "group_size",
-        )  # fmt: skip
         heads = max(self.n_heads, 1)
         return [
-            *schema.lower_bounds(self, dict.fromkeys(sizes, 1) | {"loss_chunk": 0}),
             (
                 self.dim % heads == 0 and self.dim // heads % 2 == 0,
                 "`dim` must be an even multiple of `n_heads`, got "
@@ -85,7 +84,7 @@ class ModelConfig(Settings):
 
     @property
     def table_size(self) -> int:
-        """Rows of the embedding and columns of the head: V, filled up."""
+        """Rows of the embedding and columns of the head: V, padded."""
         return -(-self.vocab_size // self.pad_vocab_to) * self.pad_vocab_to
 
     @property

@@ -1,76 +1,79 @@
 """Settings of the optimizer."""
 
 import dataclasses
+import functools
 from typing import Literal
 
 from nanochat_jax.config import schema
 from nanochat_jax.config.base import Settings
-from nanochat_jax.numerics import POLYNOMIALS, NewtonSchulzDtype
-from nanochat_jax.transforms import Rank, check_rank
-
-CodecName = Literal["int8", "dynamic8", "mulaw8", "float8"]
+from nanochat_jax.config.depth import FALLBACK_LR
+from nanochat_jax.config.schema import setting
+from nanochat_jax.numerics import POLYNOMIALS
 
 HARDWARE_RANKS = {"a": 512, "b": 256, "c": 384}
 """GaLore rank by the parent project's hardware presets."""
 
 _DEFAULT_RANK = 256
-_FALLBACK_LR = {"adamw": 3e-3, "lion": 3e-4}
+
+# The basis is quantised even where moments are not.
+_QUANTISED = ("use_8bit_optim", "use_galore")
+
+_muon = functools.partial(setting, group="Optimizer")
+_few_bits = functools.partial(
+    setting,
+    group="Optimizer state in few bits",
+    affects="storage",
+    needs=("use_8bit_optim",),
+)
+_low_rank = functools.partial(
+    setting, group="Optimizer state of low rank: GaLore", needs=("use_galore",)
+)
+_fallback = functools.partial(
+    setting, group="Optimizer of embeddings, head and vectors"
+)
 
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig(Settings):
-    """What optimizer to build; the keys are those of a TOML file.
+    """Settings of the optimizer; the names are the keys of a TOML file.
 
     Attributes:
       lr: Peak learning rate of the matrices.
       fallback: Optimizer of embeddings, head and vectors.
-      fallback_lr: Its peak learning rate; 0.003 for AdamW and 0.0003 for Lion if not
-        given.
+      fallback_lr: Peak learning rate of that optimizer; 0.003 for AdamW and 0.0003 for
+        Lion if not given.
       weight_decay: Decoupled weight decay of everything but vectors.
       warmup_steps: Steps of linear warm-up.
       total_steps: Steps of the schedule.
-      schedule: Course of the rate after its warm-up: "wsd" (warm-up, stable, decay; Hu
-        et al. 2024, "MiniCPM") stays and then falls linearly, "cosine" falls along half
+      schedule: Learning rate after warm-up: "wsd" (warm-up, stable, decay; Hu et al.
+        2024, "MiniCPM") is constant and then falls linearly, "cosine" falls along half
         a cosine (Loshchilov and Hutter 2017, "SGDR"), and "linear" along a line.
       decay_start_frac: Fraction of the steps after which "wsd" begins to fall.
-      min_lr_frac: What the rate falls to, as a fraction of its peak.
+      min_lr_frac: Final learning rate as a fraction of its peak.
       grad_clip: Largest global norm of the gradient; 0 does not clip.
       muon_momentum: Decay of the momentum of matrices.
-      muon_scale: Shape rule of their updates, as in `scale_by_shape`.
+      muon_scale: Shape rule of the updates of matrices, as in `scale_by_shape`.
       ns_method: Newton-Schulz polynomials, by their name in `POLYNOMIALS`.
       ns_steps: Newton-Schulz steps.
       ns_dtype: Type of the iteration; "auto" is bfloat16 where it is native.
-      use_8bit_optim: Whether moments are stored quantised: the momentum of matrices,
-        and with it the moments of AdamW or Lion in 8 bits.
-      quantize_embeddings: Whether that holds for embeddings and head too.
-      quant_bits: Bits of the momentum of matrices. 4 are `Normal4`, or `Int4` if
-        rounding is stochastic; 2 are `Normal2`.
-      quant_codec: How first moments are stored in 8 bits. Second moments, which are
-        divided by, are always in the dynamic map without zero.
+      use_8bit_optim: Whether moments are quantised: the momentum of matrices in
+        `quant_bits`, and the moments of AdamW or Lion in 8 bits.
+      quantize_embeddings: Whether moments of embeddings and head are quantised too.
+      quant_bits: Bits of the momentum of matrices; 4 are `Normal4`, or `Int4` if
+        rounding is stochastic.
       quant_block_size: Entries that share a scale; half as many with `Normal4`.
-      quant_scale_dtype: Type of the scales.
       quant_min_size: Arrays with fewer entries are not quantised.
-      stochastic_rounding: Whether first moments are rounded stochastically, which only
-        the evenly spaced levels of "int8" and 4 bits allow.
-      use_galore: Whether the momentum of matrices is kept in a low-rank space.
-      galore_rank: Its rank: a number, a fraction of the shorter side, or a table of
-        these by part of the path, such as `{attention = 128, "*" = 0.25}`. By
+      stochastic_rounding: Whether first moments are rounded stochastically.
+      use_galore: Whether matrices keep their momentum in a low-rank space.
+      galore_rank: Rank of that space: a number, or a fraction of the shorter side. By
         `hardware`, else 256, if not given.
       hardware: Preset that gives the rank: 512 for "a", 256 for "b", 384 for "c".
-      galore_update_freq: Steps between two changes of its basis.
-      galore_stagger: Whether matrices change their basis at different steps.
-      galore_adaptive: Whether a matrix changes its basis early when it captures less
-        of the gradient, and later when it stands still; see `Adaptive`.
-      galore_warm_start: Whether a basis is looked for from the one before, not from a
-        random sketch.
-      galore_momentum_share: Share of the momentum in the matrix whose leading
-        directions a basis is of; the rest of it is the gradient.
-      galore_residual: Weight of the rest of the gradient; 0 is the published method.
-      galore_rest_bits: Bits in which the rest has a momentum of its own: 2 and 4 are
-        `Normal2` and `Normal4`, 8 `Int8`, 32 not quantised; 0 for none.
-      galore_rest_momentum: Decay of that momentum; short, as few bits ask for.
-      galore_match_norm: Whether the rest is scaled as the momentum is to the gradient.
-      galore_scale: Factor on what comes back from the low-rank space.
+      galore_update_freq: Steps between two changes of basis.
+      galore_residual: Weight of the complement, the part of the gradient outside the
+        space; 0 is the published method.
+      galore_rest_bits: Bits of a momentum of the complement: 2 and 4 are `Normal2` and
+        `Normal4`, 32 is not quantised; 0 for no such momentum.
+      galore_rest_momentum: Decay of that momentum; few bits need a short one.
       projector_bits: Bits of the stored basis; 4 with `use_8bit_optim`, else 8, if not
         given.
       adam_betas: Decays of AdamW.
@@ -79,63 +82,47 @@ class OptimizerConfig(Settings):
         and of the order of the data.
     """
 
-    lr: float = 0.02
-    fallback: Literal["adamw", "lion"] = "adamw"
-    fallback_lr: float | None = None
-    weight_decay: float = 0.0
-    warmup_steps: int = 0
-    total_steps: int = 1000
-    schedule: Literal["wsd", "cosine", "linear"] = "wsd"
-    decay_start_frac: float = 0.8
-    min_lr_frac: float = 0.0
-    grad_clip: float = 1.0
-    muon_momentum: float = 0.95
-    muon_scale: Literal["width", "rms", "none"] = "width"
-    ns_method: str = "quintic"
-    ns_steps: int = 5
-    ns_dtype: NewtonSchulzDtype = "auto"
-    use_8bit_optim: bool = False
-    quantize_embeddings: bool = True
-    quant_bits: Literal[8, 4, 2] = 8
-    quant_codec: CodecName = "int8"
-    quant_block_size: int = 128
-    quant_scale_dtype: Literal["float32", "bfloat16"] = "bfloat16"
-    quant_min_size: int = 4096
-    stochastic_rounding: bool = False
-    use_galore: bool = False
-    galore_rank: int | float | dict[str, int | float] | None = None
-    hardware: Literal["a", "b", "c"] | None = None
-    galore_update_freq: int = 200
-    galore_stagger: bool = False
-    galore_adaptive: bool = False
-    galore_warm_start: bool = False
-    galore_momentum_share: float = 0.0
-    galore_residual: float = 1.0
-    galore_rest_bits: Literal[0, 2, 4, 8, 32] = 0
-    galore_rest_momentum: float = 0.8
-    galore_match_norm: bool = False
-    galore_scale: float = 1.0
-    projector_bits: Literal[32, 16, 8, 4] | None = None
-    adam_betas: tuple[float, float] = (0.9, 0.95)
-    lion_betas: tuple[float, float] = (0.9, 0.99)
-    seed: int = 0
+    lr: float = _muon(0.02, least=0, adamw=True)
+    fallback: Literal["adamw", "lion"] = _muon("adamw")
+    fallback_lr: float | None = _muon(None, least=0)
+    weight_decay: float = _muon(0.0, least=0, adamw=True)
+    warmup_steps: int = _muon(0, least=0, adamw=True)
+    total_steps: int = _muon(1000, least=1)
+    schedule: Literal["wsd", "cosine", "linear"] = _muon("wsd", adamw=True)
+    decay_start_frac: float = _muon(0.8, adamw=True)
+    min_lr_frac: float = _muon(0.0, adamw=True)
+    grad_clip: float = _muon(1.0, least=0, adamw=True)
+    muon_momentum: float = _muon(0.95)
+    muon_scale: Literal["width", "rms", "none"] = _muon("width")
+    ns_method: str = _muon("quintic")
+    ns_steps: int = _muon(5, least=1)
+    ns_dtype: Literal["auto", "float32", "bfloat16"] = _muon("auto")
+    use_8bit_optim: bool = _few_bits(False, needs=())
+    quantize_embeddings: bool = _few_bits(True)
+    quant_bits: Literal[8, 4] = _few_bits(8)
+    quant_block_size: int = _few_bits(128, least=1, needs=_QUANTISED)
+    quant_min_size: int = _few_bits(4096, least=0, needs=_QUANTISED)
+    stochastic_rounding: bool = _few_bits(False)
+    use_galore: bool = _low_rank(False, needs=())
+    galore_rank: int | float | None = _low_rank(None, adamw=True)
+    hardware: Literal["a", "b", "c"] | None = _low_rank(None)
+    galore_update_freq: int = _low_rank(200, least=1, adamw=True)
+    galore_residual: float = _low_rank(1.0, least=0)
+    galore_rest_bits: Literal[0, 2, 4, 32] = _low_rank(0)
+    galore_rest_momentum: float = _low_rank(0.8)
+    projector_bits: Literal[32, 8, 4] | None = _low_rank(None, affects="storage")
+    adam_betas: tuple[float, float] = _fallback((0.9, 0.95), adamw=True)
+    lion_betas: tuple[float, float] = _fallback((0.9, 0.99))
+    seed: int = setting(0, group="Random numbers", least=0)
 
     def _checks(self) -> list[schema.Check]:
-        at_least = {
-            "warmup_steps": 0, "total_steps": 1, "grad_clip": 0, "ns_steps": 1,
-            "quant_block_size": 1, "quant_min_size": 0,
-            "galore_update_freq": 1, "galore_residual": 0, "galore_scale": 0,
-            "weight_decay": 0, "lr": 0, "fallback_lr": 0, "seed": 0,
-        }  # fmt: skip
         fractions = {
             "muon_momentum": [self.muon_momentum],
             "galore_rest_momentum": [self.galore_rest_momentum],
-            "galore_momentum_share": [self.galore_momentum_share],
             "adam_betas": self.adam_betas,
             "lion_betas": self.lion_betas,
         }
         return [
-            *schema.lower_bounds(self, at_least),
             *(
                 (
                     all(0 <= b < 1 for b in betas),
@@ -150,20 +137,6 @@ class OptimizerConfig(Settings):
                 "`galore_rest_bits` stores a momentum of what `galore_residual = 0` "
                 "leaves out. Set one of them otherwise.",
             ),
-            (
-                not (self.galore_stagger and self.galore_adaptive),
-                "`galore_stagger` and `galore_adaptive` both decide when a matrix "
-                "changes its basis. Set one of them.",
-            ),
-            (
-                not self.stochastic_rounding or self.quant_codec == "int8",
-                '`stochastic_rounding` needs `quant_codec` to be "int8", got '
-                f'"{self.quant_codec}".',
-            ),
-            (
-                not self.stochastic_rounding or self.quant_bits != 2,
-                "`stochastic_rounding` needs `quant_bits` to be 8 or 4, got 2.",
-            ),
             (self.seed < 2**32, f"`seed` must be below 2**32, got {self.seed}."),
             *_schedule_checks(self),
         ]
@@ -176,8 +149,8 @@ class OptimizerConfig(Settings):
         return round(self.decay_start_frac * self.total_steps)
 
     @property
-    def rank(self) -> Rank:
-        """GaLore rank: `galore_rank`, else that of `hardware`, else 256."""
+    def rank(self) -> int | float:
+        """GaLore rank: `galore_rank`, else the preset of `hardware`, else 256."""
         preset = HARDWARE_RANKS[self.hardware] if self.hardware else _DEFAULT_RANK
         return self.galore_rank or preset
 
@@ -185,7 +158,7 @@ class OptimizerConfig(Settings):
     def fallback_peak_lr(self) -> float:
         """Peak learning rate of embeddings, head and vectors."""
         given = self.fallback_lr
-        return _FALLBACK_LR[self.fallback] if given is None else given
+        return FALLBACK_LR[self.fallback] if given is None else given
 
     @property
     def stored_projector_bits(self) -> int:
@@ -222,14 +195,11 @@ def _schedule_checks(config: OptimizerConfig) -> list[schema.Check]:
     ]
 
 
-def _rank_checks(rank: Rank | None) -> list[schema.Check]:
-    if isinstance(rank, int):
-        return [(rank >= 1, f"`galore_rank` must be at least 1, got {rank}.")]
-    try:
-        check_rank(1 if rank is None else rank)
-    except (TypeError, ValueError) as error:
-        return [(False, str(error).replace("`rank`", "`galore_rank`"))]
-    return []
+def _rank_checks(rank: int | float | None) -> list[schema.Check]:
+    allowed, wanted = rank is None or rank >= 1, "at least 1"
+    if isinstance(rank, float):
+        allowed, wanted = 0 < rank < 1, "an int of at least 1 or a fraction in (0, 1)"
+    return [(allowed, f"`galore_rank` must be {wanted}, got {rank}.")]
 
 
 def _method_checks(method: str, steps: int) -> list[schema.Check]:

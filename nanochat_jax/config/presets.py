@@ -8,7 +8,7 @@ from nanochat_jax.config import schema
 
 ModelName = Literal["1b", "7b", "70b"]
 
-# As such models are trained: blocks in a loop, recomputed, in bfloat16.
+# How such models are trained: blocks in a loop, recomputed, in bfloat16.
 _TRAINED: dict[str, Any] = {
     "compute_dtype": "bfloat16",
     "loss_chunk": 0,
@@ -72,7 +72,7 @@ def shape_of(model: str, mesh: Mapping[str, int]) -> dict[str, Any]:
 
 
 def describe(model: str, config: Any) -> str:
-    """Returns in words what follows from a model's name, and what was set otherwise.
+    """Describes the settings that follow from a model's name, and those set otherwise.
 
     Args:
       model: Name of the model, a key of `MODELS`.

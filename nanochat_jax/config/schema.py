@@ -1,23 +1,94 @@
 """Settings as frozen dataclasses, read from flat TOML files and checked key by key.
 
-A file is one flat table whose keys are field names. Every offence in it is reported in
+A file is one flat table whose keys are field names. Every error in it is reported in
 one message that names file, key, what was got and what is allowed.
 """
 
 import dataclasses
 import difflib
-import math
 import tomllib
-import types
 import typing
 from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, NamedTuple, TypeVar
+
+from nanochat_jax.config.coerce import coerce
 
 T = TypeVar("T")
 
 Check = tuple[bool, str]
 """A condition, and the message for when it does not hold."""
+
+Affects = Literal["numbers", "storage", "course", "nothing"]
+
+_METADATA = "setting"
+
+
+class Setting(NamedTuple):
+    """Facts about a key of the settings, declared once, at its field.
+
+    Attributes:
+      group: Title under which `--help` lists it.
+      least: Smallest value that is allowed, if there is one.
+      affects: "numbers", the numbers that a run computes; "storage", how the
+        optimizer's state is stored; "course", how a run goes on from any of its steps:
+        on which devices, what it measures, which steps it skips; or "nothing", no
+        number of a run's results.
+      needs: Switches, other keys, of which one must be on for this key to matter.
+      adamw: Whether the AdamW baselines have a use for it.
+    """
+
+    group: str
+    least: float | None = None
+    affects: Affects = "numbers"
+    needs: tuple[str, ...] = ()
+    adamw: bool = False
+
+
+def setting(default: Any, **described: Any) -> Any:
+    """Declares a field of a settings dataclass.
+
+    Example:
+      >>> @dataclasses.dataclass(frozen=True)
+      ... class Optimizer:
+      ...     lr: float = setting(0.02, group="Optimizer", least=0)
+      >>> declared(Optimizer)["lr"].least
+      0
+
+    Args:
+      default: Value if the key is not set, or a function that makes it, such as `dict`.
+      **described: Attributes of its `Setting`.
+
+    Returns:
+      A field for `dataclasses.dataclass`.
+    """
+    metadata = {_METADATA: Setting(**described)}
+    if callable(default):
+        return dataclasses.field(default_factory=default, metadata=metadata)
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+def declared(cls: Any) -> dict[str, Setting]:
+    """Returns the declarations of the keys of a dataclass, by name.
+
+    Fields that no `setting` declared, such as the flags of a command, are left out.
+
+    Args:
+      cls: Dataclass, or an instance of one.
+    """
+    fields = {field.name: field.metadata for field in dataclasses.fields(cls)}
+    return {key: data[_METADATA] for key, data in fields.items() if _METADATA in data}
+
+
+def affecting(cls: Any, *affected: Affects) -> tuple[str, ...]:
+    """Returns the keys of a dataclass that affect one of some things, in order.
+
+    Args:
+      cls: Dataclass of settings.
+      *affected: What they affect; see `Setting`.
+    """
+    keys = declared(cls).items()
+    return tuple(sorted(key for key, known in keys if known.affects in affected))
 
 
 def read_toml(path: str | Path, tables: Collection[str] = ()) -> dict[str, Any]:
@@ -54,15 +125,20 @@ def read_toml(path: str | Path, tables: Collection[str] = ()) -> dict[str, Any]:
 
 
 def build(
-    cls: type[T], values: Mapping[str, Any], source: str, others: Iterable[str] = ()
+    cls: type[T],
+    values: Mapping[str, Any],
+    source: str,
+    others: Iterable[str] = (),
+    errors: Iterable[str] = (),
 ) -> T:
-    """Builds the dataclass `cls` from those of `values` that are its fields.
+    """Builds a dataclass from the values of its fields.
 
     Args:
       cls: Dataclass whose `__post_init__` checks types and ranges.
       values: Values by field name.
       source: Where the values come from, for the message.
       others: Keys that are allowed too, and left alone.
+      errors: Errors found before, to be reported in the same message.
 
     Returns:
       An instance of `cls`.
@@ -72,11 +148,11 @@ def build(
         allowed. Ranges are checked with defaults in place of values of a wrong type.
     """
     fields, chosen = _types(cls), {}
-    errors = _unknown_keys(values, {*fields, *others})
+    errors = [*errors, *_unknown_keys(values, {*fields, *others})]
     for key, value in values.items():
         if key in fields:
             try:
-                chosen[key] = _coerce(value, fields[key])
+                chosen[key] = coerce(value, fields[key])
             except TypeError as error:
                 errors.append(f"`{key}` {error}")
     try:
@@ -91,7 +167,7 @@ def build(
 def check_types(config: Any) -> None:
     """Refuses values that are not of the type of their field.
 
-    What stands for a value of that type, such as a NumPy number, is replaced by it.
+    Numbers of NumPy and JAX are replaced by the numbers of Python that they stand for.
 
     Args:
       config: Dataclass instance, which may be frozen.
@@ -103,7 +179,7 @@ def check_types(config: Any) -> None:
     for key, hint in _types(type(config)).items():
         value = getattr(config, key)
         try:
-            object.__setattr__(config, key, _coerce(value, hint))
+            object.__setattr__(config, key, coerce(value, hint))
         except TypeError as error:
             errors.append((False, f"`{key}` {error}"))
     require(*errors)
@@ -141,11 +217,11 @@ def lower_bounds(config: Any, bounds: Mapping[str, float]) -> list[Check]:
 
 
 def describe(title: str, derived: Mapping[str, Any], config: Any) -> str:
-    """Returns in words what settings follow from another, and what was set otherwise.
+    """Describes the settings that follow from another, and those set otherwise.
 
     Args:
-      title: What they follow from.
-      derived: Their values by key.
+      title: Name and value of the setting that they follow from.
+      derived: Values that follow, by key.
       config: The settings in use.
     """
     pairs = [(key, value, getattr(config, key)) for key, value in derived.items()]
@@ -171,68 +247,3 @@ def _unknown_keys(values: Iterable[str], known: Iterable[str]) -> list[str]:
             hint = f"Did you mean `{near[0]}`?" if near else f"Known: {known}."
             lines.append(f"unknown key `{key}`. {hint}")
     return lines
-
-
-def _coerce(value: Any, hint: Any) -> Any:
-    """Returns `value` as `hint` wants it, or raises `TypeError` with what is wrong."""
-    options = typing.get_args(hint)
-    origin = typing.get_origin(hint)
-    value = _as_python(value)
-    if origin is typing.Literal:
-        if (type(value), value) not in [(type(o), o) for o in options]:
-            raise TypeError(f"must be one of {list(options)}, got {value!r}.")
-        return value
-    if origin in (types.UnionType, typing.Union):
-        if value is None and type(None) in options:
-            return None
-        return _coerce_to_any(value, [o for o in options if o is not type(None)])
-    if origin is dict:
-        if not isinstance(value, Mapping):
-            raise TypeError(f"must be a table, got {value!r}.")
-        return {k: _coerce(v, options[1]) for k, v in value.items()}
-    if origin is tuple and options[-1] is Ellipsis:
-        items = [value] if isinstance(value, str) else value
-        if not isinstance(items, list | tuple):
-            raise TypeError(f"must be a list, got {value!r}.")
-        return tuple(_coerce(v, options[0]) for v in items)
-    if origin is tuple:
-        if not isinstance(value, list | tuple) or len(value) != len(options):
-            raise TypeError(f"must be a list of {len(options)} values, got {value!r}.")
-        return tuple(_coerce(v, o) for v, o in zip(value, options, strict=True))
-    if hint is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
-    if hint is float and isinstance(value, float) and not math.isfinite(value):
-        raise TypeError(f"must be finite, got {value}.")
-    if not isinstance(value, hint) or (hint is int and isinstance(value, bool)):
-        raise TypeError(
-            f"must be of type {hint.__name__}, got {value!r} ({type(value).__name__})."
-        )
-    return value
-
-
-def _as_python(value: Any) -> Any:
-    """Returns a number of Python for one of NumPy or JAX, and other values as they are.
-
-    Raises:
-      TypeError: If the number is traced.
-    """
-    if getattr(value, "ndim", None) != 0 or not hasattr(value, "item"):
-        return value
-    try:
-        return value.item()
-    except Exception:
-        raise TypeError(
-            "must be known when the settings are made, got a traced value. "
-            "`build_optimizer(..., learning_rate=)` and `muon` take one."
-        ) from None
-
-
-def _coerce_to_any(value: Any, options: list[Any]) -> Any:
-    """Returns `value` as the first of `options` that it fits."""
-    errors = []
-    for option in options:
-        try:
-            return _coerce(value, option)
-        except TypeError as error:
-            errors.append(str(error))
-    raise TypeError(" Or ".join(errors))

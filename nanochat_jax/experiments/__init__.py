@@ -1,4 +1,10 @@
-"""TODO."""
+"""Comparisons of optimizers: trials, their speed, and their results.
+
+figures  figures of runs and comparisons, drawn with matplotlib
+results  mean and standard deviation over seeds, as JSON and as a table
+speed    tokens per second of several runs that take turns in one process
+trials   the training of variants with several seeds, with one result file each
+"""
 
 from nanochat_jax.experiments import (
     figures as figures,

@@ -1,4 +1,4 @@
-"""Figures of training runs, drawn with matplotlib, which is the extra `plot`."""
+"""Figures of training runs, drawn with matplotlib (extra `plot`)."""
 
 import importlib.util
 import math
@@ -23,10 +23,10 @@ _TITLES = {"step": "step", "tokens": "tokens", "seconds": "seconds of training"}
 
 
 def require_matplotlib() -> None:
-    """Refuses to go on without matplotlib.
+    """Checks that matplotlib is installed.
 
     Raises:
-      ValueError: If it is not installed.
+      ValueError: If it is not.
     """
     if importlib.util.find_spec("matplotlib") is None:
         raise ValueError(
@@ -36,14 +36,14 @@ def require_matplotlib() -> None:
 
 
 def draw_runs(runs: Mapping[str, Curve], x: Axis) -> "Figure":
-    """Returns training runs together: the loss as a line, validation as points.
+    """Draws training runs together: the loss as a line, validation as points.
 
     Args:
       runs: Lines of metrics by name of the run.
-      x: What the losses are drawn by.
+      x: Quantity on the horizontal axis.
 
     Raises:
-      ValueError: If runs have no loss, or nothing to draw it by.
+      ValueError: If runs have no loss, or no such quantity.
     """
     losses = {name: _points(lines, x, "loss") for name, lines in runs.items()}
     evaluated = {name: _points(lines, x, "val_loss") for name, lines in runs.items()}
@@ -67,10 +67,10 @@ def draw_runs(runs: Mapping[str, Curve], x: Axis) -> "Figure":
 
 
 def draw_loss_by_step(variants: Summary) -> "Figure":
-    """Returns validation loss by step: the mean over seeds, and their range.
+    """Draws validation loss by step: the mean over seeds, and their range.
 
     Args:
-      variants: Summary of a comparison; `losses` by seed is read.
+      variants: Numbers by variant, from `results.summarize`.
     """
     figure, axes = _figure("step", "validation loss (nats per token)")
     for name, values in variants.items():
@@ -84,17 +84,17 @@ def draw_loss_by_step(variants: Summary) -> "Figure":
 
 
 def draw_loss_by_bytes(variants: Summary) -> "Figure":
-    """Returns the last validation loss by the bytes of the whole optimizer state.
+    """Draws the last validation loss by the bytes of the optimizer state.
 
     Args:
-      variants: Summary of a comparison.
+      variants: Numbers by variant, from `results.summarize`.
     """
     figure, axes = _figure("optimizer state (MB)", "validation loss (nats per token)")
     for name, values in variants.items():
-        # A run that diverged has no loss, but its place in the legend.
+        # A diverged run has no loss, but keeps its place in the legend.
         loss = math.nan if values["val_loss"] is None else values["val_loss"]
-        size, spread = values["total_state_bytes"] / 1e6, values["val_loss_std"] or 0.0
-        axes.errorbar([size], [loss], yerr=[spread], marker="o", capsize=3, label=name)
+        size, error = values["total_state_bytes"] / 1e6, values["val_loss_std"] or 0.0
+        axes.errorbar([size], [loss], yerr=[error], marker="o", capsize=3, label=name)
     axes.set_xlim(left=0)
     axes.legend()
     return figure
@@ -104,10 +104,9 @@ def save(figure: "Figure", path: Path) -> None:
     """Writes a figure as PNG, in one piece.
 
     Args:
-      figure: What to write.
+      figure: Figure to write.
       path: File to write; its folder is made.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as temporary:
         figure.savefig(temporary, format="png", dpi=150)
 
@@ -134,7 +133,7 @@ def _validation(curves: Sequence[Curve]) -> tuple[Any, Any]:
 
 
 def _points(lines: Curve, x: Axis, y: str) -> tuple[list[float], list[float]]:
-    """Returns where both are known."""
+    """Returns the points whose place and value are both known."""
     places = zip(_places(lines, x), lines, strict=True)
     points = [
         (place, line[y])
@@ -145,14 +144,14 @@ def _points(lines: Curve, x: Axis, y: str) -> tuple[list[float], list[float]]:
 
 
 def _places(lines: Curve, x: Axis) -> list[float | None]:
-    """Returns the place of each line on an axis, as far as it is known."""
+    """Returns the place of each line on an axis; `None` if it is not known."""
     if x != "seconds":
         return [line.get(x) for line in lines]
     places, before, last = [], 0.0, 0.0
     for line in lines:
         elapsed = line.get("elapsed_s", None if line["step"] else 0.0)
         if elapsed is not None:
-            # A run that was resumed counts its seconds from there.
+            # A resumed run counts its seconds from the resumption.
             before += last if elapsed < last else 0.0
             last = elapsed
         places.append(None if elapsed is None else before + elapsed)

@@ -1,4 +1,4 @@
-"""What a comparison comes to: mean and spread over seeds, as JSON and as a table."""
+"""Results of a comparison: mean and standard deviation over seeds, by variant."""
 
 import re
 import statistics
@@ -20,7 +20,7 @@ Results = Mapping[tuple[str, int], Mapping[str, Any]]
 def summarize(
     trials: Sequence[Trial], results: Results, speeds: Mapping[str, Speed]
 ) -> dict[str, dict[str, Any]]:
-    """Returns the numbers of each variant over the seeds that are done.
+    """Returns the numbers of each variant over the seeds with a result.
 
     Args:
       trials: Trials of the comparison.
@@ -28,9 +28,9 @@ def summarize(
       speeds: Speeds by variant, if they were measured.
 
     Returns:
-      By variant: `val_loss`, `val_bpb` and `loss_ratio`, the mean of the ratios to
-      float32 Muon with the same seed, with standard deviations from two seeds on; bytes
-      and speeds; and by seed the losses. What is not known is `None`.
+      By variant: `val_loss`, `val_bpb` and `loss_ratio`, the mean ratio to float32 Muon
+      with the same seed, with standard deviations from two seeds on; bytes and speeds;
+      and losses by seed. Unknown numbers are `None`.
     """
     done = [trial for trial in trials if (trial.variant, trial.seed) in results]
     names = dict.fromkeys(trial.variant for trial in done)
@@ -47,7 +47,7 @@ def table(variants: Mapping[str, Mapping[str, Any]]) -> Table:
     """Returns a summary as a table.
 
     Args:
-      variants: What `summarize` returned.
+      variants: Numbers by variant, from `summarize`.
     """
     seeds = max(len(values["seeds"]) for values in variants.values())
     caption = f"Mean ± standard deviation over seeds ({seeds}); bytes in MB."
@@ -74,10 +74,10 @@ def _losses(trials: Sequence[Trial], results: Results) -> dict[str, Any]:
     same = ("matrix_state_bytes", "total_state_bytes", "temp_bytes")
     return {
         "val_loss": _mean(val),
-        "val_loss_std": _spread(val),
+        "val_loss_std": _deviation(val),
         "val_bpb": _mean([result["val_bpb"] for result in own]),
         "loss_ratio": _mean(ratios),
-        "loss_ratio_std": _spread(ratios),
+        "loss_ratio_std": _deviation(ratios),
         **{key: own[0][key] for key in same},
         "seeds": [trial.seed for trial in trials],
         "val_losses": val,
@@ -103,13 +103,13 @@ def _curve(path: Path) -> list[dict[str, Any]]:
 
 
 def _mean(values: Sequence[float | None]) -> float | None:
-    """Returns the mean, if all are known: without the lost runs it would flatter."""
+    """Returns the mean, if no run is lost: over the others it would flatter."""
     known = [value for value in values if value is not None]
     return statistics.fmean(known) if known and len(known) == len(values) else None
 
 
-def _spread(values: Sequence[float | None]) -> float | None:
-    """Returns the standard deviation, if there are two values and all are known."""
+def _deviation(values: Sequence[float | None]) -> float | None:
+    """Returns the standard deviation, if there are two values and no run is lost."""
     known = [value for value in values if value is not None]
     enough = len(known) > 1 and len(known) == len(values)
     return statistics.stdev(known) if enough else None
@@ -117,18 +117,19 @@ def _spread(values: Sequence[float | None]) -> float | None:
 
 def _cells(values: Mapping[str, Any]) -> Iterable[str]:
     megabytes = lambda count: _text("{:.2f}", count and count / 1e6)
-    val_loss = _with_spread(values["val_loss"], values["val_loss_std"])
+    val_loss = _with_deviation(values["val_loss"], values["val_loss_std"])
     yield "diverged" if any(values["errors"]) else val_loss
     yield _text("{:.4f}", values["val_bpb"])
-    yield _with_spread(values["loss_ratio"], values["loss_ratio_std"])
+    yield _with_deviation(values["loss_ratio"], values["loss_ratio_std"])
     yield megabytes(values["matrix_state_bytes"])
     yield megabytes(values["total_state_bytes"])
     yield megabytes(values["temp_bytes"])
     yield _text("{:.2f}", values["tokens_per_s_ratio"])
 
 
-def _with_spread(mean: float | None, spread: float | None) -> str:
-    return _text("{:.4f}", mean) + (f"\n± {spread:.4f}" if spread is not None else "")
+def _with_deviation(mean: float | None, deviation: float | None) -> str:
+    line = "" if deviation is None else f"\n± {deviation:.4f}"
+    return _text("{:.4f}", mean) + line
 
 
 def _text(form: str, value: float | None) -> str:

@@ -1,8 +1,8 @@
 """Speed of the training steps of several runs, side by side.
 
-What runs one after another meets a machine in different states, so a ratio of its
-speeds says little. Here what is compared takes turns in one process, and ratios are
-taken within a turn.
+Runs timed one after another meet the machine in different states, so the ratio of their
+speeds says little. Here runs take turns in one process, and ratios are taken within a
+turn.
 """
 
 import statistics
@@ -30,15 +30,15 @@ class Speed(NamedTuple):
     """Speed of one run.
 
     Attributes:
-      tokens_per_s: Tokens trained on in a second, of the median turn.
-      turns: Seconds a step, by turn.
+      tokens_per_s: Tokens trained on per second, in the median turn.
+      turns: Seconds per step, by turn.
     """
 
     tokens_per_s: float
     turns: list[float]
 
     def ratio(self, other: "Speed") -> float:
-        """Returns how many times faster than `other` this is, in the median turn."""
+        """Returns how many times faster this is than `other`, in the median turn."""
         pairs = zip(other.turns, self.turns, strict=True)
         return statistics.median(theirs / ours for theirs, ours in pairs)
 
@@ -47,11 +47,11 @@ def side_by_side(runs: Mapping[str, Run], steps: int) -> dict[str, Speed]:
     """Times the compiled steps of runs in turns.
 
     The first step of a burst is step 0, at which GaLore finds its basis; its extra time
-    is spread over the steps between two refreshes. All states are held at once.
+    is divided by the steps between two refreshes. All states are held at once.
 
     Args:
       runs: Runs to time, of one batch shape.
-      steps: Steps to time of each, rounded up to whole bursts.
+      steps: Steps to time of each run, rounded up to whole bursts.
 
     Returns:
       Speeds by name.
@@ -72,17 +72,9 @@ def side_by_side(runs: Mapping[str, Run], steps: int) -> dict[str, Speed]:
     }
 
 
-def _first_batch(run: Run) -> np.ndarray:
-    """Returns the first batch of a run, int32 `[A, B, S + 1]`."""
-    config = run.config
-    return train_batches(config, run.corpus)(0).reshape(
-        config.grad_accum_steps, config.batch_size, config.sequence + 1
-    )
-
-
 def _seconds_a_step(run: Run, step: jax.stages.Compiled, state: TrainState) -> float:
-    """Returns the seconds of a step in one burst, with its share of a refresh."""
-    config, batch = run.config, _first_batch(run)
+    """Returns the mean seconds of a step in one burst, refreshes included."""
+    config, batch = run.config, train_batches(run.config, run.corpus)(0)
     state = jax.tree.map(jnp.copy, state)  # it is donated
     seconds = []
     for _ in range(1 + BURST):

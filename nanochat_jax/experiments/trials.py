@@ -1,13 +1,12 @@
-"""Trains variants of the optimizer on the same batches, each with several seeds.
+"""Trials: variants of the optimizer trained on the same batches, with several seeds.
 
-Each variant and seed is a trial. It goes through the code of `train`, and leaves two
-files: its metrics, `NAME-seedS.jsonl`, and once it is done its result beside them, as
-`.json`. A comparison that was stopped goes on with the trials that have no result.
+A trial is one variant with one seed. It runs the code of `train`, and writes two files:
+its metrics, `NAME-seedS.jsonl`, and at the end its result beside them, as `.json`. A
+comparison that was stopped goes on with the trials that have no result.
 """
 
 import dataclasses
 import json
-import os
 import re
 import time
 from collections.abc import Iterable, Sequence
@@ -16,12 +15,13 @@ from typing import Any
 
 import jax
 
-from nanochat_jax.config import Config
+from nanochat_jax.config import Config, schema, without_removed
 from nanochat_jax.lm.checkpoints import differences
 from nanochat_jax.lm.planning import Variant
-from nanochat_jax.lm.runtime import machine
+from nanochat_jax.lm.runtime import machine, tree_bytes, write_text
 from nanochat_jax.lm.tracking import Display, MetricsWriter, read_metrics
 from nanochat_jax.lm.training import (
+    Reporter,
     Run,
     TrainState,
     compile_low_rank_step,
@@ -31,17 +31,7 @@ from nanochat_jax.lm.training import (
 )
 from nanochat_jax.optimizer import memory_report
 
-# Settings that leave the numbers of a trial as they are.
-_WITHOUT_EFFECT = (
-    "checkpoint_interval",
-    "data_path",  # the ids themselves are compared
-    "keep_checkpoint_every",
-    "keep_last_checkpoints",
-    "sample_interval",
-    "sample_prompt",
-    "sample_tokens",
-    "tokenizer",
-)
+_WITHOUT_EFFECT = schema.affecting(Config, "nothing")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,8 +40,8 @@ class Trial:
 
     Attributes:
       variant: Name of the variant.
-      run: What to train.
-      folder: Where its two files go.
+      run: Run to train.
+      folder: Folder of its two files.
     """
 
     variant: str
@@ -76,7 +66,7 @@ class Trial:
 
     @property
     def settings(self) -> dict[str, Any]:
-        """What a result must agree with to be this trial's, as JSON values."""
+        """Settings that its result must have been made with, as JSON values."""
         config = dataclasses.asdict(self.run.config)
         kept = {k: v for k, v in config.items() if k not in _WITHOUT_EFFECT}
         data = self.run.corpus.fingerprint
@@ -89,10 +79,10 @@ def plan_trials(
     """Returns the trials, all variants with one seed before the next seed.
 
     Args:
-      base: A run whose data and model all share.
+      base: A run with the data and model of all trials.
       variants: Optimizers to compare.
-      seeds: Number of seeds, from that of `base` on.
-      folder: Where results go.
+      seeds: Number of seeds, from the seed of `base` on.
+      folder: Folder of the results.
     """
     trials = []
     for seed in range(base.config.seed, base.config.seed + seeds):
@@ -114,7 +104,7 @@ def read_results(trials: Iterable[Trial]) -> dict[tuple[str, int], dict[str, Any
       Results by variant and seed.
 
     Raises:
-      ValueError: If results are of other settings; the differences are listed.
+      ValueError: If results were made with other settings; it lists the differences.
     """
     results, errors = {}, []
     for trial in trials:
@@ -138,11 +128,11 @@ def run_trial(trial: Trial, display: Display) -> dict[str, Any]:
     A run that diverges has a result too, with `null` for the losses and an `error`.
 
     Args:
-      trial: What to train.
-      display: Where progress is shown.
+      trial: Trial to run.
+      display: Display of the progress.
 
     Returns:
-      The result: losses at the end, bytes held and planned, and seconds.
+      The result: final losses, bytes held and planned, and seconds.
     """
     step = compile_train_step(trial.run)
     low_rank_step = compile_low_rank_step(trial.run)
@@ -152,14 +142,8 @@ def run_trial(trial: Trial, display: Display) -> dict[str, Any]:
     with MetricsWriter(trial.metrics) as metrics:
         metrics.resume(-1)
         try:
-            fit(
-                trial.run,
-                state,
-                step,
-                low_rank_step=low_rank_step,
-                display=display,
-                sinks=[metrics],
-            )
+            reporter = Reporter(trial.run, 0, display, [metrics])
+            fit(trial.run, state, step, reporter, low_rank_step=low_rank_step)
         except FloatingPointError as diverged:
             error = str(diverged)
     last = {} if error else read_metrics(trial.metrics)[-1]
@@ -168,41 +152,38 @@ def run_trial(trial: Trial, display: Display) -> dict[str, Any]:
         "val_bpb": last.get("val_bpb"),
         "seconds": time.perf_counter() - started,
         "error": error,
-        **machine.describe(),
+        **machine.hardware_and_versions(),
     }
     write_json(trial.result, result)
     return result
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Writes JSON in one piece: a reader finds the old file or the new one.
+    """Writes indented JSON in one piece.
 
     Args:
       path: File to write; its folder is made.
       value: JSON values.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
-    text = json.dumps(value, indent=2, allow_nan=False)
-    temporary.write_text(text + "\n", encoding="utf-8")
-    os.replace(temporary, path)
+    write_text(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
 
 
 def _bytes_held(
     run: Run, state: TrainState, step: jax.stages.Compiled
 ) -> dict[str, int | None]:
-    """Returns bytes of the state's arrays, and of what the compiled step adds."""
+    """Returns bytes of the optimizer state, and temporaries of the compiled step."""
     planned = step.memory_analysis()
     return {
         "matrix_state_bytes": memory_report(run.tx, run.params).matrix_bytes,
-        "total_state_bytes": sum(x.nbytes for x in jax.tree.leaves(state.opt_state)),
+        "total_state_bytes": tree_bytes(state.opt_state),
         "temp_bytes": planned and int(planned.temp_size_in_bytes),
     }
 
 
 def _differences(trial: Trial, stored: dict[str, Any]) -> list[str]:
-    """Returns a line for each setting that differs; new ones had their defaults."""
-    before = differences.flat(dataclasses.asdict(Config()) | stored)
+    """Returns a line for each setting that differs; new settings had their defaults."""
+    known = without_removed(stored, str(trial.result))
+    before = differences.flat(dataclasses.asdict(Config()) | known)
     changed = differences.changes(before, differences.flat(trial.settings))
     return [
         f"{trial.result}: `{key}` was {old}, is {new}"

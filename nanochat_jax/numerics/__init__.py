@@ -1,14 +1,23 @@
-"""TODO."""
+"""Functions of bare arrays, without knowledge of optimizers.
+
+forms         the form and the type in which Newton-Schulz runs
+hashing       cheap random numbers for rounding and sketches
+polar         polar factors by Newton-Schulz iteration, and their operations
+polynomials   the published polynomials of Newton-Schulz
+range_finder  low-rank bases by randomised subspace iteration
+symmetric     matrix products, halved where the result is symmetric
+"""
 
 from nanochat_jax.numerics import hashing as hashing
-from nanochat_jax.numerics.polar import (
+from nanochat_jax.numerics.forms import (
     GRAM_RATIO as GRAM_RATIO,
     Form as Form,
-    NewtonSchulzDtype as NewtonSchulzDtype,
-    newton_schulz as newton_schulz,
-    newton_schulz_flops as newton_schulz_flops,
     resolve_dtype as resolve_dtype,
     resolve_form as resolve_form,
+)
+from nanochat_jax.numerics.polar import (
+    newton_schulz as newton_schulz,
+    newton_schulz_flops as newton_schulz_flops,
 )
 from nanochat_jax.numerics.polynomials import (
     POLYNOMIALS as POLYNOMIALS,
@@ -16,7 +25,8 @@ from nanochat_jax.numerics.polynomials import (
     Polynomials as Polynomials,
 )
 from nanochat_jax.numerics.range_finder import (
-    POWER_STEPS as POWER_STEPS,
+    POWER_ITERATIONS as POWER_ITERATIONS,
     range_basis as range_basis,
     range_basis_flops as range_basis_flops,
 )
+from nanochat_jax.numerics.symmetric import Products as Products

@@ -1,8 +1,8 @@
 """Random numbers that cost no more than the arithmetic beside them.
 
-`jax.random` has numbers of a quality that rounding and sketches do not need, by code
-that takes as long to compile for each array as all else that is done with it, and
-through copies of their own. A position that is hashed is random enough.
+Rounding and sketches do not need the quality of `jax.random`, whose code takes as long
+to compile for each array as all other work on it, and makes copies. Hashes of positions
+are random enough.
 """
 
 import math
@@ -24,7 +24,7 @@ def uniform(key: PRNGKeyArray, shape: tuple[int, ...]) -> Float32[Array, "*shape
       True
 
     Args:
-      key: What they hang on, all of its bits.
+      key: PRNG key; all of its bits are used.
       shape: Shape of the result.
     """
     bits = _hashes(list(jax.random.key_data(key)), shape)
@@ -35,7 +35,7 @@ def symmetric(seed: ArrayLike, shape: tuple[int, ...]) -> Float32[Array, "*shape
     """Returns numbers evenly spread over `[-√3, √3)`: of mean 0 and variance 1.
 
     Args:
-      seed: Unsigned 32-bit integer that fixes them.
+      seed: Unsigned 32-bit integer.
       shape: Shape of the result.
     """
     bits = _hashes([seed], shape)
@@ -54,8 +54,8 @@ def _hashes(
 ) -> UInt32[Array, "*shape"]:
     """Returns hashes of the position of each entry with all of the words."""
     first, *others = (mix_bits(jnp.asarray(word, jnp.uint32)) for word in words)
-    # Counted axis by axis, so that it can be sharded, and from `first` on: what does
-    # not change from one turn of a loop to the next is kept in memory for all of them.
+    # Counted axis by axis, so that the count can be sharded, and from `first` on: XLA
+    # would move a count that does not depend on the step out of a loop, and store it.
     count = jnp.broadcast_to(first, shape)
     for axis, size in enumerate(shape):
         stride = math.prod(shape[axis + 1 :]) % 2**32
@@ -71,9 +71,14 @@ def leaf_key(seed: int, count: Array, name: str) -> PRNGKeyArray:
     """Returns the random key of one leaf at one step.
 
     Keys follow from seed, step and name, so that no state holds one.
+
+    Args:
+      seed: Seed of the run.
+      count: Number of the step.
+      name: Path of the leaf.
     """
-    # Put together, not derived, which would be code of its own for each leaf. The step
-    # first, so that hashes of it are not kept from one turn of a loop to the next.
+    # Composed, not derived, which would compile code for each leaf. The step is first,
+    # so that hashes depend on it and are not moved out of a loop.
     words = [count, jnp.uint32(zlib.crc32(f"{seed} {name}".encode()))]
     data = jnp.stack([word.astype(jnp.uint32) for word in words])
     return jax.random.wrap_key_data(data, impl="threefry2x32")

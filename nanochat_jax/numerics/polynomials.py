@@ -1,7 +1,7 @@
-"""Published Newton-Schulz polynomials, each with where it comes from.
+"""Published Newton-Schulz polynomials, each with its source.
 
-A step maps every singular value `s` to `a s + b s³ + c s⁵`. What a sequence of steps
-promises holds for singular values up to one, so the input is divided by its Frobenius
+A step maps every singular value `s` to `a s + b s³ + c s⁵`. The bands of a sequence of
+steps hold for singular values up to one, so the input is divided by its Frobenius
 norm, times a margin where a sequence grows fast beyond one, or rescaled row by row.
 """
 

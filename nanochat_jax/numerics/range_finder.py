@@ -19,33 +19,32 @@ from nanochat_jax.numerics.hashing import symmetric
 from nanochat_jax.numerics.polar import normalize
 from nanochat_jax.numerics.symmetric import product
 
-POWER_STEPS = 3
+POWER_ITERATIONS = 3
 """Products with `XXᵀ` from a random sketch to a basis."""
 
 _NOISE = 1e-6
-"""Size of what is mixed into the columns of a product, whose own is one in all."""
+"""Weight of the sketch added to each normalised product, to keep it of full rank."""
 
 
 # Traced once for each shape, not once for each of many leaves.
 @functools.partial(
-    jax.jit, static_argnames=("rank", "power_steps", "aligned", "form_gram")
+    jax.jit, static_argnames=("rank", "power_iterations", "aligned", "form_gram")
 )
 def range_basis(
     x: Float[Array, "*batch m n"],
     rank: int,
     seed: ArrayLike,
     *,
-    start: Float[Array, "*batch m {rank}"] | None = None,
-    power_steps: int = POWER_STEPS,
+    power_iterations: int = POWER_ITERATIONS,
     aligned: bool = True,
     form_gram: bool | None = None,
 ) -> Float32[Array, "*batch m {rank}"]:
     """Returns an orthonormal basis near the leading column space of `x`.
 
     Subspace iteration from a random sketch (Halko, Martinsson and Tropp 2011, algorithm
-    4.4): `power_steps` products with `XXᵀ`, which is formed once where this takes fewer
-    operations. If the basis need not be `aligned`, all of it is matrix products and
-    Cholesky factors. It is orthonormal for any finite `x`, a zero matrix included.
+    4.4): `power_iterations` products with `XXᵀ`, which is formed once where this takes
+    fewer operations. If the basis need not be `aligned`, all of it is matrix products
+    and Cholesky factors. It is orthonormal for any finite `x`, a zero matrix included.
 
     Example:
       >>> x = jax.random.normal(jax.random.key(0), (64, 256))
@@ -56,16 +55,14 @@ def range_basis(
     Args:
       x: Matrices to approximate.
       rank: Columns of the basis, at most `m`.
-      seed: Unsigned 32-bit integer that the sketch hangs on.
-      start: Columns to begin with in place of a random sketch, such as the basis of a
-        matrix nearby.
-      power_steps: Products with `XXᵀ`, at least one. On flat spectra two capture 0.90
-        of what the exact decomposition does, and three 0.94.
-      aligned: Whether the columns are near singular directions, leading first, and not
-        any that span the same space. This takes the eigenvectors of an `r x r` matrix.
-      form_gram: Whether to form `XXᵀ` first; where it takes fewer operations if not
-        given. Where columns of `x` are on several devices, these then add up an `m x m`
-        matrix once, else an `m x r` one in each product.
+      seed: Unsigned 32-bit seed of the random sketch.
+      power_iterations: Products with `XXᵀ`, at least one. On flat spectra two capture
+        0.90 of the energy of the exact decomposition, and three 0.94.
+      aligned: Whether the columns are near singular directions, leading first, rather
+        than any basis of their span. This takes the eigenvectors of an `r x r` matrix.
+      form_gram: Whether to form `XXᵀ` first; if not given, where that takes fewer
+        operations. If the columns of `x` are sharded, devices then add up one `m x m`
+        matrix, else an `m x r` matrix for each product.
 
     Returns:
       The basis.
@@ -73,46 +70,46 @@ def range_basis(
     x = normalize(x)
     if form_gram is None:
         short, long = x.shape[-2:]
-        form_gram = _gram_is_cheaper(short, long, rank, power_steps)
+        form_gram = _gram_is_cheaper(short, long, rank, power_iterations)
     multiply = _products_with_gram(x, form_gram)
-    # Of no few values: a small matrix of signs is singular now and then, and the basis
-    # then hangs on rounding.
+    # Not signs: a small matrix of signs can be singular, and rounding then decides the
+    # basis.
     sketch = symmetric(seed, (*x.shape[:-2], rank, x.shape[-2]))
     sketch /= math.sqrt(x.shape[-2])
-    y = sketch if start is None else start.astype(jnp.float32).mT
     # Where `x` has less than full rank, the sketch fills up the basis.
     mend = lambda y: _unit(y) + _NOISE * sketch
-    for _ in range(power_steps - 1):
+    y = sketch
+    for _ in range(power_iterations - 1):
         y = _precondition(mend(multiply(y)))
     if not aligned:
         return _orthonormalize(mend(multiply(y))).mT
-    # Nearly is enough for the eigenvectors.
+    # The eigenvectors need rows that are orthonormal to 1e-5 only.
     y = _nearly_orthonormalize(_precondition(_unit(y)))
     z = multiply(y)
     vectors = jnp.linalg.eigh(product("...rm,...km->...rk", y, z))[1][..., ::-1]
-    # Filled up by `y`, which is orthonormal: `y(XXᵀ + c)` has full rank for sure, where
-    # a sketch of all of the space may be nearly singular.
+    # `y` is orthonormal, so `y(XXᵀ + c)` has full rank; a sketch of all of the space
+    # may be nearly singular.
     z = _unit(z) + _NOISE * y
     return _orthonormalize(product("...kr,...km->...rm", vectors, z)).mT
 
 
 def range_basis_flops(
-    shape: tuple[int, ...], rank: int, *, power_steps: int = POWER_STEPS
+    shape: tuple[int, ...], rank: int, *, power_iterations: int = POWER_ITERATIONS
 ) -> int:
     """Returns the floating-point operations of `range_basis`.
 
     Args:
       shape: Shape of the matrices, `[*batch, m, n]`.
       rank: As for `range_basis`.
-      power_steps: As for `range_basis`.
+      power_iterations: As for `range_basis`.
     """
     short, long = shape[-2:]
-    if _gram_is_cheaper(short, long, rank, power_steps):
-        total = 2 * short**2 * (long + power_steps * rank)
+    if _gram_is_cheaper(short, long, rank, power_iterations):
+        total = 2 * short**2 * (long + power_iterations * rank)
     else:
-        total = 4 * power_steps * short * long * rank
-    # As if `aligned`: nearly orthonormal, turned, orthonormal, and what comes before.
-    passes = power_steps - 1 + 5 + 2 * _shifted_passes(rank, short)
+        total = 4 * power_iterations * short * long * rank
+    # If `aligned`: preconditioning, orthonormalising, rotating, orthonormalising again.
+    passes = power_iterations - 1 + 5 + 2 * _shifted_passes(rank, short)
     total += passes * (3 * short * rank**2 + rank**3 // 3) + 4 * short * rank**2
     return math.prod(shape[:-2]) * total
 
@@ -127,14 +124,14 @@ def _products_with_gram(x: Array, form_gram: bool) -> Callable[[Array], Array]:
     )
 
 
-def _gram_is_cheaper(short: int, long: int, rank: int, power_steps: int) -> bool:
+def _gram_is_cheaper(short: int, long: int, rank: int, power_iterations: int) -> bool:
     """Returns whether products with `XXᵀ` cost less with it formed first."""
-    products = 2 * power_steps * rank
+    products = 2 * power_iterations * rank
     return short * (long + products / 2) < products * long
 
 
 def _orthonormalize(y: Array) -> Array:
-    """Returns orthonormal rows that span those of `y`, of norm one.
+    """Returns orthonormal rows with the span of the rows of `y`, of norm one.
 
     Shifted Cholesky QR (Fukaya et al. 2020). In float32 Cholesky's method fails on
     matrices of condition over 3e3; a shifted pass takes at most the root of it, so that
@@ -144,14 +141,14 @@ def _orthonormalize(y: Array) -> Array:
 
 
 def _precondition(y: Array) -> Array:
-    """Returns rows of length up to one that span those of `y`, of norm one."""
+    """Returns rows of length up to one with the span of the rows of `y`."""
     return _cholesky_qr(y, 1e-6)
 
 
 def _nearly_orthonormalize(y: Array) -> Array:
-    """Returns rows that span those of `y`, of length up to one, orthonormal to 1e-5."""
+    """Returns rows with the span of the rows of `y`, orthonormal to 1e-5."""
     for _ in range(_shifted_passes(*y.shape[-2:])):
-        # Of the size it has, which may be that of a few rows, not of the most of all.
+        # Shift relative to the actual norm, which a few rows may carry.
         y = _cholesky_qr(y, 1e-7 * jnp.sum(y * y, axis=(-2, -1), keepdims=True))
     return _cholesky_qr(y)
 

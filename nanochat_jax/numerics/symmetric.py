@@ -1,27 +1,30 @@
-"""Products of bare matrices, and what symmetric ones save.
+"""Products of bare matrices, in fewer operations where the result is symmetric.
 
-Of a product that is known to be symmetric the upper half and the lower right quarter
-are enough: three quarters of the operations. The rest is copied over.
+The upper half and the lower right quarter of a symmetric product determine it: three
+quarters of the operations. The other quarter is copied.
 
 Axis letters: `s` rows and columns of a symmetric matrix, `h` rows of its upper half.
 """
 
+import dataclasses
+import sys
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 HALVES_FROM = 512
-"""Size from which two products of parts take less time than one of the whole.
+"""Size from which two products of parts take less time than the full product.
 
 Measured on a processor: at 768 it saves 8 to 12 % of a Newton-Schulz iteration, at 256
-it costs as much. Other devices were not measured, and get the whole.
+it costs as much. Other devices were not measured, and compute the full product.
 """
 
 
 class Halves(NamedTuple):
-    """What determines a symmetric matrix.
+    """The parts that determine a symmetric matrix.
 
     Attributes:
       top: Its upper half, or all of it.
@@ -32,75 +35,86 @@ class Halves(NamedTuple):
     corner: Float[Array, "*batch s-h s-h"]
 
 
-def product(axes: str, x: Array, y: Array) -> Float[Array, "..."]:
-    """Returns the product over `axes`, as in `jnp.einsum`, added up in float32.
+@dataclasses.dataclass(frozen=True)
+class Products:
+    """How a machine multiplies matrices: a static argument of compiled functions.
 
-    That is the type of the result, except of bfloat16 on accelerators, which is rounded
-    to bfloat16: there, writing and reading float32 takes as long as the product itself.
+    Attributes:
+      halves_from: Size from which a symmetric product is computed in two parts.
+      short_results: Whether products of bfloat16 are rounded to bfloat16. Products are
+        added up in float32 either way, but on accelerators writing and reading float32
+        takes as long as the product itself.
     """
-    short = x.dtype == jnp.bfloat16 and jax.default_backend() != "cpu"
-    result = jnp.bfloat16 if short else jnp.float32
+
+    halves_from: int = sys.maxsize
+    short_results: bool = False
+
+    def multiply(self, axes: str, x: Array, y: Array) -> Float[Array, "..."]:
+        """Returns the product over `axes`, in float32 unless results are short."""
+        short = self.short_results and x.dtype == jnp.bfloat16
+        return product(axes, x, y, jnp.bfloat16 if short else jnp.float32)
+
+    def gram(self, x: Float[Array, "*batch s n"]) -> Halves:
+        """Returns `XXᵀ`.
+
+        Example:
+          >>> x = jax.random.normal(jax.random.key(0), (64, 256))
+          >>> bool(jnp.allclose(mirror(Products(8).gram(x)), x @ x.mT, rtol=1e-4))
+          True
+        """
+        rows = self.upper_rows(x.shape[-2])
+        # Naming the contracted axes keeps explicit transposes out of the program.
+        multiply = lambda x, y: self.multiply("...ik,...jk->...ij", x, y)
+        below = x[..., rows:, :]
+        return Halves(multiply(x[..., :rows, :], x), multiply(below, below))
+
+    def commuting(
+        self, x: Float[Array, "*batch s s"], y: Float[Array, "*batch s s"]
+    ) -> Halves:
+        """Returns `XY` of symmetric matrices that commute, which is symmetric too."""
+        rows = self.upper_rows(x.shape[-2])
+        multiply = lambda x, y: self.multiply("...ij,...jk->...ik", x, y)
+        below = multiply(x[..., rows:, :], y[..., rows:])
+        return Halves(multiply(x[..., :rows, :], y), below)
+
+    def halve(self, x: Float[Array, "*batch s s"]) -> Halves:
+        """Undoes `mirror`."""
+        rows = self.upper_rows(x.shape[-1])
+        return Halves(x[..., :rows, :], x[..., rows:, rows:])
+
+    def flops(self, size: int, inner: int) -> int:
+        """Returns the operations of a symmetric product, `[s, n]` by `[n, s]`.
+
+        Args:
+          size: Rows of the product, `s`.
+          inner: Columns of the first factor, `n`.
+        """
+        rows = self.upper_rows(size)
+        return 2 * inner * (rows * size + (size - rows) ** 2)
+
+    def upper_rows(self, size: int) -> int:
+        """Returns the rows of the upper half of a matrix; all if it is not halved."""
+        return size if size < self.halves_from else size // 2
+
+
+def products_here() -> Products:
+    """Returns how JAX's default backend multiplies matrices."""
+    on_cpu = jax.default_backend() == "cpu"
+    return Products(HALVES_FROM) if on_cpu else Products(short_results=True)
+
+
+def product(
+    axes: str, x: Array, y: Array, dtype: DTypeLike = jnp.float32
+) -> Float[Array, "..."]:
+    """Returns the product over `axes`, as `jnp.einsum`, of the result type `dtype`."""
     # Highest: on accelerators float32 would otherwise be rounded to shorter mantissas.
-    return jnp.einsum(axes, x, y, precision="highest", preferred_element_type=result)
-
-
-def gram(x: Float[Array, "*batch s n"]) -> Halves:
-    """Returns `XXᵀ`.
-
-    Example:
-      >>> x = jax.random.normal(jax.random.key(0), (64, 256))
-      >>> bool(jnp.allclose(mirror(gram(x)), x @ x.mT, rtol=1e-4))
-      True
-    """
-    rows = upper_rows(x.shape[-2])
-    # Naming the contracted axes keeps explicit transposes out of the compiled program.
-    multiply = lambda x, y: product("...ik,...jk->...ij", x, y)
-    below = x[..., rows:, :]
-    return Halves(multiply(x[..., :rows, :], x), multiply(below, below))
-
-
-def commuting_product(
-    x: Float[Array, "*batch s s"], y: Float[Array, "*batch s s"]
-) -> Halves:
-    """Returns `XY` of symmetric matrices that commute.
-
-    Such are polynomials of one symmetric matrix, and so is their product.
-    """
-    rows = upper_rows(x.shape[-2])
-    multiply = lambda x, y: product("...ij,...jk->...ik", x, y)
-    return Halves(
-        multiply(x[..., :rows, :], y), multiply(x[..., rows:, :], y[..., rows:])
-    )
+    return jnp.einsum(axes, x, y, precision="highest", preferred_element_type=dtype)
 
 
 def mirror(halves: Halves) -> Float[Array, "*batch s s"]:
-    """Returns the whole of a symmetric matrix."""
+    """Returns the full symmetric matrix."""
     top, corner = halves
     if not corner.size:
         return top
     below = jnp.concatenate([top[..., top.shape[-2] :].mT, corner], axis=-1)
     return jnp.concatenate([top, below], axis=-2)
-
-
-def halve(x: Float[Array, "*batch s s"]) -> Halves:
-    """Undoes `mirror`."""
-    rows = upper_rows(x.shape[-1])
-    return Halves(x[..., :rows, :], x[..., rows:, rows:])
-
-
-def upper_rows(size: int) -> int:
-    """Returns how many rows the upper half of a matrix of that size has here."""
-    if size < HALVES_FROM or jax.default_backend() != "cpu":
-        return size
-    return size // 2
-
-
-def halves_flops(size: int, inner: int) -> int:
-    """Returns the operations of a symmetric product, `[s, n]` by `[n, s]`.
-
-    Args:
-      size: Rows of the product, `s`.
-      inner: Columns of the first factor, `n`.
-    """
-    rows = upper_rows(size)
-    return 2 * inner * (rows * size + (size - rows) ** 2)

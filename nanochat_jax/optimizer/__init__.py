@@ -1,4 +1,16 @@
-"""Muon for matrices, AdamW or Lion for the rest, put together from transforms."""
+"""Muon for matrices, AdamW or Lion for the rest, put together from transforms.
+
+build      `build_optimizer`, from a configuration
+muon       `muon`, one line without a configuration
+rule       rates, decays and betas, and the schedule
+storage    codecs and ranks of a configuration
+roles/     the part of every parameter, and the axes of its matrices
+describe   a table of view, optimizer and state of every parameter
+memory     bytes of state and of the compiled update
+sharding   state and updates on a mesh of devices
+flops      operations of an update
+baselines  AdamW and GaLore as Optax has them
+"""
 
 from nanochat_jax.optimizer import roles as roles
 from nanochat_jax.optimizer.baselines import build_adamw as build_adamw
@@ -31,6 +43,6 @@ from nanochat_jax.optimizer.sharding import (
 )
 from nanochat_jax.optimizer.storage import (
     fallback_codecs as fallback_codecs,
-    projector_cost as projector_cost,
+    rank_of as rank_of,
     state_codecs as state_codecs,
 )

@@ -1,7 +1,7 @@
-"""Optimizers that Muon is compared with, built from Optax's own parts.
+"""Baselines for Muon, built from Optax's own parts.
 
-They take the settings of `OptimizerConfig` that they have a use for, with `lr` the
-peak learning rate of everything.
+They read the settings of `OptimizerConfig` that are declared with `adamw=True`; `lr` is
+the peak learning rate of all parameters.
 """
 
 import optax
@@ -17,9 +17,9 @@ def build_adamw(
 ) -> optax.GradientTransformationExtraArgs:
     """Builds AdamW for every parameter; with `use_galore`, GaLore's for the matrices.
 
-    That is `optax.contrib.galore` over Adam (Zhao et al. 2024, arXiv:2403.03507): both
-    moments live in the space of the gradient's leading singular vectors, found by an
-    SVD every `galore_update_freq` steps.
+    The latter is `optax.contrib.galore` over Adam (Zhao et al. 2024, arXiv:2403.03507):
+    both moments live in the space of the gradient's leading singular vectors, found by
+    an SVD every `galore_update_freq` steps.
 
     Args:
       config: Rates, decays, and GaLore's rank and interval.
@@ -29,7 +29,7 @@ def build_adamw(
       An Optax transformation, from gradients to updates.
 
     Raises:
-      ValueError: If GaLore's rank is a fraction or a table.
+      ValueError: If GaLore's rank is a fraction.
     """
     rate, betas = schedule(config, config.lr), config.adam_betas
     plain = optax.adamw(rate, *betas, weight_decay=config.weight_decay)

@@ -19,14 +19,14 @@ from jax.tree_util import keystr
 
 from nanochat_jax.codecs import Codec
 from nanochat_jax.config import OptimizerConfig
-from nanochat_jax.interop import as_arrays
+from nanochat_jax.interop import as_arrays, for_nnx
 from nanochat_jax.numerics import POLYNOMIALS, resolve_dtype
 from nanochat_jax.optimizer.roles import Roles, partition_by_role, settle
 from nanochat_jax.optimizer.rule import Rule
 from nanochat_jax.optimizer.sharding import distribute, shardings_of
-from nanochat_jax.optimizer.storage import fallback_codecs, projector_cost, state_codecs
+from nanochat_jax.optimizer.storage import fallback_codecs, projects, state_codecs
 from nanochat_jax.transforms import (
-    Adaptive,
+    RandomizedSVD,
     clip_by_global_norm,
     galore,
     in_float32,
@@ -58,10 +58,10 @@ def build_optimizer(
       >>> state = tx.init(params)
 
     Args:
-      config: What to build.
+      config: Settings of the optimizer.
       params: Parameters, as arrays or `jax.ShapeDtypeStruct`s. If they are sharded over
         several devices, the optimizer is made to `distribute` its work over these.
-      labels: Labels that stand before all else: a tree like `params`, or a prefix of
+      labels: Labels that override all others: a tree like `params`, or a prefix of
         it, of `"matrix"`, `"embedding"`, `"head"`, `"vector"` and `"frozen"`, or a
         function from parameters to one; names and modules decide where it has `None`.
       matrix_axes: The axes of matrices where names do not tell, as for `as_matrices`,
@@ -83,7 +83,8 @@ def build_optimizer(
         rule = dataclasses.replace(rule, rate=learning_rate)
     tx = assemble(config, rule, lambda tree: _require_known(roles, tree))
     shardings = shardings_of(params)
-    return tx if shardings is None else distribute(tx, shardings)
+    # `init` may be given the variables of `flax.nnx`, which shardings do not mirror.
+    return tx if shardings is None else for_nnx(distribute(tx, shardings))
 
 
 def assemble(
@@ -92,7 +93,7 @@ def assemble(
     """Puts the transforms of a configuration together.
 
     Args:
-      config: What to build, but for the numbers that `rule` has.
+      config: Settings of the optimizer, except for the numbers in `rule`.
       rule: Rates, decays and betas.
       settle: Function from parameters to the role of each, by path.
     """
@@ -117,8 +118,8 @@ def matrix_optimizer(
     """Builds the Muon variant that `config` asks for, for trees of matrices only.
 
     Args:
-      config: What to build.
-      rule: Rates, decay and beta; those of `config` if not given.
+      config: Settings of the optimizer.
+      rule: Rates, decays and betas; from `config` if not given.
     """
     rule = Rule.of(config) if rule is None else rule
     chain = stages(
@@ -127,11 +128,7 @@ def matrix_optimizer(
         decay=optax.add_decayed_weights(rule.decay),
         rate=optax.scale_by_learning_rate(rule.rate),
     )
-    return sequence(
-        in_float32(chain),
-        # Adaptive GaLore decides for all matrices of a leaf together.
-        core_ndim=None if config.use_galore and config.galore_adaptive else 2,
-    )
+    return sequence(in_float32(chain), core_ndim=2)
 
 
 def _direction(config: OptimizerConfig, rule: Rule) -> optax.GradientTransformation:
@@ -153,24 +150,28 @@ def _direction(config: OptimizerConfig, rule: Rule) -> optax.GradientTransformat
 def _galore(
     inner: optax.GradientTransformation, config: OptimizerConfig
 ) -> optax.GradientTransformation:
+    basis = RandomizedSVD(
+        config.galore_update_freq,
+        # Without quantisation the update depends on the space alone, not on its basis.
+        aligned=config.use_8bit_optim,
+        seed=config.seed,
+    )
     return galore(
         inner,
         config.rank,
-        refresh_every=config.galore_update_freq,
-        refresh_stagger=config.galore_stagger,
-        adaptive=Adaptive() if config.galore_adaptive else None,
-        warm_start=config.galore_warm_start,
-        momentum_share=config.galore_momentum_share,
-        # Turning a basis changes float32 momentum of matrices in nothing but time.
-        aligned=config.use_8bit_optim,
-        residual=config.galore_residual,
-        rest=momentum(config.galore_rest_momentum) if config.galore_rest_bits else None,
-        match_norm=config.galore_match_norm,
-        scale=config.galore_scale,
-        projector_dtype="bfloat16" if config.stored_projector_bits == 16 else "float32",
-        projector_cost=projector_cost(config),
-        seed=config.seed,
+        complement=_complement(config),
+        basis=basis,
+        project=projects(config),
     )
+
+
+def _complement(config: OptimizerConfig) -> float | optax.GradientTransformation:
+    if not config.galore_rest_bits:
+        return config.galore_residual
+    average = momentum(config.galore_rest_momentum)
+    if config.galore_residual == 1:
+        return average
+    return optax.chain(average, optax.scale(config.galore_residual))
 
 
 def _quantized(
@@ -208,7 +209,7 @@ def _fallback(
 
 
 def _require_known(roles: Roles, tree: Any) -> Roles:
-    """Returns the roles, if they are those of a tree."""
+    """Returns the roles, if they are of the parameters of a tree."""
     names = [keystr(path) for path, _ in jax.tree.leaves_with_path(tree)]
     unknown = [name for name in names if name not in roles]
     if unknown:

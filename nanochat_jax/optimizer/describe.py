@@ -1,7 +1,6 @@
-"""A table of what an optimizer does with every parameter, and why."""
+"""A table of view, optimizer, rate and state of every parameter, with reasons."""
 
 import dataclasses
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -9,16 +8,15 @@ import jax
 import optax
 from jax.tree_util import keystr
 
+from nanochat_jax.codecs import is_quantized
 from nanochat_jax.interop import as_arrays
 from nanochat_jax.optimizer.roles import Role
-from nanochat_jax.optimizer.sharding import shardings_of
+from nanochat_jax.optimizer.sharding import bytes_per_device, shardings_of
 from nanochat_jax.transforms import (
     ResolvedAxes,
-    Stored,
     locate,
     record,
     specs,
-    storage_of,
 )
 
 _COLUMNS = ("path", "shape", "view", "label", "optimizer", "rate", "state", "reason")
@@ -35,7 +33,7 @@ class Described:
       label: Its label; empty where the optimizer does not go by labels.
       optimizer: Name of its optimizer, as far as is known.
       rate: Its learning rate in words, as far as is known.
-      state: What is held for it, such as `"momentum Int8, projector Int4"`.
+      state: Fields of its state, such as `"momentum Int8, basis Int4"`.
       state_bytes: Bytes of that.
       reason: Why it has this label and this view; `"assumed"` where two axes are taken
         as `(fan_in, fan_out)` since nothing says otherwise.
@@ -87,7 +85,7 @@ class Description:
 
 
 def describe(tx: optax.GradientTransformation, params: optax.Params) -> Description:
-    """Describes what an optimizer does with every parameter, and why.
+    """Describes view, optimizer, rate and state of every parameter, with the reason.
 
     For `muon` and `build_optimizer` label, view and reason are those that their `init`
     settles. For other chains the table has what their state shows.
@@ -109,8 +107,8 @@ def describe(tx: optax.GradientTransformation, params: optax.Params) -> Descript
       The description; `print` shows it as a table.
     """
     params = as_arrays(params)
-    told = record.record_of(tx, params)
-    held = _held(tx, params)
+    state, told = record.recorded_init(tx, params)
+    held = _held(state, params)
     leaves = []
     for path, x in jax.tree.leaves_with_path(params):
         name, shape = keystr(path), tuple(getattr(x, "shape", ()))
@@ -147,24 +145,18 @@ def _reason(role: Role | None) -> str:
     return f"{role.reason}, assumed" if role.assumed else role.reason
 
 
-def _held(
-    tx: optax.GradientTransformation, params: optax.Params
-) -> dict[str, tuple[str, int]]:
+def _held(state: optax.OptState, params: optax.Params) -> dict[str, tuple[str, int]]:
     """Returns fields and bytes of the state of each parameter, by path."""
-    storage = storage_of(tx, params)
-    places = locate(storage, params)
+    places = locate(state, params)
     fields: dict[str, list[str]] = {}
     sizes: dict[str, int] = {}
-    is_stored = lambda node: isinstance(node, Stored)
-    bytes_of = lambda x: math.prod(x.shape) * x.dtype.itemsize
-    for path, node in jax.tree.leaves_with_path(storage, is_leaf=is_stored):
+    for path, node in jax.tree.leaves_with_path(state, is_leaf=is_quantized):
         place = places[keystr(path)]
         if place.name is None or not place.fields:
             continue
-        kind = type(node.codec).__name__ if is_stored(node) else node.dtype.name
-        parts = node.stored_shape() if is_stored(node) else (node,)
+        kind = type(node.codec).__name__ if is_quantized(node) else node.dtype.name
         fields.setdefault(place.name, []).append(f"{place.fields[-1]} {kind}")
-        sizes[place.name] = sizes.get(place.name, 0) + sum(map(bytes_of, parts))
+        sizes[place.name] = sizes.get(place.name, 0) + bytes_per_device(node)
     return {name: (", ".join(fields[name]), sizes[name]) for name in fields}
 
 

@@ -14,8 +14,7 @@ from nanochat_jax.numerics import (
     resolve_dtype,
 )
 from nanochat_jax.optimizer.roles import matrices_of, settle
-from nanochat_jax.optimizer.storage import projector_cost
-from nanochat_jax.transforms import projection
+from nanochat_jax.optimizer.storage import rank_of
 
 
 def update_flops(
@@ -23,33 +22,28 @@ def update_flops(
 ) -> dict[str, int]:
     """Counts the products of one update of the matrices.
 
-    Elementwise work is left out; it is bound by memory, not by operations.
+    Elementwise operations are left out: memory bounds their time.
 
     Args:
-      config: What the optimizer is.
+      config: Settings of the optimizer.
       params: Parameters, as arrays or `jax.ShapeDtypeStruct`s.
       matrix_axes: As for `build_optimizer`.
 
     Returns:
-      Operations by part: `newton_schulz`, `projection`, and `refresh`, the change of
-      basis divided by the steps between two.
+      Operations by part: `newton_schulz`, `projection`, and `refresh`, the operations
+      of a change of basis divided by the steps between two changes.
     """
     matrices = matrices_of(params, settle(params, matrix_axes=matrix_axes))
-    ranks = jax.tree.map(lambda _: 0, matrices)
-    if config.use_galore:
-        ranks = projection.ranks(matrices, config.rank)
     total = {"newton_schulz": 0, "projection": 0, "refresh": 0}
-    for x, rank in zip(*map(jax.tree.leaves, (matrices, ranks)), strict=True):
-        for part, count in _leaf_flops(config, x.shape, rank).items():
+    for x in jax.tree.leaves(matrices):
+        for part, count in _leaf_flops(config, x.shape).items():
             total[part] += count
     return total
 
 
-def _leaf_flops(
-    config: OptimizerConfig, shape: tuple[int, ...], wanted: int
-) -> dict[str, int]:
-    rank = wanted and projection.projected_rank(shape, wanted, projector_cost(config))
-    if not rank:
+def _leaf_flops(config: OptimizerConfig, shape: tuple[int, ...]) -> dict[str, int]:
+    rank = rank_of(config, shape)
+    if rank is None:
         return {"newton_schulz": newton_schulz_flops(config, shape)}
     count, (short, long) = math.prod(shape[:-2]), sorted(shape[-2:])
     inside = shape if config.galore_residual else (count, rank, long)
@@ -62,10 +56,10 @@ def _leaf_flops(
 
 
 def newton_schulz_flops(config: OptimizerConfig, shape: tuple[int, ...]) -> int:
-    """Returns the operations of Newton-Schulz as `config` has it.
+    """Returns the operations of a configuration's Newton-Schulz iteration.
 
     Args:
-      config: What the optimizer is.
+      config: Settings of the optimizer.
       shape: Shape of the matrices, `[*batch, m, n]`.
     """
     polynomials = POLYNOMIALS[config.ns_method].take(config.ns_steps)

@@ -12,6 +12,7 @@ import jax
 import optax
 from jax.tree_util import keystr
 
+from nanochat_jax.codecs import is_quantized
 from nanochat_jax.interop import as_arrays
 from nanochat_jax.optimizer.roles import settle
 from nanochat_jax.optimizer.sharding import (
@@ -19,7 +20,7 @@ from nanochat_jax.optimizer.sharding import (
     shardings_of,
     state_sharding,
 )
-from nanochat_jax.transforms import Place, is_quantized, locate, record
+from nanochat_jax.transforms import Place, locate, record
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,7 +75,7 @@ class MemoryReport:
 
     @property
     def total_bytes(self) -> int:
-        """Bytes of the whole state."""
+        """Bytes of the state."""
         return sum(row.bytes for row in self.rows)
 
     @property
@@ -128,7 +129,7 @@ def memory_report(
       tx: Transformation whose state to count.
       params: Parameters, as arrays or `jax.ShapeDtypeStruct`s. If they are sharded over
         several devices, so is the state, as `state_sharding` has it.
-      labels: Labels, as for `build_optimizer`; those that `tx` goes by, if it does, or
+      labels: Labels, as for `build_optimizer`; by default the labels that `tx` uses, or
         by names if not given. Frozen parameters are left out of the report.
 
     Returns:
@@ -137,7 +138,7 @@ def memory_report(
     params = as_arrays(params)
     roles = settle(params, labels=labels, refuse=False)
     if labels is None:  # `tx` may know better, of those that it is given
-        roles |= record.record_of(tx, params).roles
+        roles |= record.recorded_init(tx, params)[1].roles
     label_of, counts = {name: role.label for name, role in roles.items()}, {}
     for path, x in jax.tree.leaves_with_path(params):
         label = label_of[keystr(path)]
@@ -150,8 +151,9 @@ def memory_report(
         place = places[keystr(path)]
         label = label_of[place.name] if place.name is not None else "other"
         field = place.fields[-1] if place.fields else ""
-        parts = zip(("", ".scales"), node if is_quantized(node) else (node,))  # noqa: B905
-        for suffix, x in parts:
+        stored = is_quantized(node)
+        parts = {"": node.codes, ".scales": node.scales} if stored else {"": node}
+        for suffix, x in parts.items():
             key = (label, field + suffix, x.dtype.name)
             counted = (x.size, x.size * x.dtype.itemsize, bytes_per_device(x))
             sums[key] = [a + b for a, b in zip(sums.get(key, (0,) * 3), counted)]  # noqa: B905
@@ -226,10 +228,10 @@ def _placed_state(tx: optax.GradientTransformation, params: optax.Params) -> Any
 def _full_rank(
     state: optax.OptState, places: Mapping[str, Place], label_of: Mapping[str, str]
 ) -> tuple[str, ...]:
-    """Returns the matrices in whose place the projector has nothing."""
+    """Returns the matrices that have no basis where others have one."""
     nodes = jax.tree.leaves_with_path(state, is_leaf=lambda node: node is None)
     found = [places[keystr(path)] for path, node in nodes if node is None]
-    names = [place.name for place in found if place.field(["projector"])]
+    names = [place.name for place in found if place.field(["basis"])]
     # What has no label is absent from the parameters too.
     return tuple(name for name in names if name and label_of.get(name) == "matrix")
 

@@ -1,4 +1,4 @@
-"""Muon in one line, in the place of `optax.contrib.muon` or `optax.adamw`."""
+"""Muon as one function, a drop-in for `optax.contrib.muon` or `optax.adamw`."""
 
 import inspect
 from typing import Any, Literal
@@ -8,7 +8,6 @@ import optax
 from jax.typing import ArrayLike
 
 from nanochat_jax.config import OptimizerConfig
-from nanochat_jax.numerics import NewtonSchulzDtype
 from nanochat_jax.optimizer.build import assemble
 from nanochat_jax.optimizer.roles import settle
 from nanochat_jax.optimizer.rule import Rule
@@ -21,19 +20,19 @@ ADAM_SHARE = 0.15
 def muon(
     learning_rate: optax.ScalarOrSchedule,
     *,
-    bits: Literal[32, 8, 4, 2] = 32,
+    bits: Literal[32, 8, 4] = 32,
     rank: Rank | None = None,
     complement: float = 1.0,
-    complement_bits: Literal[0, 2, 4, 8, 32] = 0,
+    complement_bits: Literal[0, 2, 4, 32] = 0,
     complement_beta: float = 0.8,
     refresh_every: int = 200,
-    basis_bits: Literal[32, 16, 8, 4] | None = None,
+    basis_bits: Literal[32, 8, 4] | None = None,
     beta: ArrayLike = 0.95,
     nesterov: bool = True,
     bias_correction: bool = False,
     ns_method: str = "quintic",
     ns_steps: int = 5,
-    ns_dtype: NewtonSchulzDtype = "auto",
+    ns_dtype: Literal["auto", "float32", "bfloat16"] = "auto",
     scale: ShapeScale = "width",
     weight_decay: optax.ScalarOrSchedule = 0.0,
     grad_clip: float = 0.0,
@@ -50,12 +49,12 @@ def muon(
     matrix_axes: Any = None,
     labels: Any = None,
 ) -> optax.GradientTransformationExtraArgs:
-    """Makes Muon for the matrices of a model, and AdamW for the rest of it.
+    """Makes Muon for the matrices of a model, and AdamW for its other parameters.
 
     It takes the place of `optax.contrib.muon(0.02)` or `optax.adamw(3e-3)`, and needs
-    no parameters to be made: which of them are matrices, and in which of their axes,
-    is settled when it is initialised, from module classes, names and shapes
-    (`describe` shows how). What they leave open is refused.
+    no parameters to be made: at `init`, module classes, names and shapes settle which
+    parameters are matrices, and along which axes (`describe` shows how). Parameters
+    that they do not settle are refused.
 
     With `bits=8` all moments are stored in 8 bits, a quarter of the memory; with a
     `rank` the momentum of matrices lives in a low-rank space as well.
@@ -75,11 +74,11 @@ def muon(
 
     Args:
       learning_rate: Learning rate of the matrices, or an Optax schedule.
-      bits: Bits in which moments are stored: 32 as they are; 8; or 4 or 2 for the
-        momentum of matrices, and 8 for the moments of AdamW.
-      rank: Rank of GaLore's space: a number, a fraction of the shorter side, or either
-        by part of the path, as for `galore`; `None` for full rank.
-      complement: Weight of what the space cuts off of the gradient; 0 is GaLore as
+      bits: Bits of the stored moments: 32, not quantised; 8; or 4 for the momentum of
+        matrices with 8 for the moments of AdamW.
+      rank: Rank of GaLore's space, a number or a fraction of the shorter side; `None`
+        for full rank.
+      complement: Weight of the part of the gradient outside that space; 0 is GaLore as
         published.
       complement_bits: Bits of a momentum of the complement; 0 for none.
       complement_beta: Decay of that momentum.
@@ -120,15 +119,15 @@ def muon(
         of a leaf are a matrix.
     """
     _require_static(locals())
-    if bits not in (32, 8, 4, 2):
-        raise ValueError(f"`bits` must be 32, 8, 4 or 2, got {bits}.")
+    if bits not in (32, 8, 4):
+        raise ValueError(f"`bits` must be 32, 8 or 4, got {bits}.")
     if rank is not None:
         check_rank(rank)
     config = OptimizerConfig(
         use_8bit_optim=bits < 32,
         quant_bits=8 if bits == 32 else bits,
         use_galore=rank is not None,
-        galore_rank=rank,  # pyright: ignore[reportArgumentType]
+        galore_rank=rank,
         galore_residual=complement,
         galore_rest_bits=complement_bits,
         galore_rest_momentum=complement_beta,

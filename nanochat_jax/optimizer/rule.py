@@ -1,4 +1,4 @@
-"""The numbers of the update rules: rates, decays and betas."""
+"""Numbers of the update rules: learning rates, weight decays and betas."""
 
 import dataclasses
 
@@ -10,18 +10,20 @@ from nanochat_jax.config import OptimizerConfig
 
 @dataclasses.dataclass(frozen=True)
 class Rule:
-    """Numbers of the update rules, which may be traced; rates and decays, schedules.
+    """Numbers of the update rules, which may be traced.
+
+    Rates and decays may be schedules.
 
     Attributes:
       rate: Learning rate of the matrices.
-      decay: Their decoupled weight decay.
-      beta: Decay of their momentum.
-      nesterov: Whether their momentum looks a step ahead.
-      bias_correction: Whether the early bias of it is corrected.
+      decay: Decoupled weight decay of the matrices.
+      beta: Decay of the momentum of matrices.
+      nesterov: Whether that momentum looks one step ahead.
+      bias_correction: Whether its early bias is corrected.
       fallback_rate: Learning rate of embeddings, head and vectors.
       fallback_decay: Decoupled weight decay of embeddings and head.
       fallback_betas: Decays of AdamW or Lion.
-      fallback_nesterov: Whether AdamW looks a step ahead.
+      fallback_nesterov: Whether AdamW looks one step ahead.
     """
 
     rate: optax.ScalarOrSchedule
@@ -49,13 +51,13 @@ class Rule:
 
 
 def schedule(config: OptimizerConfig, peak: float) -> optax.Schedule:
-    """Builds the learning rate by step: linear warm-up, plateau if any, decay.
+    """Builds the learning rate by step: linear warm-up, plateau of "wsd", decay.
 
     Step `s` of `w` of warm-up has `(s + 1) / w` of the peak. The decay would reach
     `min_lr_frac` of it at `total_steps`, one step after the last.
 
     Args:
-      config: Which course it takes.
+      config: Settings of the schedule.
       peak: Highest rate.
     """
     warmup, start, floor = config.warmup_steps, config.decay_start, config.min_lr_frac

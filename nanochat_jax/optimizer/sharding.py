@@ -1,13 +1,13 @@
 """Placement of an optimizer and its state on a mesh of devices.
 
-The rule, for every transform: what has the shape of a parameter, or of the matrices
-that it is seen as, is sharded as it, a merged axis as the first of its parts. What
-else belongs to a parameter keeps the mesh axes of the dimensions that survive, and the
-others go to the first dimension that they divide. The rest, such as counts, is
-replicated. So
+The rule, for every transform: an array with the shape of a parameter, or of the
+matrices that it is seen as, is sharded like it, a merged axis like the first of its
+parts. Other arrays of a parameter keep the mesh axes of the dimensions that survive,
+and the rest of the mesh axes go to the first dimension that they divide. Arrays of no
+parameter, such as counts, are replicated. So
 
-  * codes are sharded as what they encode, scales too if as many blocks are on each
-    device, else by rows;
+  * codes are sharded like the array they encode, scales too if as many blocks are on
+    each device, else by rows;
   * a basis `[short, r]` is sharded as the parameter's shorter axis, a low-rank momentum
     `[r, long]` as its longer one; by another axis if that one is not sharded.
 
@@ -24,7 +24,8 @@ import optax
 from jax.sharding import NamedSharding
 from jax.tree_util import KeyPath, keystr
 
-from nanochat_jax.transforms import Stored, locate, placement, record, specs, storage_of
+from nanochat_jax.codecs import is_quantized
+from nanochat_jax.transforms import Placement, locate, placement, record, specs
 
 
 def state_sharding(
@@ -57,9 +58,8 @@ def state_sharding(
     shardings = _by_path(params, param_shardings)
     shapes = {keystr(path): x.shape for path, x in jax.tree.leaves_with_path(params)}
     mesh = next(iter(shardings.values()))
-    with record.recording() as told:
-        storage = storage_of(tx, params)
-    places = locate(storage, params)
+    state, told = record.recorded_init(tx, params)
+    places = locate(state, params)
 
     def place(path: KeyPath, leaf: Any) -> Any:
         name = places[keystr(path)].name
@@ -70,13 +70,11 @@ def state_sharding(
         if view is not None and leaf.shape != like:
             like, where = view.view_shape, specs.viewed(view, where)
         whole = specs.derived(leaf.shape, like, where)
-        if not isinstance(leaf, Stored):
+        if not is_quantized(leaf):
             return whole
-        return jax.tree.map(lambda x: specs.fit(x.shape, whole), leaf.stored_shape())
+        return jax.tree.map(lambda x: specs.fit(x.shape, whole), leaf)
 
-    # Codes that share a byte do not tell the shape of what they stand for.
-    is_stored = lambda node: isinstance(node, Stored)
-    return jax.tree.map_with_path(place, storage, is_leaf=is_stored)
+    return jax.tree.map_with_path(place, state, is_leaf=is_quantized)
 
 
 def init_sharded(
@@ -87,7 +85,7 @@ def init_sharded(
     """Returns `tx.init(params)`, each array made where `state_sharding` has it.
 
     No device holds more than its part at any time; `jax.jit(tx.init)` alone would leave
-    whole copies on all of them.
+    full copies on all of them.
 
     Example:
       >>> mesh = jax.make_mesh((1,), ("fsdp",), (jax.sharding.AxisType.Auto,))
@@ -163,8 +161,10 @@ def distribute(
         **extra_args: Any,
     ) -> tuple[optax.Updates, optax.OptState]:
         like = updates if params is None else params
-        with placement.using(like, known):
-            updates, state = tx.update(updates, state, params, **extra_args)
+        where = Placement.of(like, param_shardings)
+        updates, state = tx.update(
+            updates, state, params, placement=where, **extra_args
+        )
         return _constrain(updates, known), place_state(state, like)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)

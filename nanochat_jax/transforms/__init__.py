@@ -3,14 +3,27 @@
 In `optax.chain` every stage is initialised with the full-size parameters and stages
 share no state. Therefore:
 
-  * what keeps the shape of updates and the storage of state is a *link* of a chain:
-    `momentum`, `orthogonalize`, `scale_by_shape`, and Optax's weight decay and learning
-    rate;
-  * what changes the space or the storage of another transform is a *wrapper*:
-    `galore(inner)`, `quantize_state(inner)`.
+  * a transform that keeps the shape of updates and the storage of state is a *link* of
+    a chain: `momentum`, `orthogonalize`, `scale_by_shape`, and Optax's weight decay and
+    learning rate;
+  * a transform that changes the view, the space or the storage of another is a
+    *wrapper*: `as_matrices(inner)`, `galore(inner)`, `quantize_state(inner)`.
 
-They nest with the mathematics inside, the space around it and the storage outermost:
-`quantize_state(galore(chain(momentum, orthogonalize)))`.
+They nest with the mathematics inside, the space around it, then the view, and the
+storage outermost: `quantize_state(galore(chain(momentum, orthogonalize)))`.
+
+momentum       exponential average of gradients
+orthogonalize  Newton-Schulz on updates, and factors by shape
+as_matrices    leaves of any shape seen as matrices; `axes` describes the view
+quantize       state in few bits; `plain_states` reads and converts such states
+galore/        a low-rank space of the gradient
+scheduling/    groups of leaves one after another, which bounds temporaries
+sharding/      the same transforms on a mesh of devices
+precision      float32 inside, whatever the type of gradients; `clip` by global norm
+stages         a named chain with a plain dict for a state
+state_paths    parameter and field of a leaf of a state
+record         facts that transforms tell at `init`
+checks         refusals of complex leaves and foreign states
 """
 
 from nanochat_jax.transforms import record as record
@@ -29,14 +42,15 @@ from nanochat_jax.transforms.axes import (
 from nanochat_jax.transforms.checks import require_state as require_state
 from nanochat_jax.transforms.clip import clip_by_global_norm as clip_by_global_norm
 from nanochat_jax.transforms.galore import (
-    Adaptive as Adaptive,
-    AdaptiveState as AdaptiveState,
+    Basis as Basis,
     GaloreState as GaloreState,
+    RandomizedSVD as RandomizedSVD,
     Rank as Rank,
     check_rank as check_rank,
     galore as galore,
     project_gradients as project_gradients,
     projection as projection,
+    saves_bytes as saves_bytes,
 )
 from nanochat_jax.transforms.momentum import (
     CorrectedMomentumState as CorrectedMomentumState,
@@ -48,6 +62,12 @@ from nanochat_jax.transforms.orthogonalize import (
     orthogonalize as orthogonalize,
     scale_by_shape as scale_by_shape,
 )
+from nanochat_jax.transforms.plain_states import (
+    QuantizationError as QuantizationError,
+    dequantize as dequantize,
+    quantization_error as quantization_error,
+    quantize as quantize,
+)
 from nanochat_jax.transforms.precision import in_float32 as in_float32
 from nanochat_jax.transforms.quantize import (
     QuantizeState as QuantizeState,
@@ -58,17 +78,10 @@ from nanochat_jax.transforms.scheduling import (
     group_bytes as group_bytes,
     sequence as sequence,
 )
-from nanochat_jax.transforms.sharding import placement as placement, specs as specs
+from nanochat_jax.transforms.sharding import (
+    Placement as Placement,
+    placement as placement,
+    specs as specs,
+)
 from nanochat_jax.transforms.stages import stages as stages
 from nanochat_jax.transforms.state_paths import Place as Place, locate as locate
-from nanochat_jax.transforms.storage import (
-    QuantizationError as QuantizationError,
-    dequantize as dequantize,
-    quantization_error as quantization_error,
-    quantize as quantize,
-    storage_of as storage_of,
-)
-from nanochat_jax.transforms.stored import (
-    Stored as Stored,
-    is_quantized as is_quantized,
-)

@@ -10,7 +10,12 @@ from jaxtyping import Array
 
 from nanochat_jax.transforms import record
 from nanochat_jax.transforms.axes import MatrixAxes, ResolvedAxes, as_axes
-from nanochat_jax.transforms.sharding import placement
+from nanochat_jax.transforms.sharding import (
+    NOWHERE,
+    Placement,
+    in_auto_mode,
+    seen_as,
+)
 
 AxesRule = Callable[[str, tuple[int, ...]], MatrixAxes | None]
 """A function from path, such as `"block/query/kernel"`, and shape to axes."""
@@ -28,8 +33,8 @@ def as_matrices(
     attention, `[features, heads, head_dim]`, is one matrix of `features` by `heads *
     head_dim` in three axes; a kernel `[out, in]` is one turned round. Here both are
     given to `inner` as the matrices they are, at `init` and at `update`, parameters
-    too; updates come back in the shape of the leaf. The state is that of `inner`, in
-    the shapes of the view, so that a basis has the rank it should and blocks of codes
+    too; updates come back in the shape of the leaf. The state has the
+    shapes of the view, so that a basis has the rank it should and blocks of codes
     run along the right axis.
 
     Merging neighbouring axes costs nothing; axes in another order are transposed. A
@@ -84,21 +89,20 @@ def seen_by(
         updates: optax.Updates,
         state: optax.OptState,
         params: optax.Params | None = None,
+        placement: Placement = NOWHERE,
         **extra_args: Any,
     ) -> tuple[optax.Updates, optax.OptState]:
         views = resolve(rule, updates)
-        with placement.viewed(views):
-            new_updates, state = inner.update(
-                _seen(views, updates),
-                state,
-                None if params is None else _seen(views, params),
-                **extra_args,
-            )
+        new_updates, state = inner.update(
+            _seen(views, updates),
+            state,
+            None if params is None else _seen(views, params),
+            placement=placement.viewed(views),
+            **extra_args,
+        )
         return _map(views, ResolvedAxes.from_view, new_updates), state
 
-    return optax.GradientTransformationExtraArgs(
-        init_fn, placement.in_auto_mode(update_fn)
-    )
+    return optax.GradientTransformationExtraArgs(init_fn, in_auto_mode(update_fn))
 
 
 def axes_rule(axes: Any) -> PathRule:
@@ -108,7 +112,7 @@ def axes_rule(axes: Any) -> PathRule:
       axes: As for `as_matrices`.
 
     Raises:
-      TypeError: If `axes` holds what is neither axes nor `None`.
+      TypeError: If an entry of `axes` is neither axes nor `None`.
     """
     if is_function(axes):
         rule: Any = axes
@@ -148,7 +152,7 @@ def nearest(names: Collection[str], path: KeyPath) -> str | None:
 
 
 def is_function(given: Any) -> bool:
-    """Returns whether what is given for a tree is a function.
+    """Returns whether an argument is a function, not a tree.
 
     A tree that is an Equinox module can be called too.
     """
@@ -184,7 +188,7 @@ def resolve(rule: PathRule, tree: Any) -> dict[str, ResolvedAxes]:
 
 def _seen(views: Mapping[str, ResolvedAxes], tree: Any) -> Any:
     """Returns a tree of leaves as matrices."""
-    return _map(views, placement.seen_as, tree)
+    return _map(views, seen_as, tree)
 
 
 def _map(
@@ -200,7 +204,7 @@ def _map(
 
 
 def is_axes(node: Any) -> bool:
-    """Returns whether a node stands for axes, or for none, in a tree of them."""
+    """Returns whether a node of a tree of axes is an entry, `None` included."""
     return (
         node is None or isinstance(node, MatrixAxes) or hasattr(node, "reduction_axis")
     )

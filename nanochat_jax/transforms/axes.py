@@ -13,7 +13,7 @@ Shape = tuple[int, ...]
 
 @dataclasses.dataclass(frozen=True)
 class MatrixAxes:
-    """The axes of a leaf that a linear map sums over, and those that it makes.
+    """Input and output axes of the linear map that a leaf holds.
 
     All other axes are a batch of matrices. Negative axes count from the end, so that
     one description serves a leaf and a stack of such leaves.
@@ -39,8 +39,8 @@ class MatrixAxes:
 
     Raises:
       TypeError: If an axis is not an integer.
-      ValueError: If `fan_in` or `fan_out` has no axis, one stands twice, or a number of
-        parts is less than 1.
+      ValueError: If `fan_in` or `fan_out` is empty, an axis is there twice, or a number
+        of parts is less than 1.
     """
 
     fan_in: int | tuple[int, ...]
@@ -161,7 +161,7 @@ class ResolvedAxes:
     def _apart(self) -> tuple[list[int], list[int]]:
         """Returns the shape with split axes apart, and the order of its axes."""
         apart: list[int] = []
-        place: dict[int, int] = {}  # of what is left of an axis
+        place: dict[int, int] = {}  # position of the rest of an axis
         split: list[int] = []  # places of the parts
         for axis, size in enumerate(self.shape):
             if axis in self.split:
@@ -174,7 +174,7 @@ class ResolvedAxes:
 
 
 def as_axes(given: Any) -> MatrixAxes:
-    """Returns `MatrixAxes` of what stands for them, here or in Optax.
+    """Returns `MatrixAxes` for a description of axes, ours or that of Optax.
 
     Args:
       given: `MatrixAxes`, or an `optax.contrib.MuonDimensionNumbers`.

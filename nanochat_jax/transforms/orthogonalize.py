@@ -25,7 +25,12 @@ from nanochat_jax.transforms.scheduling import (
     group_bytes,
     piece_bytes,
 )
-from nanochat_jax.transforms.sharding import placement, whole_matrices
+from nanochat_jax.transforms.sharding import (
+    NOWHERE,
+    Placement,
+    in_auto_mode,
+    whole_matrices,
+)
 
 ShapeScale = Literal["width", "rms", "none"]
 
@@ -37,7 +42,7 @@ def orthogonalize(
     form: Form = "auto",
     max_bytes: int | None = None,
     max_matrix_bytes: int = 1 << 30,
-) -> optax.GradientTransformation:
+) -> optax.GradientTransformationExtraArgs:
     """Replaces each matrix of the updates by the nearest semi-orthogonal one.
 
     The last two axes are the matrix; the axes before them are a batch. Leaves of one
@@ -101,21 +106,25 @@ def orthogonalize(
         return whole_matrices.share_out(iterate_in_parts, leaves, sharding, sent)
 
     def update_fn(
-        updates: optax.Updates, state: Any, params: optax.Params | None = None
+        updates: optax.Updates,
+        state: Any,
+        params: optax.Params | None = None,
+        placement: Placement = NOWHERE,
+        **extra_args: Any,
     ) -> tuple[optax.Updates, Any]:
-        del params
+        del params, extra_args
         _require_matrices(updates, "orthogonalize")
         flat, treedef = jax.tree.flatten_with_path(precision.inexact(updates))
-        leaves, places = [x for _, x in flat], [placement.of(*leaf) for leaf in flat]
-        devices, stack_bytes = placement.device_count(), group_bytes()
-        for group in group_by_shape(leaves, max(most(), stack_bytes), places, devices):
+        leaves, places = [x for _, x in flat], [placement.sharding(*x) for x in flat]
+        stack_bytes = max(most(), group_bytes())
+        for group in group_by_shape(leaves, stack_bytes, places, placement.devices):
             done = iterate_together([leaves[i] for i in group], places[group[0]])
             for i, x in zip(group, done, strict=True):
                 leaves[i] = x
         return treedef.unflatten(leaves), state
 
-    return optax.GradientTransformation(
-        optax.init_empty_state, placement.in_auto_mode(update_fn)
+    return optax.GradientTransformationExtraArgs(
+        optax.init_empty_state, in_auto_mode(update_fn)
     )
 
 

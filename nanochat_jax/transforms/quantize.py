@@ -1,6 +1,7 @@
 """Keep the state of any transform quantised between steps."""
 
-import contextvars
+import dataclasses
+import functools
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -10,18 +11,11 @@ import optax
 from jax.tree_util import KeyPath, keystr
 from jaxtyping import Array, Int32
 
-from nanochat_jax.codecs import Codec, Quantized
+from nanochat_jax.codecs import Codec, Quantized, is_quantized
+from nanochat_jax.numerics import hashing
 from nanochat_jax.transforms import checks, precision
-from nanochat_jax.transforms.sharding import placement
-from nanochat_jax.transforms.state_paths import locate
-from nanochat_jax.transforms.stored import (
-    Stored,
-    is_quantized as is_quantized,
-    require_stored,
-)
-
-SHOWS_STORAGE = contextvars.ContextVar("SHOWS_STORAGE", default=False)
-"""Whether `init` says how leaves are stored, by `Stored` nodes, and stores none."""
+from nanochat_jax.transforms.sharding import in_auto_mode, sharded_as
+from nanochat_jax.transforms.state_paths import Place, locate
 
 
 class QuantizeState(NamedTuple):
@@ -45,9 +39,9 @@ def quantize_state(
 ) -> optax.GradientTransformationExtraArgs:
     """Stores chosen fields of `inner`'s state quantised.
 
-    `inner` is given its state in float32 and never learns of the quantisation. What is
-    quantised is settled at `init`; `update` keeps to it. It belongs outermost, around
-    `galore`, so that a change of basis happens in float32.
+    `inner` is given its state in float32 and never learns of the quantisation. The
+    leaves to quantise are chosen at `init`, and say so themselves from then on. It
+    belongs outermost, around `galore`, so that a change of basis happens in float32.
 
     Example:
       >>> tx = quantize_state(momentum(0.95), {"momentum": Int8(128)})
@@ -59,8 +53,8 @@ def quantize_state(
 
     Args:
       inner: Transform whose state to quantise.
-      codecs: For names of fields of that state, how their leaves are stored. Leave out
-        second moments unless the codec has no code for zero: they are divided by.
+      codecs: Codec by name of a field of that state. Leave out second moments unless
+        the codec has no code for zero: they are divided by.
       min_size: Leaves with fewer entries are kept as they are, as is what is not
         floating point.
       seed: Seed of stochastic rounding, which is keyed by seed, step and leaf.
@@ -71,39 +65,27 @@ def quantize_state(
     Raises:
       TypeError: At `init`, if a parameter is complex.
       ValueError: At `init`, if `inner` lacks a field named in `codecs`; at `update`, if
-        shapes or types of the state are those of another codec or size of blocks. Two
-        tables of 256 levels, such as `Dynamic8` and `MuLaw8`, look alike.
+        a leaf of the state was stored by another codec.
     """
     inner = optax.with_extra_args_support(inner)
-
-    def storage(state: Any, params: optax.Params) -> dict[str, Stored]:
-        """Returns by path how the leaves of the chosen fields are stored."""
-        found, places = {}, locate(state, params)
-        for path, x in jax.tree.leaves_with_path(state, is_leaf=is_quantized):
-            name = keystr(path)
-            field = places[name].field(codecs)
-            # What another `quantize_state` inside has stored is stored for `inner` too.
-            if field is None or is_quantized(x):
-                continue
-            if jnp.issubdtype(x.dtype, jnp.floating) and x.ndim > 0:
-                found[name] = Stored(codecs[field], x.shape, x.dtype, name, seed)
-        return found
+    encode = functools.partial(_encode_leaf, codecs, seed)
 
     def init_fn(params: optax.Params) -> QuantizeState:
         checks.require_real(params, "quantize_state")
         # Initial states are constants, which XLA would spend minutes folding encoded.
         state = jax.lax.optimization_barrier(inner.init(params))
+        places = locate(state, params)
         if jax.tree.leaves(params):
-            _require_fields(state, params, codecs)
-        count, shows = jnp.zeros([], jnp.int32), _shows_storage()
-        stored = storage(state, params)
+            _require_fields(places, codecs)
+        count = jnp.zeros([], jnp.int32)
 
         def store(path: KeyPath, x: Any) -> Any:
-            how = stored.get(keystr(path))
-            if how is None or x.size < max(min_size, 1):
+            name = keystr(path)
+            field = places[name].field(codecs)
+            # A leaf that another `quantize_state` inside has stored is left to it.
+            if field is None or is_quantized(x) or not _is_large(x, min_size):
                 return x
-            encode = lambda x: how.encode(x, count)
-            return how if shows else placement.sharded_as(encode, x)
+            return sharded_as(lambda x: encode(field, name, x, count), x)
 
         state = jax.tree.map_with_path(store, state, is_leaf=is_quantized)
         return QuantizeState(count, state)
@@ -115,66 +97,98 @@ def quantize_state(
         **extra_args: Any,
     ) -> tuple[optax.Updates, QuantizeState]:
         checks.require_state(state, QuantizeState, "quantize_state")
-        # Of the parameters, if they are given: projected gradients have other shapes.
-        whole = updates if params is None else params
-        like = jax.eval_shape(inner.init, whole)
-        stored = _chosen(state.inner, like, storage(like, whole))
-        decode = lambda path, x: (
-            stored[keystr(path)].decode(x) if keystr(path) in stored else x
-        )
-        decoded = jax.tree.map_with_path(decode, state.inner, is_leaf=is_quantized)
+        fields = _stored_here(state.inner, updates, codecs)
+        over_leaves = functools.partial(jax.tree.map_with_path, is_leaf=is_quantized)
+        decode = lambda path, x: x.decode() if keystr(path) in fields else x
         new_updates, new_inner = inner.update(
-            precision.widened(updates), decoded, params, **extra_args
+            precision.widened(updates),
+            over_leaves(decode, state.inner),
+            params,
+            **extra_args,
         )
-        encode = lambda path, old, new: (
-            stored[keystr(path)].encode(new, state.count)
-            if keystr(path) in stored
-            else optax.tree.cast_like(new, old)
-        )
-        new_inner = jax.tree.map_with_path(
-            encode, state.inner, new_inner, is_leaf=is_quantized
-        )
+
+        def store(path: KeyPath, old: Any, new: Any) -> Any:
+            name = keystr(path)
+            if name not in fields:
+                return optax.tree.cast_like(new, old)
+            stored = encode(fields[name], name, new, state.count)
+            return dataclasses.replace(stored, dtype=old.dtype)
+
+        new_inner = over_leaves(store, state.inner, new_inner)
         count = jnp.asarray(optax.safe_increment(state.count))
         new_updates = precision.cast_like(new_updates, updates)
         return new_updates, QuantizeState(count, new_inner)
 
-    return optax.GradientTransformationExtraArgs(
-        init_fn, placement.in_auto_mode(update_fn)
-    )
+    return optax.GradientTransformationExtraArgs(init_fn, in_auto_mode(update_fn))
 
 
-def _shows_storage() -> bool:
-    # Not in `init`, with which the variable would be pickled, which it cannot be.
-    return SHOWS_STORAGE.get()
+def _encode_leaf(
+    codecs: Mapping[str, Codec],
+    seed: int,
+    field: str,
+    name: str,
+    x: Array,
+    count: Array,
+) -> Quantized:
+    """Returns a leaf of a field in stored form, after `count` steps."""
+    codec = codecs[field]
+    # One key must not serve two random draws, here and in the wrapped transform.
+    name = f"quantize_state{name}"
+    key = hashing.leaf_key(seed, count, name) if codec.needs_key else None
+    return _encode(codec, x, key)
 
 
-def _chosen(
-    state: optax.OptState, like: optax.OptState, storage: Mapping[str, Stored]
-) -> dict[str, Stored]:
-    """Returns how the leaves are stored that are, by path, after a check of each.
+def _is_large(x: Array, min_size: int) -> bool:
+    """Returns whether a leaf is worth quantising."""
+    is_real = jnp.issubdtype(x.dtype, jnp.floating)
+    return is_real and x.ndim > 0 and x.size >= max(min_size, 1)
 
-    Args:
-      state: State with stored leaves.
-      like: Shapes of the state of the wrapped transform.
-      storage: How leaves may be stored.
+
+# Traced once for each codec and shape, not once for each of many leaves.
+_encode = jax.jit(lambda codec, x, key: codec.encode(x, key), static_argnums=0)
+
+
+def _stored_here(
+    state: optax.OptState, updates: optax.Updates, codecs: Mapping[str, Codec]
+) -> dict[str, str]:
+    """Returns the fields of the leaves that this wrapper has stored, by path.
+
+    A leaf inside another `quantize_state` may be that one's; if the codec is the same,
+    it does not matter whose it is.
     """
-    found, inside = _quantized_leaves(state), _quantized_leaves(like)
-    found = {name: node for name, node in found.items() if name not in inside}
-    require_stored(found, storage)
-    return {name: storage[name] for name in found}
+    places = locate(state, updates)
+    is_wrapper = lambda node: isinstance(node, QuantizeState)
+    wrappers = [
+        path
+        for path, node in jax.tree.leaves_with_path(state, is_leaf=is_wrapper)
+        if is_wrapper(node)
+    ]
+    fields, wrong = {}, []
+    for path, leaf in jax.tree.leaves_with_path(state, is_leaf=is_quantized):
+        if not is_quantized(leaf):
+            continue
+        name = keystr(path)
+        field = places[name].field(codecs)
+        if field is not None and leaf.codec == codecs[field]:
+            fields[name] = field
+        elif not any(path[: len(wrapper)] == wrapper for wrapper in wrappers):
+            given = (
+                "no codec is given" if field is None else f"{codecs[field]} is given"
+            )
+            wrong.append(f"  {name} is stored by {leaf.codec}, where {given}")
+    if wrong:
+        raise ValueError(
+            "the state was stored by other codecs than those of `quantize_state`:\n"
+            + "\n".join(wrong)
+            + "\nGive the codecs that it was stored by, or convert it: "
+            "`quantize(jax.eval_shape(tx.init, params), dequantize(state))`."
+        )
+    return fields
 
 
-def _quantized_leaves(state: optax.OptState) -> dict[str, Quantized]:
-    nodes = jax.tree.leaves_with_path(state, is_leaf=is_quantized)
-    return {keystr(path): node for path, node in nodes if is_quantized(node)}
-
-
-def _require_fields(
-    state: optax.OptState, params: optax.Params, codecs: Mapping[str, Codec]
-) -> None:
+def _require_fields(places: Mapping[str, Place], codecs: Mapping[str, Codec]) -> None:
     # Fields with no array count too: `galore` may leave every leaf unprojected.
-    places = locate(state, params).values()
-    found = {field for place in places for field in place.fields}
+    found = {field for place in places.values() for field in place.fields}
     missing = sorted(set(codecs) - found)
     if missing:
         raise ValueError(

@@ -1,4 +1,4 @@
-"""What transforms decide at `init`, told to whoever asks.
+"""Facts that transforms settle at `init`, for reports and placement.
 
 A state is arrays: it does not say which axes of a leaf were seen as a matrix, or why a
 parameter is left to AdamW. The transforms that settle such things tell it here while
@@ -20,7 +20,7 @@ from nanochat_jax.transforms.axes import ResolvedAxes
 
 @dataclasses.dataclass
 class Record:
-    """What was told, by path of the parameter.
+    """Facts by path of the parameter.
 
     Attributes:
       views: How leaves that are not matrices as they are were seen.
@@ -69,8 +69,10 @@ def tell(**kinds: Mapping[str, Any]) -> None:
             getattr(found, kind).update(entries)
 
 
-def record_of(tx: optax.GradientTransformation, params: optax.Params) -> Record:
-    """Returns what `tx` tells when it is initialised, without allocating its state.
+def recorded_init(
+    tx: optax.GradientTransformation, params: optax.Params
+) -> tuple[optax.OptState, Record]:
+    """Returns the state of `tx` as shapes, and the facts that its `init` tells.
 
     Args:
       tx: A transformation.
@@ -79,8 +81,7 @@ def record_of(tx: optax.GradientTransformation, params: optax.Params) -> Record:
     """
     # An `init` that was compiled before would tell nothing.
     with recording() as found, jax.disable_jit():
-        abstract_init(tx, params)
-    return found
+        return abstract_init(tx, params), found
 
 
 def abstract_init(
@@ -90,7 +91,7 @@ def abstract_init(
 
     Args:
       tx: A transformation.
-      params: As for `record_of`.
+      params: As for `recorded_init`.
     """
     leaves, treedef = jax.tree.flatten(params)
     is_array = [hasattr(x, "dtype") for x in leaves]

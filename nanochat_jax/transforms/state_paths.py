@@ -1,7 +1,7 @@
 """Which parameter a leaf of a state belongs to.
 
 States hold copies of the tree of parameters: of a momentum in the field `momentum`, of
-bases in the field `projector`. A leaf is named by the keys above its copy, the state's
+bases in the field `basis`. A leaf is named by the keys above its copy, the state's
 own, and by the path of its parameter within. Codecs, keys and bases are looked up by
 these, so a leaf is treated alike in a whole tree and in a part of it.
 
@@ -18,15 +18,15 @@ import jax
 import optax
 from jax.tree_util import GetAttrKey, KeyPath, keystr
 
-from nanochat_jax.transforms.stored import Stored, is_quantized
+from nanochat_jax.codecs import is_quantized
 
 
 class Place(NamedTuple):
-    """Where a leaf of a state stands.
+    """Position of a leaf in a state.
 
     Attributes:
-      above: Keys from the state down to its copy of the parameters; the whole path of
-        a leaf that is in none.
+      above: Keys from the state down to its copy of the parameters; the full path of a
+        leaf that is in none.
       name: Path of its parameter within that copy; `None` for a leaf that is in none,
         such as a count.
     """
@@ -60,12 +60,12 @@ def locate(state: Any, params: Any) -> dict[str, Place]:
 
     Args:
       state: A state, of arrays or shapes; a stored leaf is one leaf.
-      params: The parameters, or what has their structure. A parameter that is the
-        whole tree has the name `""`, and leaves without axes are not its own.
+      params: The parameters, or a tree of their structure. A parameter that is itself
+        the tree has the name `""`; leaves without axes are then counts, not its own.
 
     Returns:
-      By path, as `jax.tree_util.keystr` has it, the places of all leaves and of what
-      stands in the place of leaves.
+      The places of all leaves, and of nodes in place of leaves, by path as
+      `jax.tree_util.keystr` has it.
     """
     wanted = jax.tree.leaves_with_path(params, is_leaf=_is_absent)
     below = Counter[str]()  # parameters under each prefix of their paths
@@ -113,4 +113,4 @@ def _is_absent(node: Any) -> bool:
 
 
 def _is_node(node: Any) -> bool:
-    return _is_absent(node) or is_quantized(node) or isinstance(node, Stored)
+    return _is_absent(node) or is_quantized(node)

@@ -10,19 +10,23 @@ import pytest
 from jax.sharding import AxisType
 
 import nanochat_jax as nj
-from nanochat_jax.config import Config
 from nanochat_jax.config.run import MESH_AXES
 from nanochat_jax.lm.checkpoints.store import Checkpoints
 from nanochat_jax.lm.model import param_sharding
-from nanochat_jax.lm.training import resume, run as setup, step as trainer
+from nanochat_jax.lm.training import resume
 from nanochat_jax.lm.training.device_batches import feed
 from nanochat_jax.lm.training.evaluation import Evaluator
+from nanochat_jax.lm.training.run import make_run
+from nanochat_jax.lm.training.step import (
+    compile_train_step,
+    init_state,
+    state_shardings,
+)
+from tiny import run_config
 
-TINY = {
-    "dim": 32, "n_layers": 2, "n_heads": 4, "ffn_mult": 2.0, "vocab_size": 64,
-    "max_seq_len": 16, "dataset": "synthetic", "batch_size": 8, "total_steps": 4,
-    "eval_batches": 1, "galore_rank": 8, "galore_update_freq": 2, "quant_min_size": 0,
-    "quant_block_size": 8, "ns_dtype": "float32",
+OF_EIGHT = {
+    "n_layers": 2, "n_heads": 4, "batch_size": 8, "total_steps": 4,
+    "galore_update_freq": 2, "quant_block_size": 8,
 }  # fmt: skip
 VARIANTS = {
     "muon": {},
@@ -39,7 +43,7 @@ CASES = [
 
 
 def prepare(sizes, **values):
-    return setup.prepare(Config(**TINY, **values, mesh=sizes))
+    return make_run(run_config(**OF_EIGHT | values, mesh=sizes))
 
 
 def on_first(run, devices):
@@ -54,7 +58,7 @@ def on_first(run, devices):
 
 def train(run, state, steps):
     """Returns the state after some steps, and the losses and norms of these."""
-    step, values = trainer.compile_train_step(run), []
+    step, values = compile_train_step(run), []
     for _, batch in feed(run, int(state.step), int(state.step) + steps):
         state, metrics = step(state, batch)
         values += [metrics["loss"], metrics["grad_norm"]]
@@ -64,14 +68,14 @@ def train(run, state, steps):
 @functools.cache
 def on_one_device(**values):
     run = prepare({}, **values)
-    state, seen = train(run, trainer.init_state(run), 3)
+    state, seen = train(run, init_state(run), 3)
     return seen, Evaluator(run)(state.params)["val_loss"]
 
 
 @pytest.mark.parametrize(("sizes", "values"), CASES, ids=str)
 def test_losses_are_those_of_one_device(sizes, values):
     run = prepare(sizes, **values)
-    state, seen = train(run, trainer.init_state(run), 3)
+    state, seen = train(run, init_state(run), 3)
     wanted, val_loss = on_one_device(**values)
     np.testing.assert_allclose(seen, wanted, atol=1e-5, rtol=0)
     assert abs(Evaluator(run)(state.params)["val_loss"] - val_loss) <= 1e-5
@@ -87,14 +91,14 @@ def test_losses_are_those_of_one_device(sizes, values):
 def test_a_checkpoint_of_eight_devices_restores_on_any_number(variant, tmp_path):
     values = {**VARIANTS[variant], "scan_layers": True}
     run = prepare({"fsdp": 8}, **values)
-    state, _ = train(run, trainer.init_state(run), 1)
+    state, _ = train(run, init_state(run), 1)
     with Checkpoints(tmp_path) as checkpoints:
         checkpoints.save(1, state, run.meta)
     for devices in (8, 4, 2):
         other = on_first(run, devices)
         restored = resume.restore(other, Checkpoints(tmp_path))
         chex.assert_trees_all_equal(*jax.device_get((restored, state)))
-        where = trainer.state_places(other)
+        where = state_shardings(other)
         assert jax.tree.map(lambda x: x.sharding, restored) == where
         assert len(restored.step.sharding.device_set) == devices
     one = prepare({}, **values)
@@ -107,17 +111,17 @@ def test_a_checkpoint_of_eight_devices_restores_on_any_number(variant, tmp_path)
 
 def test_a_state_of_eight_devices_moves_to_another_storage(tmp_path):
     run = prepare({"fsdp": 8})
-    state = trainer.init_state(run)
+    state = init_state(run)
     with Checkpoints(tmp_path) as checkpoints:
         checkpoints.save(0, state, run.meta)
     new = prepare({"fsdp": 8}, use_8bit_optim=True)
     restored = resume.restore(new, Checkpoints(tmp_path), allow=["codec"], say=str)
-    assert jax.tree.map(lambda x: x.sharding, restored) == trainer.state_places(new)
+    assert jax.tree.map(lambda x: x.sharding, restored) == state_shardings(new)
 
 
 def test_each_device_holds_its_part_of_state_and_parameters():
     run = prepare({"fsdp": 8}, use_8bit_optim=True)
-    state = trainer.init_state(run)
+    state = init_state(run)
     for tree in (state.params, state.opt_state):
         total = sum(x.nbytes for x in jax.tree.leaves(tree))
         local = [x.addressable_shards[0].data.nbytes for x in jax.tree.leaves(tree)]
@@ -130,16 +134,16 @@ def test_a_mesh_that_does_not_fit_is_refused_with_what_to_do():
     with pytest.raises(ValueError, match=r"takes 4 devices, but there are 8 .*fsdp=8"):
         prepare({"fsdp": 4})
     with pytest.raises(ValueError, match=r"multiple of `data` x `fsdp`.* got 4 and 8"):
-        setup.prepare(Config(**TINY | {"batch_size": 4}, mesh={"fsdp": 8}))
+        prepare({"fsdp": 8}, batch_size=4)
 
 
 def test_what_a_mesh_does_not_divide_is_whole_and_named():
     run = prepare({"tensor": 8})
-    text = param_sharding.describe(run.params, run.config)
+    text = param_sharding.mesh_summary(run.params, run.config)
     assert "Mesh:   data 1 x fsdp 1 x tensor 8" in text
     assert "tensor does not divide the 4 heads of `query`" in text
     specs = {tuple(x.sharding.spec) for x in jax.tree.leaves(run.params["blocks"])}
     assert {(), (None, None), (None, "tensor"), ("tensor", None)} == specs
-    assert param_sharding.describe(run.params, prepare({}).config) == (
+    assert param_sharding.mesh_summary(run.params, prepare({}).config) == (
         "One device of 8 is used; `--mesh fsdp=8` uses all."
     )

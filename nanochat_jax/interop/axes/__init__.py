@@ -1,4 +1,14 @@
-"""TODO."""
+"""Matrix axes of parameters, as the modules of JAX's frameworks declare them.
+
+modules   `matrix_axes(model)`, which chooses the reader of a framework
+declared  `Place`, a field of a module, and `Declared`, its declaration
+requests  gates, heads and parts that are to be a batch
+settle    from declarations to the axes of leaves, or a refusal
+stacks    the stacked axes that `vmap` and `scan` add
+trees     modules within pytrees, and the fields that leaves belong to
+| `equinox`, `haliax`, `keras`, `nnx`, `linen` | rules for the classes of a framework |
+linen_init  abstract calls of linen modules
+"""
 
 from nanochat_jax.interop.axes.modules import (
     in_tree as in_tree,

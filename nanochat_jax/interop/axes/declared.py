@@ -1,10 +1,28 @@
-"""What the class of a module declares of one of its parameters."""
+"""Declarations of parameters by the classes of modules."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 Role = Literal["matrix", "vector", "embedding"]
+
+
+class Place(NamedTuple):
+    """A field of a module.
+
+    Attributes:
+      module: The module that the field is part of.
+      name: Name of the field.
+      parent: Module that holds this one, if there is one.
+      parent_name: Name of the module in its parent.
+      value: The field: an array, or a node that holds one array.
+    """
+
+    module: Any
+    name: str
+    parent: Any = None
+    parent_name: str = ""
+    value: Any = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -12,7 +30,7 @@ class Declared:
     """One parameter, as the class that made it declares it, not stacked.
 
     Attributes:
-      role: What the parameter is.
+      role: Label of the parameter.
       shape: Shape that the class gives it, `None` for a size that it does not store;
         `None` if the class tells no shape.
       fan_in: Axes of `shape` that the layer sums over.
@@ -32,12 +50,12 @@ class Declared:
 
 
 def vector(*shape: int) -> Declared:
-    """Returns a vector; its shape, if given, helps to tell where leaves are stacked."""
+    """Returns a vector; its shape, if given, is evidence on stacked axes."""
     return Declared("vector", shape or None)
 
 
 def embedding(*shape: int) -> Declared:
-    """Returns a table that is looked up in."""
+    """Returns an embedding table."""
     return Declared("embedding", shape or None)
 
 
@@ -69,8 +87,8 @@ def from_einsum(equation: str, shape: Sequence[int], source: str) -> Declared | 
 
     Axes that input and kernel share are summed over unless the result has them; axes
     that kernel and result share are made; axes of all three are a batch, and so are
-    those that the result has before all axes of the input, as `C` in
-    `"BSD,CKDH->CBSKH"`, where several maps stand side by side.
+    axes that the result has before all axes of the input, such as `C` in
+    `"BSD,CKDH->CBSKH"`: several maps side by side.
 
     Args:
       equation: With an arrow and two operands.

@@ -3,19 +3,17 @@
 from collections.abc import Callable
 from typing import Any
 
-from nanochat_jax.interop.axes.declared import Declared, embedding, matrix, vector
-from nanochat_jax.interop.axes.places import Place
-
-
-def is_module(node: Any) -> bool:
-    """Returns whether a node is an Equinox module."""
-    import equinox as eqx
-
-    return isinstance(node, eqx.Module)
+from nanochat_jax.interop.axes.declared import (
+    Declared,
+    Place,
+    embedding,
+    matrix,
+    vector,
+)
 
 
 def declare(place: Place) -> Declared | None:
-    """Returns what the class of an Equinox module declares of one of its fields."""
+    """Returns the declaration of a field by the class of an Equinox module."""
     import equinox as eqx
 
     for kind, rule in _RULES.items():
@@ -25,7 +23,7 @@ def declare(place: Place) -> Declared | None:
 
 
 def is_vector(module: Any) -> bool:
-    """Returns whether all that a module holds are vectors."""
+    """Returns whether a module holds vectors only."""
     import equinox as eqx
 
     return any(isinstance(module, getattr(eqx.nn, kind, ())) for kind in _VECTORS)

@@ -4,8 +4,13 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-from nanochat_jax.interop.axes.declared import Declared, embedding, matrix, vector
-from nanochat_jax.interop.axes.places import Place
+from nanochat_jax.interop.axes.declared import (
+    Declared,
+    Place,
+    embedding,
+    matrix,
+    vector,
+)
 
 
 def is_named(node: Any) -> bool:
@@ -14,7 +19,7 @@ def is_named(node: Any) -> bool:
 
 
 def declare(place: Place) -> Declared | None:
-    """Returns what the class of a Haliax module declares of one of its fields.
+    """Returns the declaration of a field by the class of a Haliax module.
 
     Axes of a stack have names of their own, so that nothing need be told from sizes.
     """
@@ -28,7 +33,7 @@ def declare(place: Place) -> Declared | None:
 
 
 def is_vector(module: Any) -> bool:
-    """Returns whether all that a module holds are vectors."""
+    """Returns whether a module holds vectors only."""
     return isinstance(module, _class(sys.modules["haliax"].nn, "LayerNormBase"))
 
 

@@ -26,7 +26,7 @@ class Variable(NamedTuple):
       layer: The layer.
       name: Name of the variable in it.
       shape: Its shape.
-      part: What the layer is to attention, such as `"query"`; empty elsewhere.
+      part: Part of attention that the layer is, such as `"query"`; empty elsewhere.
     """
 
     layer: Any
@@ -40,7 +40,7 @@ def matrix_axes(model: Any, requests: Requests) -> list[Answer]:
 
     Args:
       model: The layer, built.
-      requests: What is asked for as a batch.
+      requests: Parts that are to be a batch.
 
     Returns:
       A list like `model.trainable_variables`, which `stateless_call` takes.
@@ -93,7 +93,7 @@ def _parts_of_attention(layers: list[Any]) -> dict[int, str]:
 
 
 def declare(variable: Variable) -> Declared | None:
-    """Returns what the class of a Keras layer declares of one of its variables."""
+    """Returns the declaration of a variable by the class of a Keras layer."""
     layers = sys.modules["keras"].layers
     for kind, rule in _RULES.items():
         if isinstance(variable.layer, getattr(layers, kind, ())):

@@ -43,9 +43,9 @@ def matrix_axes(
 
     Args:
       model: The module.
-      inputs: What it is called with.
+      inputs: Positional arguments of a call.
       kwargs: Keyword arguments of the call.
-      requests: What is asked for as a batch.
+      requests: Parts that are to be a batch.
 
     Returns:
       A dict like `variables["params"]`, without boxes.
@@ -85,7 +85,7 @@ def _path(path: Any) -> Path:
 
 
 class Notes:
-    """What the modules that are called declare of their parameters.
+    """Declarations of parameters by the modules that are called.
 
     Attributes:
       declared: By path of the parameter.
@@ -101,8 +101,8 @@ class Notes:
     def note(self, context: Any, args: Any, kwargs: Any) -> None:
         """Notes a call that has come to its end.
 
-        The first note of a parameter stands: it is that of the innermost module, which
-        sees the parameter without the axes that transforms add.
+        Of several notes of a parameter the first is kept: the innermost module sees
+        the parameter without the axes that transforms add.
         """
         from flax import linen as nn
         from flax.core import meta
@@ -124,7 +124,7 @@ class Notes:
                 self.declared[path] = known
 
     def settled(self, path: Path) -> Declared:
-        """Returns what is declared at a path; heads are those of attention only."""
+        """Returns the declaration at a path, with heads in attention only."""
         declared = self.declared[path]
         if path[:-2] in self.attention:
             return declared
@@ -132,7 +132,7 @@ class Notes:
 
 
 def declare(parameter: Parameter) -> Declared | None:
-    """Returns what the class of a linen module declares of one of its parameters."""
+    """Returns the declaration of a parameter by the class of a linen module."""
     from flax import linen as nn
     from flax.linen import linear, recurrent
 

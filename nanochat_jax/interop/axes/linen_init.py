@@ -19,7 +19,7 @@ class Init:
 
     Args:
       model: The module.
-      inputs: What it is called with.
+      inputs: Positional arguments of a call.
       kwargs: Keyword arguments of the call.
     """
 

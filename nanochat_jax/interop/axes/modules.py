@@ -33,10 +33,10 @@ def matrix_axes(
     Args:
       model: A Flax NNX module, a Flax linen module, a Keras layer or model, or a pytree
         that is or holds Equinox, Haliax or NNX modules. Parameters may be abstract.
-      *inputs: For linen, what the module is called with: arrays or their shapes. Other
+      *inputs: For linen, positional arguments of a call: arrays or their shapes. Other
         values are taken as they are.
-      split: What to see as several matrices side by side, each for itself: `True` for
-        the gates of recurrent cells; or a mapping from patterns of paths to numbers of
+      split: Kernels to see as several matrices side by side: `True` for the gates of
+        recurrent cells; or a mapping from patterns of paths to numbers of
         parts of the output, such as `{"*/qkv/kernel": 3}`.
       per_head: Whether each head of attention is a matrix of its own.
       **kwargs: For linen, keyword arguments of the call.
@@ -45,8 +45,8 @@ def matrix_axes(
       A tree like the parameters: the dict of linen's `"params"` without boxes, a dict
       like `nnx.as_pure(nnx.state(model, nnx.Param))`, modules like `eqx.filter(model,
       eqx.is_inexact_array)`, a list like Keras's `trainable_variables`. Its leaves are
-      `MatrixAxes`; `"embedding"` or `"vector"` for what the class says is one; `None`
-      where the class is not known.
+      `MatrixAxes`; `"embedding"` or `"vector"` where the class says so; `None` for
+      a class that is not known.
 
     Raises:
       TypeError: If the model is of another kind, or linen has no inputs.
@@ -76,7 +76,7 @@ def matrix_axes(
 
 
 def in_tree(params: Any) -> Any:
-    """Returns what the modules within a pytree of parameters say, if it holds any.
+    """Returns axes and labels from the modules in a pytree of parameters, if any.
 
     Args:
       params: Parameters as an optimizer is given them.

@@ -5,12 +5,12 @@ from typing import Any
 
 from nanochat_jax.interop.axes.declared import (
     Declared,
+    Place,
     embedding,
     from_einsum,
     matrix,
     vector,
 )
-from nanochat_jax.interop.axes.places import Place
 from nanochat_jax.interop.axes.requests import Requests
 from nanochat_jax.interop.axes.settle import Answer, Found, settle
 from nanochat_jax.interop.axes.stacks import Path
@@ -21,7 +21,7 @@ def matrix_axes(model: Any, requests: Requests) -> dict[Any, Any]:
 
     Args:
       model: A module, or an abstract one from `nnx.eval_shape`.
-      requests: What is asked for as a batch.
+      requests: Parts that are to be a batch.
 
     Returns:
       A nested dict, with the paths of `nnx.as_pure(nnx.state(model, nnx.Param))`.
@@ -67,7 +67,7 @@ def _put(tree: dict[Any, Any], path: Path, answer: Answer) -> None:
 
 
 def declare(place: Place) -> Declared | None:
-    """Returns what the class of an NNX module declares of one of its variables."""
+    """Returns the declaration of a variable by the class of an NNX module."""
     from flax import nnx
 
     for kind, rule in _RULES.items():
@@ -77,7 +77,7 @@ def declare(place: Place) -> Declared | None:
 
 
 def is_vector(module: Any) -> bool:
-    """Returns whether all that a module holds are vectors."""
+    """Returns whether a module holds vectors only."""
     from flax import nnx
 
     return any(isinstance(module, getattr(nnx, kind, ())) for kind in _VECTORS)
@@ -165,8 +165,8 @@ def _lora(place: Place, source: str) -> Declared | None:
 def _of_others(place: Place, source: str) -> Declared | None:
     """Returns what layers of published models declare as Flax's own do.
 
-    Those of tunix hold an equation and the shape of `w`; those of MaxText, sizes in and
-    out.
+    Modules of tunix hold an equation and the shape of `w`; those of MaxText, sizes in
+    and out.
     """
     module, sizes = place.module, ("in_features_shape", "out_features_shape")
     equation, shape = (getattr(module, name, None) for name in ("einsum_str", "shape"))

@@ -1,4 +1,4 @@
-"""What a user asks to see as a batch of matrices."""
+"""Requests of a user to see one kernel as a batch of matrices."""
 
 import fnmatch
 from collections.abc import Mapping, Sequence
@@ -8,7 +8,7 @@ from nanochat_jax.transforms import MatrixAxes
 
 
 class Requests:
-    """What is asked for as a batch: gates, heads, parts of named kernels.
+    """Gates, heads and parts of named kernels that are to be a batch.
 
     Args:
       split: `True` for the gates that classes declare, or numbers of parts by pattern
@@ -29,7 +29,7 @@ class Requests:
 
         Args:
           path: Path of the leaf, such as `"block/query/kernel"`.
-          declared: What its class declares.
+          declared: Declaration of its class.
           kept: Where the axes that the class declares are in the leaf.
         """
         sides = list(declared.fan_in), list(declared.fan_out)

@@ -1,4 +1,4 @@
-"""From what classes declare of parameters to the axes of their leaves."""
+"""From the declarations of classes to the axes of leaves."""
 
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
@@ -17,7 +17,7 @@ class Found(NamedTuple):
     """A leaf whose class is known.
 
     Attributes:
-      declared: What the class declares.
+      declared: Declaration of the class.
       shape: Shape of the leaf.
       kept: Where the declared axes are in the leaf, if that is known for sure.
     """
@@ -33,8 +33,8 @@ def settle(
     """Returns the answer for each leaf whose class is known.
 
     Args:
-      found: What the classes declare, by path.
-      requests: What is asked for as a batch.
+      found: Declarations of the classes, by path.
+      requests: Parts that are to be a batch.
       strict: Whether a leaf of two readings, and a request that meets no leaf, is an
         error. Without, the leaf has the answer `None`.
 

@@ -15,7 +15,7 @@ Reading = tuple[int, ...]
 
 
 class Leaf(NamedTuple):
-    """A leaf and what its class declares of it.
+    """Shape of a leaf beside the shape that its class declares.
 
     Attributes:
       declared: Shape that the class declares, `None` for sizes that it does not store.
@@ -27,7 +27,7 @@ class Leaf(NamedTuple):
 
 
 def read(leaves: Mapping[Path, Leaf], path: Path) -> list[Reading]:
-    """Returns how a leaf can be read: no, one or several readings.
+    """Returns the readings of a leaf: none, one or several.
 
     Args:
       leaves: All leaves of which shapes are declared.

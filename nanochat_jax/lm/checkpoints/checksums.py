@@ -22,7 +22,7 @@ def write(directory: Path) -> None:
 
 
 def damage(folder: Path) -> list[str]:
-    """Returns what is wrong with a checkpoint's files; nothing if it has no sums.
+    """Returns a line for each damaged file; none if the checkpoint has no checksums.
 
     Args:
       folder: Folder of one checkpoint.

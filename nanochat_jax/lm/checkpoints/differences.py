@@ -1,4 +1,4 @@
-"""Comparing what a checkpoint holds with what a run wants, key by key."""
+"""Differences of two records or layouts, key by key."""
 
 import functools
 import json
@@ -22,7 +22,7 @@ def check_meta(
     Args:
       stored: Record of the checkpoint, from `Checkpoints.read_meta`.
       current: The same record of this run. Keys of nested records are joined by dots.
-      ignore: Keys that may differ, with their dots, and what is below them.
+      ignore: Keys that may differ, with their dots, and all keys below them.
       flags: Options that let keys differ, for the message.
 
     Raises:
@@ -71,7 +71,7 @@ def layout(tree: Any) -> dict[str, str]:
 def changes(
     old: Mapping[str, str], new: Mapping[str, str]
 ) -> dict[str, tuple[str, str]]:
-    """Returns what two records say under each key at which they differ."""
+    """Returns the two values of each key at which records differ."""
     return {
         key: (old.get(key, "none"), new.get(key, "none"))
         for key in sorted(old.keys() | new.keys())

@@ -1,12 +1,12 @@
-"""A trained model, read from a checkpoint: its parameters and what their use needs."""
+"""A trained model, read from a checkpoint: parameters, structure and tokenizer."""
 
 import dataclasses
 from pathlib import Path
-from typing import Any
 
 from flax import nnx
 
 from nanochat_jax.config import ModelConfig, schema
+from nanochat_jax.lm.checkpoints import record
 from nanochat_jax.lm.checkpoints.store import Checkpoints
 from nanochat_jax.lm.data import Tokenizer, load_tokenizer
 from nanochat_jax.lm.model import gpt
@@ -55,7 +55,7 @@ class Trained:
 
 
 def load_trained(directory: str | Path) -> Trained:
-    """Reads a model from a checkpoint; of the optimizer nothing is read.
+    """Reads a model from a checkpoint, without the optimizer state.
 
     Args:
       directory: Checkpoint folder, or the folder of one step; else the latest is read.
@@ -68,8 +68,8 @@ def load_trained(directory: str | Path) -> Trained:
     """
     checkpoints = Checkpoints(directory)
     step, meta = checkpoints.latest_step(), checkpoints.read_meta()
-    stored: dict[str, Any] = meta["config"]
     source = f"{checkpoints.directory}/{step}"
+    stored = record.settings_in(meta, source)
     config = schema.build(ModelConfig, stored, source, others=stored)
     graphdef, params = gpt.abstract_model(config)
     restored = checkpoints.restore({"params": params}, step, partial=True)

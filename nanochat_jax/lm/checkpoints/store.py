@@ -1,10 +1,10 @@
 """Checkpoints of a run: one folder a step, written by Orbax in the background.
 
-`D/120` holds the training state after 120 steps, and the JSON record `meta` of what it
-belongs to. A folder gets its name once all of it is on disk, so a run that is killed
-leaves its last whole checkpoint. `SHA256SUMS` in it is checked before anything is read
-(by hand: `sha256sum -c SHA256SUMS`), because Orbax keeps no checksum of array data: a
-damaged file may come back as wrong numbers.
+`D/120` holds the training state after 120 steps, and its JSON record `meta`. A folder
+gets its name once all of it is on disk, so a run that is killed leaves its last whole
+checkpoint. `SHA256SUMS` in it is checked before anything is read (by hand: `sha256sum
+-c SHA256SUMS`), because Orbax keeps no checksum of array data: a damaged file may come
+back as wrong numbers.
 
 This uses Orbax's API v1. It does all that is needed here without a warning, reads what
 v0 wrote, and is the one that will stay.
@@ -12,7 +12,6 @@ v0 wrote, and is the one that will stay.
 
 import contextlib
 import functools
-import logging
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Self, TypeVar
@@ -21,20 +20,16 @@ import jax
 import jax.numpy as jnp
 from orbax.checkpoint import v1 as ocp
 
-from nanochat_jax.lm.checkpoints import checksums, differences
+from nanochat_jax.lm.checkpoints import checksums, differences, renamed
 
 Tree = TypeVar("Tree")
-
-# Orbax logs some forty lines a save at INFO through absl. Wherever the application
-# logs at INFO they would bury the progress display.
-logging.getLogger("absl").setLevel(logging.WARNING)
 
 
 class Checkpoints:
     """Saves and restores the states of one run.
 
     Leaving the context waits for the save in progress, after an exception too, and
-    raises what went wrong with it. Reading writes nothing and creates nothing.
+    raises its error. Reading writes nothing and creates nothing.
 
     Attributes:
       directory: Folder with one folder a step; it need not exist yet.
@@ -124,7 +119,7 @@ class Checkpoints:
           step: Steps taken so far; names the folder.
           state: Tree of arrays, none of them empty or a typed PRNG key. It may be
             donated as soon as this returns.
-          meta: What the state belongs to, as JSON values.
+          meta: Record of the run, as JSON values.
 
         Raises:
           ValueError: If the directory has later steps that this object did not write.
@@ -142,13 +137,18 @@ class Checkpoints:
         )
 
     def wait(self) -> None:
-        """Waits for the save in progress and raises what went wrong with it."""
+        """Waits for the save in progress and raises its error, if any."""
         pending, self._pending = self._pending, None
         if pending is not None:
             pending.result()
 
     def restore(
-        self, target: Tree, step: int | None = None, *, partial: bool = False
+        self,
+        target: Tree,
+        step: int | None = None,
+        *,
+        partial: bool = False,
+        names: Mapping[str, str] | None = None,
     ) -> Tree:
         """Restores a state into the types, dtypes and places of `target`.
 
@@ -158,6 +158,7 @@ class Checkpoints:
           step: Step to restore; the latest if not given.
           partial: Whether `target` may lack parts of the stored state. These are not
             read: a dict with `params` alone restores nothing of the optimizer.
+          names: Stored names of `NamedTuple` fields that had others.
 
         Returns:
           The stored state as a tree like `target`.
@@ -166,11 +167,12 @@ class Checkpoints:
           ValueError: If there is no such checkpoint, it is damaged, or its state does
             not have the paths, shapes and dtypes of `target`.
         """
-        folder = self._find(step)
+        folder, names = self._find(step), names or {}
+        as_stored = renamed.as_stored(target, names) if names else target
         with self._reading(folder):
             stored = differences.layout(ocp.metadata(str(folder)).metadata)
         # Orbax alone would cast to the target's dtypes without a word.
-        wanted = differences.layout(target)
+        wanted = differences.layout(as_stored)
         if partial:
             stored = {path: stored[path] for path in stored.keys() & wanted.keys()}
         changed = differences.changes(stored, wanted)
@@ -182,12 +184,14 @@ class Checkpoints:
                 "a new directory."
             )
         context = ocp.Context()
-        context.pytree_options.loading.partial_load = partial
+        # Earlier formats have entries for `None` too, which fields of today lack.
+        context.pytree_options.loading.partial_load = partial or bool(names)
         with self._reading(folder), context:
-            return ocp.load(str(folder), jax.tree.map(_abstract, target))
+            loaded: Any = ocp.load(str(folder), jax.tree.map(_abstract, as_stored))
+        return renamed.from_stored(target, loaded, names) if names else loaded
 
     def read_meta(self, step: int | None = None) -> dict[str, Any]:
-        """Reads what was given to `save` as `meta`.
+        """Reads the record given to `save` as `meta`.
 
         Args:
           step: Step to read; the latest if not given.
@@ -233,7 +237,7 @@ class Checkpoints:
 
     @contextlib.contextmanager
     def _reading(self, folder: Path) -> Iterator[None]:
-        """Checks a checkpoint's files, and names it in what then goes wrong."""
+        """Checks a checkpoint's files, and names it in errors of reading."""
         if folder not in self._intact and (damage := checksums.damage(folder)):
             raise self._unreadable(folder, damage)
         self._intact.add(folder)

@@ -72,7 +72,7 @@ def save(
 
 
 def load(path: str | Path) -> tuple[ModelConfig, Params]:
-    """Reads what `save` wrote.
+    """Reads settings and weights that `save` wrote.
 
     Args:
       path: File of the weights; its JSON file must lie beside it.

@@ -1,4 +1,15 @@
-"""TODO."""
+"""Data: from text to batches of token ids.
+
+batches         windows of a token array, as a function of seed and step
+bpe             training of byte-level BPE vocabularies
+corpus          text, token files or a Markov chain, for training and validation
+dataset_folder  a folder with a trained tokenizer and the token ids of documents
+detokenize      text from tokens, piece by piece, up to a stop string
+documents       text files, and the sources of Python's standard library
+markov_chain    a chain of known entropy
+token_file      token ids on disk, memory-mapped and checked
+tokenizer       the byte tokenizer, and those of a `tokenizer.json`
+"""
 
 from nanochat_jax.lm.data import (
     bpe as bpe,
@@ -13,6 +24,7 @@ from nanochat_jax.lm.data.corpus import Corpus as Corpus, load_corpus as load_co
 from nanochat_jax.lm.data.detokenize import (
     cut_at as cut_at,
     decode_stream as decode_stream,
+    up_to as up_to,
 )
 from nanochat_jax.lm.data.tokenizer import (
     Tokenizer as Tokenizer,

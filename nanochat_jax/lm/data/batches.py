@@ -1,9 +1,11 @@
 """Batches: windows of a token array, as a pure function of seed and step.
 
-Nothing is kept between steps, so a run resumes from its step number alone. Axes: B
-sequences of a batch, T = `seq_len` tokens that are predicted. A window has T + 1
-tokens, since each position's target is the next one; windows lie T apart, so that each
-token is predicted once an epoch.
+No state is kept between steps, so a run resumes from its step number alone. A window
+has T + 1 tokens, since the target of each position is the next token; windows start T
+tokens apart, so that each token is predicted once per epoch.
+
+Axes: A microbatches of a step, B sequences of a microbatch, T = `seq_len` predicted
+tokens of a sequence.
 """
 
 from collections.abc import Generator
@@ -15,21 +17,23 @@ from nanochat_jax.config import schema
 
 
 class Batches:
-    """Shuffled windows without end, anew shuffled each epoch.
+    """Endless windows, shuffled anew in each epoch.
 
-    `batches(step)` is the batch of that step, int32 `[B, T + 1]`. Batches run on across
-    the end of an epoch, so none is short.
+    `batches(step)` is the batch of that step, int32 `[A, B, T + 1]`, or `[B, T + 1]`
+    without `microbatches`. Batches continue across the end of an epoch, so none is
+    short.
 
     Attributes:
       steps_per_epoch: Steps after which every window was seen, rounded up.
 
     Args:
       tokens: Ids, `[length]`; a memory-mapped array is read window by window.
-      batch_size: Sequences of a batch, B.
+      batch_size: Sequences of a microbatch, B.
       seq_len: Tokens of a sequence, T.
       seed: Seed of the order, from 0 to 2**32 - 1.
-      rows: Which sequences of each batch to read, for one of several processes that
-        share it; all if not given.
+      microbatches: Microbatches of a step, A; `None` for batches without that axis.
+      rows: Which of the B sequences to read, for one of several processes; all if not
+        given.
 
     Raises:
       ValueError: If there is no window, or a number is out of range.
@@ -42,6 +46,7 @@ class Batches:
         batch_size: int,
         seq_len: int,
         seed: int,
+        microbatches: int | None = None,
         rows: np.ndarray | None = None,
     ) -> None:
         schema.require(
@@ -49,13 +54,15 @@ class Batches:
             (0 <= seed < 2**32, f"`seed` must be from 0 to 2**32 - 1, got {seed}."),
         )
         windows = _windows(tokens, seq_len)
-        self.steps_per_epoch = -(-len(windows) // batch_size)
+        count = batch_size * (microbatches or 1)
+        shape = (batch_size,) if microbatches is None else (microbatches, batch_size)
+        self.steps_per_epoch = -(-len(windows) // count)
         chosen = slice(None) if rows is None else rows
         order = grain.MapDataset.range(len(windows)).seed(seed).shuffle().repeat()
-        # Whole batches are gathered at once: several times faster than one by one.
-        # Without end there is no remainder; grain would count with it past 2**63.
-        self._dataset = order.batch(batch_size, drop_remainder=True).map(
-            lambda indices: windows[indices[chosen]].astype(np.int32)
+        # Gathering all windows of a step at once is several times faster than one by
+        # one. An endless order has no remainder, and grain's length would overflow.
+        self._dataset = order.batch(count, drop_remainder=True).map(
+            lambda step: windows[step.reshape(shape)[..., chosen]].astype(np.int32)
         )
 
     def __call__(self, step: int) -> np.ndarray:
@@ -87,15 +94,15 @@ class Batches:
 def eval_batches(
     tokens: np.ndarray, *, batch_size: int, seq_len: int, limit: int | None = None
 ) -> list[np.ndarray]:
-    """Returns the windows to evaluate on: the same ones each time, in order.
+    """Returns the windows of an evaluation: always the same ones, in order.
 
     Args:
       tokens: Ids, `[length]`.
-      batch_size: Sequences of a batch, B. The rest that fills no batch is left out,
-        but if there are fewer windows than this, all make one smaller batch.
+      batch_size: Sequences of a batch, B. Windows that do not fill a batch are left
+        out, but if there are fewer than B, all make one smaller batch.
       seq_len: Tokens of a sequence, T.
-      limit: Most batches to return, their windows spread evenly over `tokens`; None
-        for all.
+      limit: Most batches to return, of windows evenly spaced over `tokens`; `None` for
+        all.
 
     Returns:
       Batches, each int32 `[B, T + 1]`.

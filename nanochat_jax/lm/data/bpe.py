@@ -1,8 +1,8 @@
 """Byte-level BPE vocabularies, trained on documents.
 
-Every byte is a token to begin with, so any text can be encoded and comes back as it
-was; merges of frequent pairs are added until the vocabulary is full (Sennrich et al.
-2016; on bytes as in GPT-2, Radford et al. 2019).
+Every byte is a token, so any text can be encoded and decoded without loss; merges of
+frequent pairs are added until the vocabulary is full (Sennrich et al. 2016; on bytes as
+in GPT-2, Radford et al. 2019).
 """
 
 from collections.abc import Iterable
@@ -23,8 +23,8 @@ def train(documents: Iterable[str], vocab_size: int) -> str:
     The same documents in the same order give the same text.
 
     Args:
-      documents: Texts; they are read once.
-      vocab_size: Most tokens. There are fewer when no pair occurs twice any more.
+      documents: Texts, read once.
+      vocab_size: Most tokens; fewer if no pair occurs twice any more.
 
     Returns:
       The content of a `tokenizer.json`.
@@ -48,19 +48,23 @@ def train(documents: Iterable[str], vocab_size: int) -> str:
 
 
 def vocab_check(vocab_size: int) -> schema.Check:
-    """Returns the check that a vocabulary has room for all bytes."""
+    """Returns the check that a vocabulary has room for all bytes.
+
+    Args:
+      vocab_size: Most tokens of the vocabulary.
+    """
     message = f"`vocab_size` must be at least {MIN_VOCAB_SIZE}, got {vocab_size}."
     return vocab_size >= MIN_VOCAB_SIZE, message
 
 
 def token_bytes(text: str) -> list[int]:
-    """Returns the bytes of text that each id stands for; a separator counts as one.
+    """Returns the bytes of text of each id; the separator counts as one.
 
     Args:
       text: Content of a `tokenizer.json` from `train`.
     """
     vocab = tokenizers.Tokenizer.from_str(text).get_vocab()
-    # In the vocabulary a byte is written as one character, whatever byte it is.
+    # The vocabulary writes each byte as one character.
     lengths = {vocab[token]: len(token) for token in vocab}
     lengths[vocab[END_OF_TEXT]] = 1
     return [lengths[id_] for id_ in sorted(lengths)]

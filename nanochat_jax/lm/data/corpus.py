@@ -1,6 +1,6 @@
-"""Corpora: text, token files or a Markov chain, as token ids to train and validate on.
+"""Corpora: text, token files or a Markov chain, as token ids.
 
-What is held out for validation never overlaps what is trained on.
+The tokens held out for validation never overlap the training tokens.
 """
 
 import dataclasses
@@ -25,19 +25,17 @@ class Corpus:
     """Tokens to train and to validate on.
 
     Attributes:
-      train: Ids to train on, `[length]`, of an unsigned type.
-      val: Ids held out, `[length]`.
-      max_id: The largest id in both.
-      description: What the corpus is, in a line.
-      bytes_per_token: Bytes of text a held-out token stands for, if it is known; a
-        separator counts as one. Loss in nats over `ln 2` over this is bits per byte.
-      tokenizer: Fingerprint of the tokenizer that made the ids, if it is known.
-      entropy_rate: Least loss any model can have, in nats a token, if it is known.
+      train: Training ids, `[length]`, of an unsigned type.
+      val: Held-out ids, `[length]`.
+      description: Name of the corpus, in a line.
+      bytes_per_token: Bytes of text per held-out token, if known; a separator counts as
+        one. Loss in nats over `ln 2` over this is bits per byte.
+      tokenizer: Fingerprint of the tokenizer of the ids, if known.
+      entropy_rate: Lowest loss of any model, in nats per token, if known.
     """
 
     train: np.ndarray
     val: np.ndarray
-    max_id: int
     description: str
     bytes_per_token: float | None = None
     tokenizer: str | None = None
@@ -45,7 +43,7 @@ class Corpus:
 
     @functools.cached_property
     def fingerprint(self) -> str:
-        """SHA-256 of lengths and ids; of long arrays 1024 even samples are read."""
+        """SHA-256 of lengths and ids; for long arrays, of 1024 even samples."""
         digest, size = hashlib.sha256(), 1 << 14
         for tokens in (self.train, self.val):
             digest.update(f"{tokens.dtype.str} {len(tokens)};".encode())
@@ -71,12 +69,12 @@ def load_corpus(
         files and folders of UTF-8 text; `tokens`, a token file; `synthetic`, a Markov
         chain of known entropy.
       paths: Files and folders for `text`, one file for `tokens`, otherwise none.
-      tokenizer: Tokenizer for `stdlib` and `text`; that of `tokens`, unless it is the
-        byte tokenizer, must be the one that the file names, if it does.
+      tokenizer: Tokenizer of `stdlib` and `text`. For `tokens` it must be the one that
+        the file names, if any, or the byte tokenizer.
       vocab_size: Vocabulary of the model, which every id must fit.
       seed: Seed of `synthetic`.
-      seq_len: Tokens of a sequence. Both splits must hold one and the token after it.
-      token_dtype: Type of the ids of `tokens`, where the file does not say it.
+      seq_len: Tokens of a sequence. Both splits must hold a sequence and one token.
+      token_dtype: Type of the ids of `tokens`, if the file does not name it.
 
     Returns:
       The corpus.
@@ -115,7 +113,12 @@ def load_corpus(
 
 
 def encode_documents(documents: Iterable[str], tokenizer: Tokenizer) -> np.ndarray:
-    """Returns the ids of all documents, `[length]`, a separator after each."""
+    """Returns the ids of all documents, `[length]`, with a separator after each.
+
+    Args:
+      documents: Texts.
+      tokenizer: Their tokenizer.
+    """
     dtype = np.min_scalar_type(tokenizer.vocab_size - 1)
     separator = np.array([tokenizer.separator], dtype)
     pieces = [piece for d in documents for piece in (tokenizer.encode(d), separator)]
@@ -123,7 +126,7 @@ def encode_documents(documents: Iterable[str], tokenizer: Tokenizer) -> np.ndarr
 
 
 def count_bytes(documents: Sequence[str]) -> int:
-    """Returns the bytes of all documents in UTF-8, one more for each separator."""
+    """Returns the bytes of all documents in UTF-8, with one per separator."""
     return sum(len(document.encode("utf-8")) + 1 for document in documents)
 
 
@@ -133,7 +136,6 @@ def _synthetic_corpus(vocab_size: int, seed: int) -> Corpus:
     return Corpus(
         tokens[:cut],
         tokens[cut:],
-        max_id=int(tokens.max()),
         description=f"Markov chain of {markov_chain.ENTROPY_RATE:.4f} nats a token",
         entropy_rate=markov_chain.ENTROPY_RATE,
     )
@@ -160,7 +162,6 @@ def _token_corpus(
     return Corpus(
         file.tokens[:cut],
         file.tokens[cut:],
-        max_id=file.max_id,
         description=paths[0],
         bytes_per_token=None if size is None else size / (length - cut),
         tokenizer=file.tokenizer,
@@ -168,7 +169,7 @@ def _token_corpus(
 
 
 def _check_tokenizer(path: str, made_by: str | None, given: Tokenizer) -> None:
-    """Refuses a tokenizer, if one is given, that did not make the ids of a file."""
+    """Refuses a tokenizer other than the byte tokenizer and that of the file."""
     schema.require(
         (
             made_by in (None, given.fingerprint) or isinstance(given, ByteTokenizer),
@@ -198,7 +199,6 @@ def _text_corpus(
     return Corpus(
         train,
         val,
-        max_id=max(int(ids.max(initial=0)) for ids in (train, val)),
         description=f"{source}, {len(found)} files",
         bytes_per_token=count_bytes(held_out) / len(val) if len(val) else None,
         tokenizer=tokenizer.fingerprint,

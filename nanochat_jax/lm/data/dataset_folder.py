@@ -1,7 +1,7 @@
-"""From documents to a folder to train on: a tokenizer, its ids, and what is known.
+"""A data set in a folder: documents as token ids, and the tokenizer trained on them.
 
 `D/tokenizer.json`, `D/tokens.bin` and `D/tokens.bin.json` belong together, so they are
-written elsewhere first, and D has all of them or none.
+written to a folder beside D first: D has all of them or none.
 """
 
 import contextlib
@@ -18,21 +18,21 @@ from nanochat_jax.lm.data import bpe, documents, token_file
 from nanochat_jax.lm.data.corpus import count_bytes, encode_documents
 from nanochat_jax.lm.data.tokenizer import TrainedTokenizer
 
-# The ids come last: a folder that lacks them is not taken for a whole one.
+# The ids come last: without them a folder does not pass for a complete one.
 FILES = ("tokenizer.json", "tokens.bin.json", "tokens.bin")
 
 Track = Callable[[Sequence[str], str], Iterable[str]]
-"""Takes documents and what is done with them; yields them, and shows how far it is."""
+"""Yields the documents it is given with the name of a task, and shows the progress."""
 
 
-class Prepared(NamedTuple):
-    """What a folder holds.
+class Dataset(NamedTuple):
+    """Sizes of a data set.
 
     Attributes:
       vocab_size: Tokens of the vocabulary.
-      tokens: Ids of all documents.
-      held_out: How many of them, the last, are for validation.
-      bytes_per_token: Bytes of text a token stands for.
+      tokens: Number of ids of all documents.
+      held_out: How many of the last are for validation.
+      bytes_per_token: Bytes of text per token.
     """
 
     vocab_size: int
@@ -41,27 +41,27 @@ class Prepared(NamedTuple):
     bytes_per_token: float
 
 
-def prepare(
+def build_dataset(
     folder: str | Path,
     texts: Sequence[str],
     vocab_size: int,
     *,
     force: bool = False,
     track: Track = lambda documents, _: documents,
-) -> Prepared:
+) -> Dataset:
     """Trains a tokenizer on documents, and writes it with their ids.
 
-    Documents to validate on come last, and the tokenizer is not trained on them.
+    Validation documents come last, and the tokenizer is not trained on them.
 
     Args:
       folder: Folder to write; it is made.
       texts: Documents.
       vocab_size: Most tokens of the vocabulary.
-      force: Whether files of these names in `folder` are replaced.
-      track: Shows progress.
+      force: Whether to replace files of these names in `folder`.
+      track: Iterates over documents, and shows progress.
 
     Returns:
-      What was written.
+      Sizes of the data set.
 
     Raises:
       ValueError: If the folder is not empty, `vocab_size` is below 257, or there is
@@ -74,8 +74,8 @@ def prepare(
     text = bpe.train(track(kept, "Training the tokenizer"), vocab_size)
     tokenizer = TrainedTokenizer(text)
     tokens, last = (
-        encode_documents(track(part, what), tokenizer)
-        for part, what in ((kept, "Encoding"), (held_out, "Encoding what is held out"))
+        encode_documents(track(part, task), tokenizer)
+        for part, task in ((kept, "Encoding"), (held_out, "Encoding for validation"))
     )
     tokens = np.concatenate([tokens, last])
     with _replacing(folder) as beside:
@@ -89,14 +89,18 @@ def prepare(
             tokenizer=tokenizer.fingerprint,
         )
     size = count_bytes(kept) + count_bytes(held_out)
-    return Prepared(tokenizer.vocab_size, len(tokens), len(last), size / len(tokens))
+    return Dataset(tokenizer.vocab_size, len(tokens), len(last), size / len(tokens))
 
 
 def check_folder(folder: Path, force: bool) -> None:
-    """Refuses a folder that has other contents, or is no folder.
+    """Refuses a path that is a file, or a folder with contents.
+
+    Args:
+      folder: Folder to write.
+      force: Whether it may have contents.
 
     Raises:
-      ValueError: If it is there and not empty, and `force` is not set.
+      ValueError: If it is a file, or not empty without `force`.
     """
     schema.require(
         (
@@ -116,7 +120,7 @@ def check_folder(folder: Path, force: bool) -> None:
 
 @contextlib.contextmanager
 def _replacing(folder: Path) -> Iterator[Path]:
-    """Gives a folder beside `folder` to write, and moves its files there at the end."""
+    """Yields a folder beside `folder` to write to, then moves its files there."""
     folder = folder.absolute()
     beside = folder.with_name(f".{folder.name}.tmp{os.getpid()}")
     beside.mkdir(parents=True)

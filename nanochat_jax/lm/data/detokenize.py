@@ -1,54 +1,65 @@
 """Text from tokens, piece by piece, as they are made."""
 
+import itertools
 from collections.abc import Iterable, Iterator, Sequence
 
 from nanochat_jax.lm.data.tokenizer import Tokenizer
 
-# What stands for bytes that are no text, or not yet.
+# Replacement character of incomplete or invalid UTF-8.
 _INCOMPLETE = "\ufffd"
+
+
+def up_to(tokens: Iterable[int], end: int) -> Iterator[int]:
+    """Returns tokens up to the first that is `end`, without it.
+
+    Args:
+      tokens: Token ids, read on demand.
+      end: Token id that ends the text.
+    """
+    return itertools.takewhile(lambda token: token != end, tokens)
 
 
 def decode_stream(
     tokenizer: Tokenizer, tokens: Iterable[int], prompt: Sequence[int] = ()
 ) -> Iterator[str]:
-    """Yields the text of tokens, each piece as soon as it is certain.
+    """Yields the text of tokens, each piece as soon as it is complete.
 
-    A character may be spread over tokens; its first bytes are held back until the last
-    one is there. Together the pieces are the whole text, and every one is valid UTF-8.
+    The bytes of a character may come from several tokens; they are held back until the
+    last one. Joined, the pieces are the text; each is valid UTF-8.
 
     Args:
       tokenizer: Tokenizer of the tokens.
       tokens: Token ids.
-      prompt: Ids before them, whose text is not yielded.
+      prompt: Ids before them. Their text is not yielded.
 
     Yields:
       Pieces of text, none of them empty.
     """
-    # All is decoded anew for each token, as some tokenizers need what precedes. Beside
-    # a step of the model this costs nothing.
+    # Decodes everything anew for each token, since some tokenizers need the context. It
+    # costs nothing beside a step of the model.
     ids = list(prompt)
     text = tokenizer.decode(ids)
     done = len(text)
     for token in tokens:
         ids.append(token)
         text = tokenizer.decode(ids)
-        certain = text.rstrip(_INCOMPLETE)
-        if len(certain) > done:
-            yield certain[done:]
-            done = len(certain)
+        complete = text.rstrip(_INCOMPLETE)
+        if len(complete) > done:
+            yield complete[done:]
+            done = len(complete)
     if len(text) > done:
         yield text[done:]
 
 
 def cut_at(pieces: Iterable[str], stops: Sequence[str]) -> Iterator[str]:
-    """Yields text up to that of some texts which ends first, itself not yielded.
+    """Yields text up to the first stop string, without it.
 
     Args:
-      pieces: Pieces of text. No more are asked for than needed.
-      stops: Texts to stop at, none of them empty.
+      pieces: Pieces of text, read on demand.
+      stops: Stop strings, none of them empty.
 
     Yields:
-      Pieces of text; what may be the beginning of a stop is held back.
+      Pieces of text; a possible beginning of a stop string is held back.
     """
     held = ""
     for piece in pieces:
@@ -67,6 +78,6 @@ def cut_at(pieces: Iterable[str], stops: Sequence[str]) -> Iterator[str]:
 
 
 def _overlap(text: str, stop: str) -> int:
-    """Returns how many characters at the end of `text` begin `stop`."""
+    """Returns the length of the longest end of `text` that begins `stop`."""
     lengths = range(min(len(text), len(stop) - 1), 0, -1)
     return next((n for n in lengths if text.endswith(stop[:n])), 0)

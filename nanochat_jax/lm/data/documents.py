@@ -1,6 +1,6 @@
 """Documents: text files and the sources of Python's standard library.
 
-Some are held out for validation: whole ones where there are many, else the end.
+Of many documents some are held out for validation, of a few the end of the text.
 """
 
 import hashlib
@@ -14,9 +14,9 @@ from typing import NoReturn
 from nanochat_jax.config import schema
 
 HELD_OUT = 0.05
-# With fewer documents than this, whole ones would be too coarse to hold out.
+# With fewer documents, holding out complete ones would be too coarse.
 MIN_DOCUMENTS = 20
-# Folders of the standard library with tests, other people's code or no text.
+# Folders of the standard library with tests, packages of others or no text.
 NOT_STDLIB = frozenset(
     ("dist-packages", "idlelib", "lib2to3", "site-packages", "test", "tests")
 )
@@ -51,12 +51,11 @@ def text_documents(paths: Sequence[str | Path]) -> list[str]:
       paths: Files and folders.
 
     Returns:
-      The texts that are not empty, in the order of `paths`, those of a folder ordered
-      by path.
+      The texts that are not empty, in the order of `paths`, and by path in a folder.
 
     Raises:
       ValueError: If a path is missing, a folder is empty, or files cannot be read or
-        are not UTF-8; it names all of them.
+        are not UTF-8; the message names all of them.
     """
     files, errors = [], []
     for root in map(Path, paths):
@@ -70,18 +69,18 @@ def text_documents(paths: Sequence[str | Path]) -> list[str]:
 
 
 def split(documents: Sequence[str], least: int = 1) -> tuple[list[str], list[str]]:
-    """Splits documents into those to train on and those held out.
+    """Splits documents into training and held-out ones.
 
-    Of many documents whole ones are held out, a twentieth of them. The hash of the
-    text decides, not its place, so that copies of a file stay on one side. Of a few
-    documents the last twentieth of all characters is held out.
+    Of many documents a twentieth is held out, by the hash of the text rather than its
+    place, so that copies of a file stay on one side. Of a few documents the last
+    twentieth of all characters is held out.
 
     Args:
       documents: Texts to split.
-      least: Characters to hold out at least, where the last ones are.
+      least: Least characters to hold out of a few documents.
 
     Returns:
-      The two lists of texts.
+      Training texts and held-out texts.
     """
     distinct = set(documents)
     if len(distinct) < MIN_DOCUMENTS:

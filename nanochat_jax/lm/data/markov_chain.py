@@ -1,4 +1,4 @@
-"""A Markov chain of known entropy, to compare a loss with a number."""
+"""A Markov chain of known entropy, a lower bound to compare losses with."""
 
 import itertools
 import math
@@ -7,17 +7,17 @@ import numpy as np
 
 from nanochat_jax.config import schema
 
-# Chances of the four tokens that may follow a token.
+# Probabilities of the four possible next tokens.
 CHANCES = (0.5, 0.25, 0.125, 0.125)
-# Least loss that any model can reach on the chain, in nats a token.
+# Lowest loss of any model on the chain, in nats per token.
 ENTROPY_RATE = -sum(p * math.log(p) for p in CHANCES)
 
 
 def markov_chain(vocab_size: int, length: int, seed: int) -> np.ndarray:
-    """Samples a Markov chain in which four tokens may follow each token.
+    """Samples a Markov chain with four possible next tokens in each state.
 
-    Their chances are the same everywhere and the four always differ, so the entropy
-    rate is `ENTROPY_RATE` whatever the vocabulary and seed, and all tokens are equally
+    The four differ, and their probabilities are the same in every state. So the entropy
+    rate is `ENTROPY_RATE` for any vocabulary and seed, and all tokens are equally
     frequent: a model that ignores the context has a loss of `ln vocab_size`.
 
     Args:

@@ -1,15 +1,15 @@
-"""Token files: ids on disk, memory-mapped and checked before they are trained on.
+"""Token files: ids on disk, memory-mapped and checked before training.
 
 Three layouts, all little-endian:
   raw uint32 without header, the default;
-  raw uint16 without header, when it is said so;
-  the header of llm.c, 256 int32, with uint16 or uint32 ids after it.
+  raw uint16 without header, if sidecar or `token_dtype` say so;
+  the header of llm.c, 256 int32, then uint16 or uint32 ids.
 
-Beside `tokens.bin` may lie `tokens.bin.json`, one object with any of these keys:
+A sidecar `tokens.bin.json` is optional, one object with any of these keys:
   `dtype`, uint16 or uint32;
-  `tokens`, their number, and `held_out`, how many of the last are for validation;
-  `vocab_size`, and `token_bytes`, the bytes of text that each id stands for;
-  `tokenizer`, the fingerprint of what made the ids, SHA-256 of `tokenizer.json`.
+  `tokens`, the number of ids, and `held_out`, how many of the last are for validation;
+  `vocab_size`, and `token_bytes`, the bytes of text of each id;
+  `tokenizer`, the fingerprint of the tokenizer, SHA-256 of `tokenizer.json`.
 """
 
 import dataclasses
@@ -21,10 +21,10 @@ from typing import Any, get_args
 import numpy as np
 
 from nanochat_jax.config import TokenDtype, schema
-from nanochat_jax.lm.runtime import atomic_files
+from nanochat_jax.lm.runtime import replacing, write_text
 
 HEADER_BYTES = 256 * 4
-# Magic number and version of the header, and what the ids after it are.
+# Type of the ids, by magic number and version of the header.
 HEADERS: dict[tuple[int, int], TokenDtype] = {
     (20240520, 1): "uint16",
     (20240801, 7): "uint32",
@@ -34,24 +34,22 @@ CHECK_CHUNK = 1 << 22
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class TokenFile:
-    """Ids of a file.
+    """Ids of a file, and the contents of its sidecar.
 
     Attributes:
       tokens: Ids, `[length]`, mapped from the file.
-      max_id: The largest of them.
-      held_out: How many of the last are for validation, if the file says it.
-      token_bytes: Bytes of text that each id stands for, `[vocab_size]`, if known.
-      tokenizer: Fingerprint of the tokenizer that made them, if known.
+      held_out: How many of the last are for validation, if known.
+      token_bytes: Bytes of text of each id, `[vocab_size]`, if known.
+      tokenizer: Fingerprint of the tokenizer, if known.
     """
 
     tokens: np.ndarray
-    max_id: int
     held_out: int | None = None
     token_bytes: np.ndarray | None = None
     tokenizer: str | None = None
 
     def count_bytes(self, start: int) -> int | None:
-        """Returns the bytes of text of the ids from `start` on, if they are known."""
+        """Returns the bytes of text of the ids from `start` on, if known."""
         if self.token_bytes is None:
             return None
         starts = range(start, len(self.tokens), CHECK_CHUNK)
@@ -67,15 +65,15 @@ def read_tokens(
     Args:
       path: File to read.
       vocab_size: Vocabulary of the model; ids must be below it.
-      token_dtype: Type of the ids in a file that does not say it. None takes what
-        the header or the JSON file beside it says, and uint32 where neither does.
+      token_dtype: Type of the ids; `None` takes it from the header or the sidecar, and
+        uint32 without either.
 
     Returns:
-      The ids, without reading them into memory.
+      The ids, not read into memory.
 
     Raises:
-      ValueError: If the file is missing, broken or contradicts `token_dtype`, or an
-        id is outside the vocabulary.
+      ValueError: If the file is missing or broken, header, sidecar and `token_dtype`
+        disagree, or an id is outside the vocabulary.
     """
     path = Path(path)
     schema.require((path.is_file(), f"{path}: no such file. Give a token file."))
@@ -84,11 +82,11 @@ def read_tokens(
     _check_facts(path, facts, length, vocab_size)
     tokens = np.memmap(path, dtype, "r", offset, (length,))
     table = facts.get("token_bytes")
-    # Ids that the table does not know are as much out of range as those of the model.
+    # Ids beyond the table are as invalid as ids beyond the vocabulary of the model.
     known = vocab_size if table is None else len(table)
+    check_ids(tokens, min(known, vocab_size), str(path))
     return TokenFile(
         tokens,
-        check_ids(tokens, min(known, vocab_size), str(path)),
         facts.get("held_out"),
         None if table is None else np.array(table, np.int64),
         facts.get("tokenizer"),
@@ -104,15 +102,15 @@ def write_tokens(
     token_bytes: Sequence[int] | None = None,
     tokenizer: str | None = None,
 ) -> None:
-    """Writes ids as raw uint32, and what is known of them to `<path>.json`.
+    """Writes ids as raw uint32, and their sidecar `<path>.json`.
 
     Args:
-      path: File to write; one that is there is replaced.
+      path: File to write or replace.
       tokens: Ids, `[length]`.
-      vocab_size: Vocabulary the ids are from.
+      vocab_size: Vocabulary of the ids.
       held_out: How many of the last are for validation.
-      token_bytes: Bytes of text that each id stands for.
-      tokenizer: Fingerprint of the tokenizer that made them.
+      token_bytes: Bytes of text of each id.
+      tokenizer: Fingerprint of the tokenizer.
 
     Raises:
       ValueError: If there are no ids, or one is outside the vocabulary.
@@ -129,48 +127,41 @@ def write_tokens(
         "token_bytes": token_bytes,
     }
     known = {key: value for key, value in facts.items() if value is not None}
-    # A key a line, so that the long table does not hide the others.
+    # One key per line, so that the long table does not hide the others.
     lines = ",\n".join(f'  "{key}": {json.dumps(known[key])}' for key in known)
-    with atomic_files.replacing(path) as temporary:
+    with replacing(path) as temporary:
         temporary.write_bytes(np.ascontiguousarray(tokens, "<u4").data)
-    with atomic_files.replacing(_sidecar(path)) as temporary:
-        temporary.write_text(f"{{\n{lines}\n}}\n", encoding="utf-8")
+    write_text(_sidecar(path), f"{{\n{lines}\n}}\n")
 
 
-def check_ids(tokens: np.ndarray, vocab_size: int, source: str) -> int:
+def check_ids(tokens: np.ndarray, vocab_size: int, source: str) -> None:
     """Checks that ids are below `vocab_size`, a chunk at a time.
 
-    On the device an id that is too large would pass unseen: a lookup clamps it.
+    On the device an id that is too large goes unnoticed: a look-up clamps it.
 
     Args:
       tokens: Ids, `[length]`, of an integer type.
-      vocab_size: First id that is not allowed.
-      source: Where the ids come from, for the message.
-
-    Returns:
-      The largest id, -1 if there is none.
+      vocab_size: Smallest invalid id.
+      source: Name of the ids, for the message.
 
     Raises:
-      ValueError: If an id is negative or too large; it names the first.
+      ValueError: If an id is negative or too large; the message names the first.
     """
-    largest = -1
     for start in range(0, len(tokens), CHECK_CHUNK):
         chunk = tokens[start : start + CHECK_CHUNK]
-        largest = max(largest, int(chunk.max()))
-        if largest >= vocab_size or chunk.min() < 0:
+        if chunk.max() >= vocab_size or chunk.min() < 0:
             at = int(np.argmax((chunk >= vocab_size) | (chunk < 0)))
             raise ValueError(
                 f"{source}: token {start + at} has the id {chunk[at]}, but ids go from "
                 f"0 to {vocab_size - 1}. Set `vocab_size` to that of the tokenizer, "
                 'or `token_dtype` to "uint16" if the file holds 16-bit ids.'
             )
-    return largest
 
 
 def _layout(
     path: Path, facts: dict[str, Any], token_dtype: TokenDtype | None
 ) -> tuple[np.dtype, int, int]:
-    """Returns the type of the ids, the byte of the first, and their number."""
+    """Returns the type of the ids, the offset of the first, and their number."""
     header = _read_header(path)
     dtype = _agree(
         path,
@@ -197,7 +188,7 @@ def _layout(
 
 
 def _agree(path: Path, claims: dict[str, str | None]) -> np.dtype:
-    """Returns the type of the ids that all who say one say, uint32 if none does."""
+    """Returns the type of the ids on which all claims agree, uint32 without any."""
     said = {who: dtype for who, dtype in claims.items() if dtype is not None}
     dtypes = set(said.values()) or {"uint32"}
     allowed = list(get_args(TokenDtype))
@@ -212,7 +203,7 @@ def _agree(path: Path, claims: dict[str, str | None]) -> np.dtype:
 
 
 def _read_header(path: Path) -> tuple[TokenDtype, int] | None:
-    """Returns type and number of the ids that a header of llm.c tells, if it is one."""
+    """Returns type and number of the ids from a header of llm.c, if there is one."""
     head = np.fromfile(path, "<i4", count=3).tolist()
     if len(head) < 3 or tuple(head[:2]) not in HEADERS:
         return None
@@ -220,7 +211,7 @@ def _read_header(path: Path) -> tuple[TokenDtype, int] | None:
 
 
 def _read_sidecar(path: Path) -> dict[str, Any]:
-    """Returns what the JSON file beside `path` says, nothing if there is none."""
+    """Returns the contents of the sidecar of `path`, empty if there is none."""
     sidecar = _sidecar(path)
     try:
         facts = json.loads(sidecar.read_text(encoding="utf-8"))
@@ -237,7 +228,7 @@ def _read_sidecar(path: Path) -> dict[str, Any]:
 def _check_facts(
     path: Path, facts: dict[str, Any], length: int, vocab_size: int
 ) -> None:
-    """Refuses what the JSON file says if it is not of this file and this model."""
+    """Refuses a sidecar that contradicts its file or the model."""
     sidecar = _sidecar(path)
     tokens, vocab = facts.get("tokens", length), facts.get("vocab_size", 1)
     held_out, table = facts.get("held_out", 0), facts.get("token_bytes", [])

@@ -1,7 +1,7 @@
 """Tokenizers: text to token ids and back.
 
-The byte tokenizer needs no file and is the default; any other is a `tokenizer.json` of
-the `tokenizers` library.
+The byte tokenizer is the default and needs no file; others are read from a
+`tokenizer.json` of the `tokenizers` library.
 """
 
 import hashlib
@@ -19,7 +19,7 @@ END_OF_TEXT = "<|endoftext|>"
 
 
 class Tokenizer(Protocol):
-    """What the trainer asks of a tokenizer."""
+    """Text to token ids and back, as the trainer needs it."""
 
     @property
     def vocab_size(self) -> int:
@@ -33,7 +33,7 @@ class Tokenizer(Protocol):
 
     @property
     def fingerprint(self) -> str:
-        """What tells it from others: SHA-256 of its file, or the name `bytes`."""
+        """SHA-256 of its file, or `bytes`."""
         ...
 
     def encode(self, text: str) -> np.ndarray:
@@ -41,12 +41,12 @@ class Tokenizer(Protocol):
         ...
 
     def decode(self, ids: ArrayLike) -> str:
-        """Returns the text of `ids`; what is no text becomes U+FFFD."""
+        """Returns the text of `ids`; invalid ids and UTF-8 become U+FFFD."""
         ...
 
 
 class ByteTokenizer:
-    """One token a byte of UTF-8: no vocabulary to train, store or mistake.
+    """One token per byte of UTF-8: no vocabulary to train or store.
 
     Byte 0, which hardly occurs in text, separates documents.
     """
@@ -70,17 +70,17 @@ class ByteTokenizer:
 class TrainedTokenizer:
     """A tokenizer of the `tokenizers` library, such as a byte-level BPE.
 
-    Documents are separated by `<|endoftext|>` where the vocabulary has it, otherwise
-    by the token of the character NUL. A text that has such characters itself is encoded
-    like any other, so that only documents end in the separator.
+    Documents are separated by `<|endoftext|>` if the vocabulary has it, otherwise by
+    the token of the character NUL. `<|endoftext|>` in a text is encoded as plain text,
+    so that only documents end in the separator.
 
     Args:
-      text: Content of its `tokenizer.json`. Truncation and padding in it are off.
-      source: Where it comes from, for messages.
+      text: Content of its `tokenizer.json`. Truncation and padding are switched off.
+      source: Its path, for messages.
 
     Raises:
-      ValueError: If `text` is no tokenizer, or its vocabulary is empty or cannot
-        separate documents.
+      ValueError: If `text` is no tokenizer, or its vocabulary is empty or has no
+        separator.
     """
 
     def __init__(self, text: str, source: str = "tokenizer"):
@@ -122,13 +122,10 @@ class TrainedTokenizer:
 
 
 def load_tokenizer(path: str | Path | None) -> Tokenizer:
-    """Returns the byte tokenizer, or the one stored in a file.
+    """Returns the byte tokenizer, or the tokenizer of a file.
 
     Args:
-      path: A `tokenizer.json`, or None for bytes.
-
-    Returns:
-      The tokenizer.
+      path: A `tokenizer.json`, or `None` for bytes.
 
     Raises:
       ValueError: If the file is missing, unreadable or no tokenizer.

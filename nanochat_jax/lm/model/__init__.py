@@ -1,13 +1,27 @@
-"""TODO."""
+"""The GPT: its layers, loss, sampling, and shardings on a mesh.
+
+activation_sharding  shardings of batches and activations
+block                attention, feed-forward layer, and the block made of them
+flops                operations of training, counted from the shape
+gpt                  the model, and pure functions of its parameters
+layer_stacking       parameters of stacked blocks, one by one
+loss                 cross-entropy in chunks of positions
+param_sharding       the mesh of devices, and the shardings of parameters
+roles                labels and matrix axes of the parameters, for the optimizer
+sampling             generation of tokens with a cache
+ternary              linear layers with weights of -1, 0 and 1
+"""
 
 from nanochat_jax.lm.model import (
     activation_sharding as activation_sharding,
     gpt as gpt,
     param_sharding as param_sharding,
 )
+from nanochat_jax.lm.model.flops import (
+    count_flops_per_token as count_flops_per_token,
+)
 from nanochat_jax.lm.model.gpt import (
     Params as Params,
-    count_flops_per_token as count_flops_per_token,
 )
 from nanochat_jax.lm.model.layer_stacking import unstack_layers as unstack_layers
 from nanochat_jax.lm.model.roles import (

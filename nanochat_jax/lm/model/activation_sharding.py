@@ -1,6 +1,6 @@
-"""How the sequences of batches and activations are divided over a mesh of devices.
+"""Sharding of batches and activations over the mesh.
 
-Axes: B sequences of a batch, S tokens of a sequence, D residual stream.
+Axes: B sequences of a batch, S tokens of a sequence, D residual stream, V vocabulary.
 """
 
 import contextlib
@@ -30,34 +30,44 @@ def check_batch(mesh: Mesh | AbstractMesh, batch_size: int) -> None:
     """
     schema.require(
         (
-            batch_size % _ways(mesh) == 0,
+            batch_size % _parts(mesh) == 0,
             "`batch_size` must be a multiple of `data` x `fsdp`, the axes of `mesh` "
-            f"that divide its sequences, got {batch_size} and {_ways(mesh)}.",
+            f"that divide its sequences, got {batch_size} and {_parts(mesh)}.",
         )
     )
 
 
 def batch_sharding(mesh: Mesh, shape: tuple[int, ...]) -> NamedSharding:
-    """Returns how a batch `[..., B, S]` is divided; not at all if B cannot be."""
-    rows = BATCH_AXES if shape[-2] % _ways(mesh) == 0 else None
+    """Returns the sharding of a batch `[..., B, S]`; replicated if B does not divide.
+
+    Args:
+      mesh: Mesh of the axes `MESH_AXES`.
+      shape: Shape of the batch.
+    """
+    rows = BATCH_AXES if shape[-2] % _parts(mesh) == 0 else None
     return NamedSharding(mesh, PartitionSpec(*[None] * (len(shape) - 2), rows))
 
 
 def own_rows(mesh: Mesh, count: int) -> np.ndarray:
-    """Returns which of `count` sequences are on devices of this process, in order."""
+    """Returns which sequences of a batch are on devices of this process, in order.
+
+    Args:
+      mesh: Mesh of the axes `MESH_AXES`.
+      count: Sequences of the batch, B.
+    """
     sharding = batch_sharding(mesh, (count, 1))
-    places = sharding.addressable_devices_indices_map((count, 1)).values()
-    rows = [np.arange(count)[index[0]] for index in places if index is not None]
+    indices = sharding.addressable_devices_indices_map((count, 1)).values()
+    rows = [np.arange(count)[index[0]] for index in indices if index is not None]
     return np.unique(np.concatenate(rows))
 
 
 def put_batch(mesh: Mesh, own: np.ndarray, count: int) -> Array:
-    """Returns a batch on the devices of all processes.
+    """Returns a batch as one array on the devices of all processes.
 
     Args:
-      mesh: Where to put it.
-      own: Sequences that `own_rows` names, `[..., rows, S]`.
-      count: Sequences of the whole batch, B.
+      mesh: Mesh of the axes `MESH_AXES`.
+      own: Sequences of this process, from `own_rows`, `[..., rows, S]`.
+      count: Sequences of the batch, B.
 
     Returns:
       An array `[..., B, S]`.
@@ -70,7 +80,11 @@ def put_batch(mesh: Mesh, own: np.ndarray, count: int) -> Array:
 
 @contextlib.contextmanager
 def using(mesh: Mesh | None) -> Iterator[None]:
-    """Makes `spread` divide activations over a mesh, while a function is traced."""
+    """Sets the mesh that the functions below use, while a function is traced.
+
+    Args:
+      mesh: Mesh of the axes `MESH_AXES`, if there is one.
+    """
     if mesh is None:
         yield
         return
@@ -78,8 +92,8 @@ def using(mesh: Mesh | None) -> Iterator[None]:
         yield
 
 
-def spread(x: Array) -> Array:
-    """Returns activations with their sequences divided over the mesh in use, if any.
+def divide_sequences(x: Array) -> Array:
+    """Divides activations by sequences over the mesh in use, if any.
 
     Without it the compiler may gather sequences rather than parameters.
 
@@ -87,16 +101,19 @@ def spread(x: Array) -> Array:
       x: Activations, `[B, S, D]`.
     """
     mesh = _mesh_in_use()
-    if mesh is None or x.shape[0] % _ways(mesh):
+    if mesh is None or x.shape[0] % _parts(mesh):
         return x
     return jax.lax.with_sharding_constraint(x, PartitionSpec(BATCH_AXES))
 
 
-def by_columns(table: Array) -> Array:
-    """Returns a table, `[V, D]`, whose columns `fsdp` divides, to look up rows in.
+def divide_columns(table: Array) -> Array:
+    """Divides a table by columns over `fsdp`, to look up rows in.
 
-    Each device then looks up its columns of all tokens, and `looked_up` sends these to
-    where the tokens are. To gather the table would send more, unless it is small.
+    Each device then looks up its columns for all tokens. To gather the table instead
+    would send more, unless the table is small.
+
+    Args:
+      table: Embeddings, `[V, D]`.
     """
     mesh = _mesh_in_use()
     if mesh is None or table.shape[1] % mesh.shape["fsdp"]:
@@ -105,22 +122,27 @@ def by_columns(table: Array) -> Array:
     return jax.lax.with_sharding_constraint(table, PartitionSpec(rows, "fsdp"))
 
 
-def looked_up(x: Array) -> Array:
-    """Returns rows of a table that is divided `by_columns`, `[B, S, D]`, as `spread`.
+def columns_to_sequences(x: Array) -> Array:
+    """Moves rows of a table divided by columns to the devices of their sequences.
 
-    They are sent once from columns to sequences.
+    Args:
+      x: Rows from a table of `divide_columns`, `[B, S, D]`.
     """
     mesh = _mesh_in_use()
-    if mesh is None or x.shape[0] % _ways(mesh):
+    if mesh is None or x.shape[0] % _parts(mesh):
         return x
     if x.shape[2] % mesh.shape["fsdp"] == 0:
         columns = PartitionSpec("data", None, "fsdp")
         x = jax.lax.with_sharding_constraint(x, columns)
-    return spread(x)
+    return divide_sequences(x)
 
 
-def gathered(table: Array) -> Array:
-    """Returns a table, `[V, D]`, that `fsdp` does not divide, to multiply by."""
+def gather_columns(table: Array) -> Array:
+    """Gathers a table over `fsdp`, to multiply by.
+
+    Args:
+      table: Embeddings, `[V, D]`.
+    """
     mesh = _mesh_in_use()
     if mesh is None:
         return table
@@ -137,6 +159,6 @@ def _tensor_rows(table: Array, mesh: AbstractMesh) -> str | None:
     return None if table.shape[0] % mesh.shape["tensor"] else "tensor"
 
 
-def _ways(mesh: Mesh | AbstractMesh) -> int:
-    """Returns over how many parts the sequences of a batch are divided."""
+def _parts(mesh: Mesh | AbstractMesh) -> int:
+    """Returns the number of parts into which the sequences of a batch are divided."""
     return math.prod(mesh.shape[axis] for axis in BATCH_AXES)

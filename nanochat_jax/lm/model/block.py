@@ -1,4 +1,4 @@
-"""The parts of a block: attention with rotary positions, and a SwiGLU layer.
+"""A transformer block: attention with rotary positions, and a SwiGLU layer.
 
 Every kernel is a matrix `(in, out)` without bias, so that a matrix optimizer sees
 matrices. The only state is `nnx.Param`.
@@ -9,7 +9,7 @@ head size, F feed-forward.
 
 import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -22,8 +22,21 @@ from nanochat_jax.lm.model.ternary import TernaryLinear
 Linear = Callable[..., nnx.Linear | TernaryLinear]
 
 
+class TensorSplit(NamedTuple):
+    """Axis of a kernel that the mesh axis `tensor` divides, see `param_sharding`.
+
+    Attributes:
+      axis: The divided axis, the one that is not the residual stream.
+      heads: Field of `ModelConfig` with the heads along it, which stay whole; `None`
+        if it has no heads.
+    """
+
+    axis: Literal["rows", "columns"]
+    heads: str | None = None
+
+
 class LayerCache(NamedTuple):
-    """Keys, normalised and rotated, and values that one layer has computed."""
+    """Keys of one layer, normalised and rotated, and its values."""
 
     keys: Float[Array, "B T K H"]
     values: Float[Array, "B T K H"]
@@ -31,6 +44,13 @@ class LayerCache(NamedTuple):
 
 class Attention(nnx.Module):
     """Causal grouped-query attention with rotary positions and QK-norm."""
+
+    tensor_splits: ClassVar = {
+        "query": TensorSplit("columns", "n_heads"),
+        "key": TensorSplit("columns", "kv_heads"),
+        "value": TensorSplit("columns", "kv_heads"),
+        "out": TensorSplit("rows", "n_heads"),
+    }
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs) -> None:
         key_dim = config.kv_heads * config.head_dim
@@ -50,7 +70,7 @@ class Attention(nnx.Module):
         positions: Int[Array, "S"],
         cache: LayerCache | None = None,
     ) -> tuple[Float[Array, "B S D"], LayerCache | None]:
-        """Returns what each position gathers, and the cache with `x` added to it."""
+        """Returns the attention output, and the cache with `x` added to it."""
         query, key, value = (
             linear(x).reshape(*x.shape[:-1], -1, self.head_dim)
             for linear in (self.query, self.key, self.value)
@@ -72,6 +92,12 @@ class Attention(nnx.Module):
 class FeedForward(nnx.Module):
     """SwiGLU: `down(silu(gate(x)) * up(x))`."""
 
+    tensor_splits: ClassVar = {
+        "gate": TensorSplit("columns"),
+        "up": TensorSplit("columns"),
+        "down": TensorSplit("rows"),
+    }
+
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs) -> None:
         linear = _linear(config, rngs)
         self.gate = linear(config.dim, config.ffn_dim)
@@ -79,7 +105,7 @@ class FeedForward(nnx.Module):
         self.down = linear(config.ffn_dim, config.dim, kernel_init=_residual_init)
 
     def __call__(self, x: Float[Array, "B S D"]) -> Float[Array, "B S D"]:
-        """Returns the transformed positions."""
+        """Returns the output of the layer at each position."""
         return self.down(jax.nn.silu(self.gate(x)) * self.up(x))
 
 
@@ -107,40 +133,47 @@ class Block(nnx.Module):
 def rotate(
     x: Float[Array, "B S heads H"], positions: Int[Array, "S"], theta: float
 ) -> Float[Array, "B S heads H"]:
-    """Returns heads with rotary positions (Su et al., 2021).
+    """Rotates heads by their positions (Su et al., 2021).
 
-    Turns the pair `(x[i], x[i + H/2])` by the angle `position * theta^(-2i/H)`, so that
-    the product of two turned heads depends on the distance of their positions only.
+    Rotates the pair `(x[i], x[i + H/2])` by `position * theta^(-2i/H)`, so that the
+    product of two rotated heads depends only on the distance of their positions.
 
     Args:
       x: Queries or keys, with an even H.
-      positions: Position of each element of the sequence.
+      positions: Position of each token.
       theta: Base of the frequencies.
 
     Returns:
-      The turned heads, in the dtype of `x`.
+      The rotated heads, in the dtype of `x`.
     """
     half = x.shape[-1] // 2
     frequencies = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
     angles = jnp.outer(positions, frequencies)[None, :, None, :]
     cos, sin = jnp.cos(angles), jnp.sin(angles)
     a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    turned = jnp.concatenate([a * cos - b * sin, a * sin + b * cos], axis=-1)
-    return turned.astype(x.dtype)
+    rotated = jnp.concatenate([a * cos - b * sin, a * sin + b * cos], axis=-1)
+    return rotated.astype(x.dtype)
 
 
 def norm(
     config: ModelConfig, size: int, rngs: nnx.Rngs, *, use_scale: bool = True
 ) -> nnx.RMSNorm:
-    """Returns a root-mean-square norm over the last axis, with a gain if so wanted."""
+    """Returns a root-mean-square norm over the last axis.
+
+    Args:
+      config: Arithmetic of the model.
+      size: Entries of the last axis.
+      rngs: Random streams of the initialisation.
+      use_scale: Whether it has a gain.
+    """
     dtype = jnp.dtype(config.compute_dtype)
     return nnx.RMSNorm(size, use_scale=use_scale, dtype=dtype, rngs=rngs)
 
 
-# Kernels that add to the residual stream start near zero, so that at first it carries
-# the embedding: worth 0.08 nats over scaling by depth in 200 steps of Muon on bytes.
-# Not at zero, as the first gradients of the other kernels would be zero too, and a
-# low-rank basis taken from them arbitrary.
+# Kernels that write to the residual stream start near zero, so that it carries the
+# embedding at first: worth 0.08 nats over scaling by depth in 200 steps of Muon on
+# bytes. Not at zero, where the first gradients of the other kernels would vanish, and a
+# low-rank basis of them would be arbitrary.
 _residual_init = nnx.initializers.variance_scaling(1e-4, "fan_in", "normal")
 
 
@@ -157,6 +190,6 @@ def _linear(config: ModelConfig, rngs: nnx.Rngs) -> Linear:
 
 
 def _dot_rows(x: Array, kernel: Array, *_: Any, **options: Any) -> Array:
-    """Returns `x @ kernel`, worked out on a matrix of all rows."""
+    """Returns `x @ kernel`, computed as one matrix product over all positions."""
     rows = jax.lax.dot(x.reshape(-1, x.shape[-1]), kernel, **options)
     return rows.reshape(*x.shape[:-1], -1)

@@ -1,14 +1,14 @@
 """A GPT decoder in Flax NNX, used through pure functions of its parameters.
 
 Pre-norm blocks with rotary positions, normalised queries and keys, grouped-query
-attention and a SwiGLU feed-forward layer; `layers.py` has the block. With `scan_layers`
+attention and a SwiGLU feed-forward layer; `block` has the layers. With `scan_layers`
 the parameters of all blocks are stacked, `[L, ...]`, and run by one loop.
 
 Axes: B batch, S sequence, T cache, D model, L layers, K key and value heads, H head
-size, V vocabulary. The embedding and the head have V entries filled up to `table_size`.
+size, V vocabulary. The embedding and the head are padded from V to `table_size`.
 """
 
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,21 +18,21 @@ from jaxtyping import Array, Float, Float32, Int, Int32
 
 from nanochat_jax.config import ModelConfig
 from nanochat_jax.lm.model import activation_sharding
-from nanochat_jax.lm.model.block import Block, LayerCache, norm
+from nanochat_jax.lm.model.block import Block, LayerCache, TensorSplit, norm
 from nanochat_jax.lm.model.layer_stacking import Params, unstack_trees
 from nanochat_jax.lm.model.loss import cross_entropy
 
-# Small, so that the first logits are near zero whether the table is tied or not.
+# Small, so that the first logits are near zero, with tied weights or without.
 _table_init = nnx.initializers.normal(0.02)
 
 
 class Cache(NamedTuple):
-    """What the model keeps of the tokens it has read.
+    """Keys and values of the tokens read so far.
 
     Attributes:
-      layers: One `LayerCache` a block, each with room for T tokens; or one for all,
-        its arrays `[L, B, T, K, H]`, if the blocks are stacked.
-      length: Tokens read. Slots from there on are never attended to.
+      layers: One `LayerCache` per block, with room for T tokens; if the blocks are
+        stacked, one for all with arrays `[L, B, T, K, H]`.
+      length: Tokens read. Slots from there on are masked.
     """
 
     layers: tuple[LayerCache, ...] | LayerCache
@@ -41,6 +41,11 @@ class Cache(NamedTuple):
 
 class GPT(nnx.Module):
     """Decoder-only language model."""
+
+    tensor_splits: ClassVar = {
+        "embedding": TensorSplit("rows"),
+        "head": TensorSplit("columns"),
+    }
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs) -> None:
         self.remat, self.weight_tied = config.remat, config.weight_tied
@@ -72,7 +77,7 @@ class GPT(nnx.Module):
         return self.logits(self.features(tokens))
 
     def features(self, tokens: Int[Array, "B S"]) -> Float[Array, "B S D"]:
-        """Returns the hidden states of `tokens`, which `logits` reads out."""
+        """Returns the hidden states of `tokens`, the input of `logits`."""
         positions = jnp.arange(tokens.shape[1])
         caches = None if self.scans else [None] * self.n_layers
         return self._run_blocks(tokens, positions, caches)[0]
@@ -84,7 +89,7 @@ class GPT(nnx.Module):
 
         Args:
           tokens: Token ids.
-          cache: What came before. It must have room for `tokens`.
+          cache: Cache of the tokens before, with room for `tokens`.
 
         Returns:
           The hidden states of `tokens`, and the cache with `tokens` added to it.
@@ -100,7 +105,12 @@ class GPT(nnx.Module):
     def mean_loss(
         self, x: Float[Array, "B S D"], labels: Int[Array, "B S"]
     ) -> Float32[Array, ""]:
-        """Returns the mean cross-entropy of `labels`, in nats; `x` as for `logits`."""
+        """Returns the mean cross-entropy of labels, in nats.
+
+        Args:
+          x: Hidden states, from `features`.
+          labels: Token ids.
+        """
         return cross_entropy(self._read_out, self._table, x, labels, self.loss_chunk)
 
     @property
@@ -114,20 +124,20 @@ class GPT(nnx.Module):
 
     def _read_out(self, table: Array, x: Array) -> Array:
         table = table.astype(x.dtype)
-        kernel = activation_sharding.gathered(table).T if self.weight_tied else table
-        logits = jnp.dot(x, kernel).astype(jnp.float32)
+        if self.weight_tied:
+            table = activation_sharding.gather_columns(table).T
+        logits = jnp.dot(x, table).astype(jnp.float32)
         if logits.shape[-1] == self.vocab_size:
             return logits
-        # Not cut off, as that would shift what devices have of them.
+        # Masked, since slicing would move the logits between devices.
         known = jnp.arange(logits.shape[-1]) < self.vocab_size
         return jnp.where(known[(None,) * (logits.ndim - 1)], logits, -jnp.inf)
 
     def _look_up(self, tokens: Array) -> Array:
-        table = activation_sharding.by_columns(self.embed.embedding[...])
-        # Cast after: gradients of a token seen often are then added up in float32.
-        return activation_sharding.looked_up(
-            jnp.take(table, tokens, axis=0).astype(self.dtype)
-        )
+        table = activation_sharding.divide_columns(self.embed.embedding[...])
+        # Cast after, so that gradients of a frequent token are summed in float32.
+        x = jnp.take(table, tokens, axis=0).astype(self.dtype)
+        return activation_sharding.columns_to_sequences(x)
 
     def _run_blocks(self, tokens: Array, positions: Array, caches: Any) -> Any:
         """Returns the normalised residual stream, and the caches of the blocks."""
@@ -137,14 +147,14 @@ class GPT(nnx.Module):
         def run(x: Array, layer: Any) -> tuple[Array, LayerCache | None]:
             params, cache = layer
             x, cache = nnx.merge(graphdef, params)(x, positions, cache)
-            return activation_sharding.spread(x), cache
+            return activation_sharding.divide_sequences(x), cache
 
         if self.remat or self.scans:
-            # A loop stores what it keeps of every block; of that only the products by
-            # kernels take longer to compute than to store.
+            # A loop stores its residuals for every block. Of these only the products
+            # with kernels take longer to compute than to store.
             kept = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
             policy = None if self.remat else kept
-            # Nothing outside a loop can be reused in place of recomputing it.
+            # In a loop the compiler has nothing to reuse in place of recomputing.
             run = jax.checkpoint(run, policy=policy, prevent_cse=not self.scans)
         x = self._look_up(tokens)
         if self.scans:
@@ -163,7 +173,7 @@ def init(config: ModelConfig, seed: ArrayLike) -> tuple[nnx.GraphDef[GPT], Param
     Under `jax.eval_shape` it allocates nothing; `jax.jit` may give `out_shardings`.
 
     Args:
-      config: Shape and arithmetic.
+      config: Shape and arithmetic of the model.
       seed: Seed of the parameters.
 
     Returns:
@@ -175,7 +185,13 @@ def init(config: ModelConfig, seed: ArrayLike) -> tuple[nnx.GraphDef[GPT], Param
 
 
 def init_cache(config: ModelConfig, batch_size: int, max_len: int) -> Cache:
-    """Returns an empty cache for `batch_size` sequences of up to `max_len` tokens."""
+    """Returns an empty cache.
+
+    Args:
+      config: Shape of the model.
+      batch_size: Sequences, B.
+      max_len: Most tokens of a sequence, T.
+    """
     shape = (batch_size, max_len, config.kv_heads, config.head_dim)
     empty = lambda *stack: jnp.zeros((*stack, *shape), config.compute_dtype)
     if config.scan_layers:
@@ -193,10 +209,10 @@ def apply(
     Args:
       graphdef: Structure of the model, from `init`.
       params: Its parameters.
-      tokens: Token ids below V; larger ones give NaN, so check them on the host.
+      tokens: Token ids below V; larger ids give NaN, so check them on the host.
 
     Returns:
-      Logits; those at position `i` have seen `tokens[:, :i + 1]`.
+      Logits; position `i` depends on `tokens[:, :i + 1]`.
     """
     return nnx.merge(graphdef, params)(tokens)
 
@@ -204,23 +220,23 @@ def apply(
 def next_token_loss(
     graphdef: nnx.GraphDef[GPT], params: Params, batch: Int[Array, "B length"]
 ) -> Float32[Array, ""]:
-    """Returns the mean cross-entropy, in nats, of each token given those before it.
+    """Returns the mean cross-entropy, in nats, of each token given its context.
 
     Args:
       graphdef: Structure of the model, from `init`.
       params: Its parameters.
-      batch: Token ids `[B, S + 1]`. The first of a row is read only, the last
-        predicted only.
+      batch: Token ids `[B, S + 1]`. The first of a row is only read, the last only
+        predicted.
 
     Returns:
       The mean over B times S predictions.
     """
-    gpt = nnx.merge(graphdef, params)
-    return gpt.mean_loss(gpt.features(batch[:, :-1]), batch[:, 1:])
+    model = nnx.merge(graphdef, params)
+    return model.mean_loss(model.features(batch[:, :-1]), batch[:, 1:])
 
 
 def without_padding(config: ModelConfig, params: Params) -> Params:
-    """Returns parameters whose tables have V entries, as those without padding do.
+    """Returns parameters with the padding of the vocabulary removed.
 
     Args:
       config: Shape of the model.
@@ -233,29 +249,11 @@ def without_padding(config: ModelConfig, params: Params) -> Params:
     return cut
 
 
-def count_flops_per_token(config: ModelConfig, seq_len: int | None = None) -> int:
-    """Returns the floating-point operations of training on one token.
-
-    `6 * M + 12 * L * D * S`: two operations a multiply-add, once forward and twice
-    backward, for the M entries of the kernels and head, and for query-key and
-    weight-value products over S positions. As is usual, the masked half of attention
-    counts, while look-ups, norms, the optimizer and recomputation do not.
-
-    Args:
-      config: Shape of the model.
-      seq_len: Tokens in a sequence, S; `config.max_seq_len` if not given.
-    """
-    seq_len = config.max_seq_len if seq_len is None else seq_len
-    key_dim = config.kv_heads * config.head_dim
-    block = config.dim * (2 * config.dim + 2 * key_dim + 3 * config.ffn_dim)
-    kernels = config.n_layers * block + config.dim * config.table_size
-    return 6 * kernels + 12 * config.n_layers * config.dim * seq_len
-
-
 def _stacked_blocks(config: ModelConfig, rngs: nnx.Rngs) -> Block:
-    """Returns one block whose arrays are those of all blocks, `[L, ...]`.
+    """Returns one block with the arrays of all blocks, `[L, ...]`.
 
-    Made in a loop, as a GPU compiles each kernel's random numbers for half a second.
+    Initialised in a loop: a GPU takes half a second to compile the random numbers of
+    each kernel.
     """
     make = nnx.scan(
         lambda rngs: (rngs, Block(config, rngs=rngs)),
@@ -271,10 +269,12 @@ def _unstack(blocks: Block) -> list[Block]:
     return [nnx.merge(graphdef, layer) for layer in unstack_trees(state)]
 
 
-def abstract_model(
-    config: ModelConfig,
-) -> tuple[nnx.GraphDef[GPT], Params]:
-    """Returns the structure of the model and its parameters as shapes and types."""
+def abstract_model(config: ModelConfig) -> tuple[nnx.GraphDef[GPT], Params]:
+    """Returns the structure of a model, and its parameters as shapes and types.
+
+    Args:
+      config: Shape and arithmetic of the model.
+    """
     graphdef = None
 
     def make() -> Params:

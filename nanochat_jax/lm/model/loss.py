@@ -1,9 +1,9 @@
-"""Cross-entropy whose logits stand for some positions at a time, never all.
+"""Cross-entropy in chunks of positions, so that the logits never exist in full.
 
-Of a large vocabulary the logits, `[B, S, V]` in float32, are the largest arrays of a
-training step. Here positions are read out in chunks, and each chunk's gradient is taken
-while its logits are there: that of the head is added up, that of the features put
-aside. Nothing is computed twice, unlike with `jax.checkpoint`.
+With a large vocabulary the logits, `[B, S, V]` in float32, are the largest arrays of a
+training step. Here logits are computed in chunks, and the gradients of a chunk while
+its logits exist: the gradient of the head is summed, that of the features stored.
+Nothing is computed twice, unlike with `jax.checkpoint`.
 
 Axes: B batch, S sequence, C chunks, P positions of a chunk, D features, V vocabulary.
 """
@@ -18,7 +18,7 @@ import optax
 from jaxtyping import Array, Float, Float32, Int
 
 Head = Callable[[Array, Array], Array]
-"""Weights and features, `[*batch, D]`, to float32 logits, `[*batch, V]`."""
+"""Maps weights and features `[*batch, D]` to float32 logits `[*batch, V]`."""
 
 _PADDING = -1
 
@@ -39,16 +39,16 @@ def cross_entropy(
       0.0
 
     Args:
-      head: What turns features into logits; each position is treated by itself.
-      weights: What it multiplies features by.
+      head: Function from features to logits, position by position.
+      weights: Its weights.
       x: Features.
-      labels: The right entry of each V logits.
-      chunk: Most pairs of sequence and position whose logits stand at a time, though
-        never less than one position of all sequences; 0 for all.
+      labels: Index of the correct logit at each position.
+      chunk: Most pairs of sequence and position whose logits exist at a time, at least
+        one position of all sequences; 0 for all.
 
     Returns:
-      The mean over B times S labels. Its gradient is that of the plain mean, in sums of
-      another order. It has no forward-mode derivative if there is more than one chunk.
+      The mean over B times S labels. Its gradient is that of the plain mean, summed in
+      another order. With more than one chunk it has no forward-mode derivative.
     """
     chunks = _count_chunks(labels.shape, chunk)
     mean = functools.partial(_summed, head, 1 / labels.size)
@@ -60,7 +60,7 @@ def cross_entropy(
 
 
 def _summed(head: Head, scale: float, weights: Array, x: Array, labels: Array) -> Array:
-    """Returns the sum over labels, without padding, times `scale`."""
+    """Returns `scale` times the sum over labels, without padding."""
     losses = optax.softmax_cross_entropy_with_integer_labels(head(weights, x), labels)
     return jnp.sum(jnp.where(labels == _PADDING, 0, losses)) * scale
 
@@ -72,10 +72,10 @@ def _count_chunks(shape: tuple[int, ...], chunk: int) -> int:
 
 
 def _split(x: Array, chunks: int, fill: int = 0) -> Array:
-    """Returns `[B, S, ...]` as `[C, B, P, ...]`, filled up at the end of S.
+    """Returns `[B, S, ...]` as `[C, B, P, ...]`, padded at the end of S.
 
-    Positions are divided, not sequences, so that where sequences are spread over
-    devices each works on its own in every chunk.
+    Positions are divided, not sequences, so that every device works on its own
+    sequences in every chunk.
     """
     positions = -(-x.shape[1] // chunks)
     missing = chunks * positions - x.shape[1]
@@ -104,7 +104,7 @@ def _forward(
         total, d_total = totals
         return (total + value, d_total + d_weights.astype(d_total.dtype)), d_x
 
-    # Chunks may be many: in a short type the last ones would not count.
+    # With many chunks, a sum in a short type would lose the last ones.
     dtype = jnp.promote_types(weights.dtype, jnp.float32)
     zero = (jnp.zeros([], jnp.float32), jnp.zeros_like(weights, dtype))
     (value, d_weights), d_x = jax.lax.scan(add, zero, (x, labels))

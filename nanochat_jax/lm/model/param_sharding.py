@@ -1,14 +1,14 @@
-"""The mesh of devices `data x fsdp x tensor`, and where parameters lie on it.
+"""The mesh of devices `data x fsdp x tensor`, and the shardings of parameters on it.
 
-Sequences are divided over `data` and `fsdp`, as `spread.py` has it, and parameters
+Sequences are divided over `data` and `fsdp`, see `activation_sharding`, and parameters
 
-  * over `fsdp` along their rows, and gathered where they are used (Rajbhandari et al.
-    2020, "ZeRO", stage 3). Rows, since entries of a row share the scales of codes:
-    state is then stored and read without a word between devices. Along their columns
-    only where `tensor` divides the rows;
+  * over `fsdp` by rows, and gathered where they are used (Rajbhandari et al. 2020,
+    "ZeRO", stage 3). By rows, since entries of a row share the scales of codes: the
+    state is then encoded and decoded without collectives. By columns only where
+    `tensor` divides the rows;
   * over `tensor` along the axis that is not the residual stream, so that a device has
     some of the heads, hidden units and tokens of the vocabulary (Shoeybi et al. 2019,
-    "Megatron-LM").
+    "Megatron-LM"). The layers declare this axis in their `tensor_splits`.
 
 Gradients and state of the optimizer are divided as parameters are.
 """
@@ -22,25 +22,14 @@ from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionS
 from jax.tree_util import KeyPath, keystr
 
 from nanochat_jax.config import MESH_AXES, Config, ModelConfig, schema
+from nanochat_jax.lm.model.block import Attention, FeedForward, TensorSplit
+from nanochat_jax.lm.model.gpt import GPT
 from nanochat_jax.lm.model.layer_stacking import Params
 from nanochat_jax.transforms import specs
 
-# Whether `tensor` divides the rows or the columns of a matrix, by the part it plays.
-_TENSOR = {
-    "embedding": "rows",
-    "query": "columns",
-    "key": "columns",
-    "value": "columns",
-    "out": "rows",
-    "gate": "columns",
-    "up": "columns",
-    "down": "rows",
-    "head": "columns",
-}
-# Where it divides heads, none of which is cut in two.
-_HEADS = {"query": "n_heads", "key": "kv_heads", "value": "kv_heads", "out": "n_heads"}
+_SPLITS = GPT.tensor_splits | Attention.tensor_splits | FeedForward.tensor_splits
 
-# What to say of a mesh axis that does not divide it, in place of the usual.
+# Messages for axes that do not divide a matrix, where the default does not apply.
 _REMEDY = {
     ("embedding", "fsdp"): "its columns are divided in their place, and state that is "
     "quantised takes more on each device. `pad_vocab_to = 128` mends it",
@@ -48,23 +37,27 @@ _REMEDY = {
 
 
 class _Cut(NamedTuple):
-    """A division of some of the units of a matrix, among the devices of a mesh axis."""
+    """A division of the rows, columns or heads of a matrix among devices."""
 
     axis: str
-    among: int
+    devices: int
     units: int
-    what: str
+    kind: str
 
     @property
     def fits(self) -> bool:
-        return self.units % self.among == 0
+        return self.units % self.devices == 0
+
+    @property
+    def divides(self) -> bool:
+        return self.fits and self.devices > 1
 
 
 def make_mesh(sizes: Mapping[str, int]) -> Mesh:
-    """Returns the mesh of all devices, those of other processes among them.
+    """Returns the mesh of all devices, of all processes.
 
     Args:
-      sizes: Devices along the axes; 1 along those that are not given.
+      sizes: Devices along the axes; 1 along missing ones.
 
     Raises:
       ValueError: If there are not as many devices.
@@ -86,7 +79,11 @@ def make_mesh(sizes: Mapping[str, int]) -> Mesh:
 
 
 def abstract_mesh(sizes: Mapping[str, int]) -> AbstractMesh:
-    """Returns a mesh without devices, for `place`; `sizes` as for `make_mesh`."""
+    """Returns a mesh without devices, for `place`.
+
+    Args:
+      sizes: Devices along the axes; 1 along missing ones.
+    """
     axes = full(sizes)
     types = (AxisType.Auto,) * len(axes)
     return AbstractMesh(tuple(axes.values()), tuple(axes), axis_types=types)
@@ -95,35 +92,36 @@ def abstract_mesh(sizes: Mapping[str, int]) -> AbstractMesh:
 def place(params: Params, mesh: Mesh | AbstractMesh, config: ModelConfig) -> Params:
     """Returns shapes and types of parameters with their shardings.
 
-    Vectors are whole on every device. An axis of the mesh that does not divide a matrix
-    so divides it otherwise, or not at all; `describe` names these.
+    Vectors are replicated. A mesh axis that does not divide a matrix along the wanted
+    axis divides the other one, or none; `mesh_summary` names them.
 
     Args:
       params: Parameters of the model, as shapes and types.
       mesh: Mesh of the axes `MESH_AXES`.
       config: Shape of the model.
     """
-    whole = NamedSharding(mesh, PartitionSpec())
+    replicated = NamedSharding(mesh, PartitionSpec())
 
     def at(path: KeyPath, x: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
-        role, sharding = _role(path), whole
-        if role is not None and x.ndim > 1:
-            tensor, *_ = _cuts(role, x, mesh.shape, config)
-            # Axes of one device are left out: kernels that lie alike are to look alike.
-            fsdp = ("fsdp",) * (mesh.shape["fsdp"] > 1)
-            kept = ("tensor",) * (tensor.fits and tensor.among > 1)
-            rows, columns = (kept, ()) if _TENSOR[role] == "rows" else ((), kept)
-            axes = (rows, fsdp) if rows else (fsdp, columns)
-            matrix = specs.fit(x.shape[-2:], whole, axes)
+        sharding, split = replicated, _split(path)
+        if split is not None:
+            tensor, fsdp = _cuts(split, x, mesh.shape, config)
+            axes: dict[str, tuple[str, ...]] = {"rows": (), "columns": ()}
+            # Axes of one device are dropped, so that equal placements compare equal.
+            if tensor.divides:
+                axes[split.axis] = ("tensor",)
+            if fsdp.devices > 1:
+                axes[fsdp.kind] = ("fsdp",)
+            matrix = specs.fit(x.shape[-2:], replicated, tuple(axes.values()))
             batch = [()] * (x.ndim - 2)
-            sharding = specs.with_axes(whole, [*batch, *specs.axes_of(matrix, 2)])
+            sharding = specs.with_axes(replicated, [*batch, *specs.axes_of(matrix, 2)])
         return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
 
     return jax.tree.map_with_path(at, params)
 
 
-def describe(params: Params, config: Config) -> str:
-    """Returns in words what a run is spread over, and what its mesh does not divide.
+def mesh_summary(params: Params, config: Config) -> str:
+    """Returns in words the mesh of a run, and the matrices that it does not divide.
 
     Args:
       params: Parameters of the run, from `place` if it has a mesh.
@@ -136,18 +134,22 @@ def describe(params: Params, config: Config) -> str:
     sizes = full(config.mesh)
     where = f" in {processes} processes" if processes > 1 else ""
     lines = {
-        f"  {cut.axis} does not divide the {cut.units} {cut.what} of `{role}`: "
-        f"{_REMEDY.get((role, cut.axis), 'such matrices are whole along it')}"
+        f"  {cut.axis} does not divide the {cut.units} {cut.kind} of `{_name(path)}`: "
+        f"{_REMEDY.get((_name(path), cut.axis), 'such matrices are whole along it')}"
         for path, x in jax.tree.leaves_with_path(params)
-        if (role := _role(path)) is not None and x.ndim > 1
-        for cut in _cuts(role, x, sizes, config)
+        if (split := _split(path)) is not None
+        for cut in _cuts(split, x, sizes, config)
         if not cut.fits
     }
     return "\n".join([f"Mesh:   {_product(sizes)}{where}", *sorted(lines)])
 
 
 def full(sizes: Mapping[str, int]) -> dict[str, int]:
-    """Returns the devices along all axes, 1 along those that are not given."""
+    """Returns the devices along all axes of the mesh.
+
+    Args:
+      sizes: Devices along the axes; 1 along missing ones.
+    """
     return {axis: sizes.get(axis, 1) for axis in MESH_AXES}
 
 
@@ -155,20 +157,34 @@ def _product(sizes: Mapping[str, int]) -> str:
     return " x ".join(f"{axis} {size}" for axis, size in sizes.items())
 
 
-def _role(path: KeyPath) -> str | None:
-    names = keystr(path, simple=True, separator="/").split("/")
-    return next((name for name in names if name in _TENSOR), None)
+def _name(path: KeyPath) -> str:
+    """Returns the name of a parameter: of its layer, if it is a kernel."""
+    *_, layer, name = keystr(path, simple=True, separator="/").split("/")
+    return layer if name == "kernel" else name
+
+
+def _split(path: KeyPath) -> TensorSplit | None:
+    """Returns the declared split of a matrix, `None` for a vector."""
+    name = _name(path)
+    if name != "scale" and name not in _SPLITS:
+        raise ValueError(
+            f"{keystr(path)}: no sharding is declared for it. Add `{name}` to the "
+            "`tensor_splits` of its module."
+        )
+    return _SPLITS.get(name)
 
 
 def _cuts(
-    role: str, x: jax.ShapeDtypeStruct, sizes: Mapping[str, int], config: ModelConfig
+    split: TensorSplit,
+    x: jax.ShapeDtypeStruct,
+    sizes: Mapping[str, int],
+    config: ModelConfig,
 ) -> tuple[_Cut, _Cut]:
-    """Returns the cuts that are wanted of a matrix, by `tensor` and by `fsdp`."""
-    rows, columns = x.shape[-2:]
-    units, what = (rows, "rows") if _TENSOR[role] == "rows" else (columns, "columns")
-    if role in _HEADS:
-        units, what = getattr(config, _HEADS[role]), "heads"
-    tensor = _Cut("tensor", sizes["tensor"], units, what)
-    by_columns = _TENSOR[role] == "rows" and tensor.fits and tensor.among > 1
-    size, what = (columns, "columns") if by_columns else (rows, "rows")
-    return tensor, _Cut("fsdp", sizes["fsdp"], size, what)
+    """Returns the wanted cuts of a matrix, by `tensor` and by `fsdp`."""
+    entries = dict(zip(("rows", "columns"), x.shape[-2:], strict=True))
+    units, kind = entries[split.axis], split.axis
+    if split.heads:
+        units, kind = getattr(config, split.heads), "heads"
+    tensor = _Cut("tensor", sizes["tensor"], units, kind)
+    rest = "columns" if split.axis == "rows" and tensor.divides else "rows"
+    return tensor, _Cut("fsdp", sizes["fsdp"], entries[rest], rest)

@@ -1,7 +1,7 @@
-"""Labels and axes of the parameters of this library's own model.
+"""Labels and matrix axes of the parameters of this model.
 
-Names and shapes would tell them too, but for small models in which a number of layers
-happens to be a number of heads.
+They are declared, since names and shapes are ambiguous in small models where the number
+of layers equals the number of heads.
 """
 
 import optax
@@ -11,7 +11,7 @@ from nanochat_jax.config import OptimizerConfig
 from nanochat_jax.optimizer import roles
 from nanochat_jax.transforms import MatrixAxes
 
-_LINEAR = MatrixAxes(-2, -1, source="nanochat_jax.lm.layers.Linear")
+_LINEAR = MatrixAxes(-2, -1, source="nanochat_jax.lm.model.block")
 
 
 def kernel_axes(path: str, shape: tuple[int, ...]) -> MatrixAxes | None:
@@ -19,14 +19,14 @@ def kernel_axes(path: str, shape: tuple[int, ...]) -> MatrixAxes | None:
 
     Args:
       path: Path of a parameter, such as `"blocks/0/query/kernel"`.
-      shape: Its shape.
+      shape: Its shape; not needed.
     """
     del shape
     return _LINEAR if path.endswith("/kernel") else None
 
 
 def label_params(params: optax.Params) -> optax.Params:
-    """Returns a tree like the parameters of the model, of labels.
+    """Returns the labels of the parameters, as a tree of the same structure.
 
     Args:
       params: Parameters, as arrays or `jax.ShapeDtypeStruct`s.
@@ -37,10 +37,10 @@ def label_params(params: optax.Params) -> optax.Params:
 def build_optimizer(
     config: OptimizerConfig, params: optax.Params
 ) -> optax.GradientTransformationExtraArgs:
-    """Builds the optimizer that `config` asks for, for the model.
+    """Builds the optimizer of `config` for the parameters of this model.
 
     Args:
-      config: What to build.
+      config: Settings of the optimizer.
       params: Parameters, as arrays or `jax.ShapeDtypeStruct`s.
     """
     return optimizer.build_optimizer(config, params, matrix_axes=kernel_axes)

@@ -1,11 +1,11 @@
-"""Sampling from a model, one token at a time, with a cache of keys and values.
+"""Sampling from a model, token by token, with a cache of keys and values.
 
-One compiled step serves both the prompt, padded to a power of two, and the single
-tokens after it. So a model compiles it once for decoding and once a prompt size.
+One function reads the prompt, padded to a power of two, and the single tokens after it.
+So it compiles once for decoding, and once for each padded prompt size.
 """
 
 import functools
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -28,11 +28,10 @@ def generate(
     temperature: float = 1.0,
     top_k: int | None = None,
     seed: int = 0,
-    stop: Collection[int] = (),
 ) -> Iterator[int]:
     """Yields tokens that continue `prompt`.
 
-    A token depends on the seed and on what precedes it alone, so the same arguments
+    A token depends only on the seed and on the tokens before it. So the same arguments
     give the same tokens, and a smaller `max_tokens` gives the first of them.
 
     Args:
@@ -41,13 +40,12 @@ def generate(
       config: Its shape.
       prompt: Token ids to continue, at least one.
       max_tokens: Most tokens to yield.
-      temperature: Divisor of the logits; 0 always takes the likeliest token.
-      top_k: How many of the likeliest tokens to sample from; all if not given.
+      temperature: Divisor of the logits; 0 always takes the most likely token.
+      top_k: Number of most likely tokens to sample from; all if not given.
       seed: Seed of the sampling.
-      stop: Token ids that end the sequence. They are not yielded.
 
     Returns:
-      An iterator over token ids. Each is computed when it is asked for.
+      An iterator over token ids, each computed on demand.
 
     Raises:
       ValueError: Before anything is computed, if an argument is out of range, or
@@ -62,7 +60,7 @@ def generate(
         temperature=float(temperature),
         top_k=None if top_k is None else min(top_k, config.vocab_size),
     )
-    return _decode(next_token, config, prompt, max_tokens, frozenset(stop))
+    return _decode(next_token, config, prompt, max_tokens)
 
 
 def sample(
@@ -75,9 +73,9 @@ def sample(
 
     Args:
       logits: Unnormalised log-probabilities.
-      key: Source of randomness.
-      temperature: Divisor of `logits`; at 0 the result is the likeliest token.
-      top_k: How many of the likeliest tokens to choose from; all if not given.
+      key: PRNG key.
+      temperature: Divisor of `logits`; 0 takes the most likely token.
+      top_k: Number of most likely tokens to sample from; all if not given.
 
     Returns:
       A token id.
@@ -85,7 +83,7 @@ def sample(
     if top_k is not None:
         least = jax.lax.top_k(logits, top_k)[0][-1]
         logits = jnp.where(logits < least, -jnp.inf, logits)
-    # A choice by value, so that another temperature compiles nothing.
+    # Selected by value, so that another temperature does not recompile.
     divisor = jnp.where(temperature == 0, 1.0, temperature)
     sampled = jax.random.categorical(key, logits / divisor)
     return jnp.where(temperature == 0, logits.argmax(), sampled).astype(jnp.int32)
@@ -96,21 +94,18 @@ def _decode(
     config: ModelConfig,
     prompt: Sequence[int],
     max_tokens: int,
-    stop: Collection[int],
 ) -> Iterator[int]:
     cache = gpt.init_cache(config, 1, config.max_seq_len)
     tokens = _pad(prompt, config.max_seq_len)
     count = len(prompt)
     for _ in range(max_tokens):
         token, cache = next_token(tokens, count, cache)
-        if int(token) in stop:
-            return
         yield int(token)
         tokens, count = token[None, None], 1
 
 
 def _pad(prompt: Sequence[int], max_len: int) -> Int32[np.ndarray, "1 S"]:
-    """Returns `prompt` with zeros up to the next power of two, but not `max_len`."""
+    """Returns `prompt` padded with zeros to a power of two, at most `max_len`."""
     size = min(1 << (len(prompt) - 1).bit_length(), max_len)
     tokens = np.zeros((1, size), np.int32)
     tokens[0, : len(prompt)] = prompt
@@ -130,13 +125,13 @@ def _next_token(
     top_k: int | None,
 ) -> tuple[Int32[Array, ""], gpt.Cache]:
     """Reads the first `count` of `tokens`, then samples the token after them."""
-    gpt = nnx.merge(graphdef, params)
+    model = nnx.merge(graphdef, params)
     length = cache.length + count
-    features, cache = gpt.extend(tokens, cache)
+    features, cache = model.extend(tokens, cache)
     last = jax.lax.dynamic_index_in_dim(features[0], count - 1, keepdims=False)
     key = jax.random.fold_in(key, length)
-    token = sample(gpt.logits(last), key, temperature, top_k)
-    # Padding lies beyond the length, where nothing looks before it is overwritten.
+    token = sample(model.logits(last), key, temperature, top_k)
+    # The cache of the padding is masked by `length`, and overwritten later.
     return token, cache._replace(length=length)
 
 

@@ -1,11 +1,11 @@
 """Linear layers with weights of -1, 0 and 1 and activations of 8 bits: BitNet b1.58.
 
-Trained are float weights, the latent ones, from which the rounded ones are made anew in
-every forward pass (Ma et al. 2024, "The Era of 1-bit LLMs", section 2; Wang et al.
-2023, "BitNet", section 2.2). Rounding has no useful derivative, so gradients pass it
-straight through: those of the rounded values are taken for those of the latent ones.
+Training updates latent float weights, which every forward pass rounds anew (Ma et al.
+2024, "The Era of 1-bit LLMs", section 2; Wang et al. 2023, "BitNet", section 2.2).
+Gradients pass the rounding straight through: the gradient of a rounded value is used as
+that of the latent one. Scales belong to groups of a column, as in nanochat-rs-ternary.
 
-Scales belong to groups of a column, as in nanochat-rs-ternary, not to a whole matrix.
+docs/RESULTS.md has no result for ternary models; they serve the files of that project.
 
 Axes: I input, O output features.
 """
@@ -24,7 +24,7 @@ _kernel_init = nnx.initializers.lecun_normal()
 
 
 class TernaryLinear(nnx.Module):
-    """Linear layer that multiplies rounded activations by rounded weights."""
+    """Linear layer whose activations and weights are rounded before the product."""
 
     def __init__(
         self,
@@ -42,9 +42,9 @@ class TernaryLinear(nnx.Module):
           in_features: Size of the input, I.
           out_features: Size of the output, O.
           group_size: Entries of a column that share a scale, as for `ternarize`.
-          dtype: Type of the product and its factors, which are rounded in float32.
+          dtype: Type of the product and its factors; rounding is in float32.
           kernel_init: Initialiser of the kernel.
-          rngs: Source of randomness.
+          rngs: Random streams of the initialisation.
         """
         shape = (in_features, out_features)
         self.kernel = nnx.Param(kernel_init(rngs.params(), shape, jnp.float32))
@@ -58,22 +58,22 @@ class TernaryLinear(nnx.Module):
 def ternarize(
     kernel: Float[Array, "I O"], group_size: int
 ) -> tuple[Float[Array, "I O"], Float[Array, "I O"]]:
-    """Rounds weights to -1, 0 or 1 times the mean of their sizes in a group.
+    """Rounds weights to -1, 0 or 1 times the mean magnitude of their group.
 
     Args:
       kernel: Weights.
       group_size: Entries of a column, along I, that share a scale. The last group is
-        shorter if the size does not divide.
+        shorter if it does not divide I.
 
     Returns:
-      The signs, -1, 0 or 1, and the scale of each; their product stands for `kernel`.
+      The signs, -1, 0 or 1, and the scale of each; their product approximates `kernel`.
     """
     rows = kernel.shape[0]
-    sizes = jnp.pad(jnp.abs(kernel), ((0, -rows % group_size), (0, 0)))
-    sums = sizes.reshape(-1, group_size, kernel.shape[1]).sum(axis=1)
+    magnitudes = jnp.pad(jnp.abs(kernel), ((0, -rows % group_size), (0, 0)))
+    sums = magnitudes.reshape(-1, group_size, kernel.shape[1]).sum(axis=1)
     members = jnp.minimum(rows - jnp.arange(len(sums)) * group_size, group_size)
     scales = jnp.repeat(sums / members[:, None], group_size, axis=0)[:rows]
-    # A group of zeros stays one.
+    # A group of zeros stays zero.
     ratio = kernel / jnp.where(scales > 0, scales, 1)
     return jnp.clip(jnp.round(ratio), -1, 1), scales
 
@@ -85,8 +85,8 @@ def round_activations(x: Float[Array, "*batch I"]) -> Float[Array, "*batch I"]:
     return jnp.round(x / scale) * scale
 
 
-# Kept for the backward pass are activations and latent weights, which are there anyway;
-# rounded copies of both would double them.
+# The backward pass keeps activations and latent weights, which exist anyway, instead of
+# rounded copies of both.
 @functools.partial(jax.checkpoint, static_argnums=(2, 3))
 def _multiply(x: Array, kernel: Array, group_size: int, dtype: DTypeLike) -> Array:
     signs, scales = ternarize(kernel, group_size)
@@ -98,5 +98,5 @@ def _multiply(x: Array, kernel: Array, group_size: int, dtype: DTypeLike) -> Arr
 
 def _straight_through(x: Array, rounded: Array) -> Array:
     """Returns `rounded`, with the derivative of `x`."""
-    # The bracket is exactly zero, so that no rounding error is added to `rounded`.
+    # The bracket is exactly zero, so it adds no rounding error to `rounded`.
     return jax.lax.stop_gradient(rounded) + (x - jax.lax.stop_gradient(x))

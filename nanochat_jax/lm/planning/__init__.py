@@ -1,6 +1,17 @@
-"""TODO."""
+"""Plans: memory, operations and traffic of a run, before it is run.
+
+run_memory         bytes of a run, from the plans of its compiled programs
+mesh_plan          bytes and traffic of a run on a mesh, from shapes alone
+step_traffic       collectives of loss and gradient, from shapes
+update_traffic     collectives of an update of the matrices, from shapes
+hlo_collectives    collectives of a compiled program, from its text
+breakdown          groups, storage and operations of an optimizer, as numbers
+optimizer_summary  text and tables about an optimizer
+variants           variants of the optimizer, by name
+"""
 
 from nanochat_jax.lm.planning import (
+    breakdown as breakdown,
     mesh_plan as mesh_plan,
     optimizer_summary as optimizer_summary,
     run_memory as run_memory,

@@ -1,6 +1,6 @@
-"""What devices send each other in a compiled program, read off its text.
+"""Collectives of a compiled program, read from its HLO text.
 
-Sizes are those of one device's buffers, as the program has them.
+Sizes are bytes of the buffers on one device.
 """
 
 import dataclasses
@@ -52,11 +52,22 @@ class Collective:
 
     @property
     def sent_bytes(self) -> int:
-        """Bytes that one device sends, in a ring or directly, whichever is fewer."""
-        if self.kind == "collective-permute":
-            return self.bytes
-        sent = self.bytes * (self.devices - 1) // self.devices
-        return 2 * sent if self.kind == "all-reduce" else sent
+        """Bytes that one device sends."""
+        return sent_bytes(self.kind, self.bytes, self.devices)
+
+
+def sent_bytes(kind: str, size: int, devices: int) -> int:
+    """Returns the bytes that one device sends, in a ring or directly.
+
+    Args:
+      kind: One of `KINDS`.
+      size: Bytes of the operand or result on one device, whichever is larger.
+      devices: Number of devices that take part.
+    """
+    if kind == "collective-permute":
+        return size
+    sent = size * (devices - 1) // devices
+    return 2 * sent if kind == "all-reduce" else sent
 
 
 def collectives(hlo: str) -> list[Collective]:
@@ -99,7 +110,7 @@ def _computations(hlo: str) -> Iterator[tuple[str, list[str]]]:
 def _called_by(
     bodies: dict[str, list[str]], names: Sequence[str] | dict, roles: Sequence[str] = ()
 ) -> set[str]:
-    """Returns the computations that those of `names` call, in these roles or any."""
+    """Returns the computations called by `names`, in these roles or any."""
     return {
         called.lstrip("%")
         for name in names
@@ -124,7 +135,7 @@ def _collective(line: str, in_loop: bool, in_branch: bool) -> Collective | None:
         return None
     kind, devices = match["kind"], _group_size(line)
     sizes = [_bytes(array) for array in _ARRAY.findall(match["result"])]
-    # What starts an operation returns its operands too, and those first.
+    # A `-start` instruction returns its operands too, before its results.
     if match["start"] and kind != "all-reduce":
         sizes = sizes[len(sizes) // 2 :]
     size = sum(sizes) * (devices if kind == "reduce-scatter" else 1)

@@ -1,6 +1,6 @@
-"""What a run on a mesh would hold and send, on paper: from shapes alone.
+"""Memory and traffic of a run on a mesh, from shapes alone.
 
-Nothing is allocated or compiled, and there need not be such devices.
+Nothing is allocated or compiled, and the devices need not exist.
 """
 
 import dataclasses
@@ -19,7 +19,7 @@ from nanochat_jax.lm.model import (
     gpt,
     param_sharding,
 )
-from nanochat_jax.lm.planning import optimizer_summary, variants
+from nanochat_jax.lm.planning import breakdown, optimizer_summary, variants
 from nanochat_jax.lm.planning.step_traffic import Traffic, step_traffic
 from nanochat_jax.lm.planning.update_traffic import busiest_flops, update_traffic
 from nanochat_jax.optimizer import MemoryReport, bytes_per_device, memory_report
@@ -33,15 +33,15 @@ VARIANTS = (
 
 @dataclasses.dataclass(frozen=True)
 class ScalePlan:
-    """What a run would hold and send.
+    """Memory and traffic of a run on a mesh.
 
     Attributes:
       config: Its settings.
       params: Shapes, types and shardings of its parameters.
-      held: Bytes of its state.
-      forward: What is sent for loss and gradients.
-      update: What is sent to update the matrices.
-      flops: Operations of a step, from `optimizer_summary.step_flops`.
+      held: Memory of its optimizer.
+      forward: Collectives of loss and gradients.
+      update: Collectives of an update of the matrices.
+      flops: Operations of a step, from `breakdown.step_flops`.
       busiest: Operations of Newton-Schulz on the device that has the most of them.
     """
 
@@ -60,7 +60,7 @@ class ScalePlan:
 
     @property
     def update_bytes(self) -> float:
-        """Bytes that a device sends to update, a mean over steps."""
+        """Bytes that a device sends for an update, a mean over steps."""
         return sum(row.sent_bytes / row.every for row in self.update)
 
     @property
@@ -92,18 +92,16 @@ class ScalePlan:
                 for row in (*self.forward, *self.update)
             ],
             "flops": {**self.flops, "busiest_newton_schulz": self.busiest},
-            "groups": optimizer_summary.parameter_groups(
-                config, self.params, self.held
-            ),
+            "groups": breakdown.parameter_groups(config, self.params, self.held),
         }
 
 
 def plan_scale(config: Config, params: Params | None = None) -> ScalePlan:
-    """Returns what a run would hold and send.
+    """Returns memory and traffic of a run.
 
     Args:
       config: Its settings, with a `mesh`.
-      params: Shapes, types and shardings of its parameters, if they are there already.
+      params: Shapes, types and shardings of its parameters, if known already.
 
     Raises:
       ValueError: If the mesh does not divide the sequences of a microbatch.
@@ -118,13 +116,17 @@ def plan_scale(config: Config, params: Params | None = None) -> ScalePlan:
         memory_report(build_optimizer(config, params), params),
         step_traffic(config, params),
         update_traffic(config, params),
-        optimizer_summary.step_flops(config, params),
+        breakdown.step_flops(config, params),
         busiest_flops(config, params),
     )
 
 
 def side_by_side(plan: ScalePlan) -> dict[str, dict[str, float]]:
-    """Returns what other variants hold and send in the place of this one, by name."""
+    """Returns memory and traffic of other variants with the same settings, by name.
+
+    Args:
+      plan: Plan of the run.
+    """
     chosen = variants.parse_variants(VARIANTS, plan.config, plan.config.lr)
     plans = {v.name: plan_scale(v.config, plan.params) for v in chosen}
     return {
@@ -138,7 +140,12 @@ def side_by_side(plan: ScalePlan) -> dict[str, dict[str, float]]:
 
 
 def tables(plan: ScalePlan, others: dict[str, dict[str, float]]) -> Group:
-    """Returns a plan as tables, with the other variants side by side."""
+    """Returns a plan as tables, with the other variants side by side.
+
+    Args:
+      plan: The plan.
+      others: Numbers of other variants, from `side_by_side`.
+    """
     held, mb = plan.device_bytes, optimizer_summary.megabytes
     total = ("total", mb(sum(held.values())))
     return Group(
@@ -179,7 +186,11 @@ def tables(plan: ScalePlan, others: dict[str, dict[str, float]]) -> Group:
 
 
 def summary(plan: ScalePlan) -> str:
-    """Returns the operations of a step in words."""
+    """Returns the operations of a step in words.
+
+    Args:
+      plan: The plan.
+    """
     even = plan.flops["update_newton_schulz"] / plan.devices
     more = plan.busiest / even if even else 1.0
     return (

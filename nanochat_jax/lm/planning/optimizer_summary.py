@@ -1,34 +1,19 @@
-"""What a run prints about its optimizer before it trains; every number is counted."""
+"""Text and tables about an optimizer, printed before a run."""
 
 import dataclasses
-import re
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import optax
-from jax.tree_util import keystr
 from rich.box import SIMPLE_HEAD
 from rich.console import Group
 from rich.table import Table
 
 from nanochat_jax.config import HARDWARE_RANKS, Config
-from nanochat_jax.lm.model import (
-    build_optimizer,
-    count_flops_per_token,
-    kernel_axes,
-    label_params,
-)
+from nanochat_jax.lm.model import build_optimizer, label_params
+from nanochat_jax.lm.planning import breakdown
 from nanochat_jax.numerics import GRAM_RATIO, resolve_dtype
-from nanochat_jax.optimizer import (
-    MemoryReport,
-    fallback_codecs,
-    memory_report,
-    state_codecs,
-    update_flops,
-)
-
-_LABELS = ("matrix", "embedding", "head", "vector")
+from nanochat_jax.optimizer import MemoryReport, memory_report
 
 
 def megabytes(count: float) -> str:
@@ -43,10 +28,15 @@ def variant_title(config: Config) -> str:
 
 
 def optimizer_summary(config: Config, report: MemoryReport) -> str:
-    """Returns the lines about the optimizer that a run begins with."""
+    """Returns the lines about the optimizer at the start of a run.
+
+    Args:
+      config: Settings of the run.
+      report: Memory of its optimizer.
+    """
     held = report.to_dict()
     matrix, total = held["matrix"], held["total"]
-    stored = {label: _storage_text(config, report, label) for label in _LABELS}
+    stored = {label: _storage_text(config, report, label) for label in breakdown.LABELS}
     lines = [
         "Optimizer configuration",
         f"  Muon variant:      {variant_title(config)}",
@@ -62,68 +52,19 @@ def optimizer_summary(config: Config, report: MemoryReport) -> str:
         f"{megabytes(total['state_bytes'])}, {100 * total['reduction']:z.1f} % less",
         *(
             f"  {label.capitalize() + ':':<18} {stored[label]}"
-            for label in _LABELS[1:]
+            for label in breakdown.LABELS[1:]
             if stored[label]
         ),
     ]
     return "\n".join(lines)
 
 
-def storage(config: Config, report: MemoryReport, label: str) -> dict[str, str]:
-    """Returns how the state of the parameters of a label is stored, by field.
+def group_table(groups: list[dict[str, Any]]) -> Group:
+    """Returns the parameter groups as a table, and their members below it.
 
     Args:
-      config: What the optimizer is.
-      report: What it holds.
-      label: Label of the parameters.
-
-    Returns:
-      Names of codecs or types, such as `{"momentum": "int8", "projector": "float32"}`;
-      both, where small arrays are left as they are.
+      groups: The groups, from `breakdown.parameter_groups`.
     """
-    codecs = (state_codecs if label == "matrix" else fallback_codecs)(config)
-    names: dict[str, list[str]] = {}
-    for row in report.rows:
-        if row.label != label or row.field.endswith(".scales"):
-            continue
-        coded = row.field in codecs and jnp.dtype(row.dtype).itemsize == 1
-        name = codecs[row.field].name if coded else row.dtype
-        names.setdefault(row.field, []).append(name)
-    return {field: " and ".join(names[field]) for field in sorted(names)}
-
-
-def parameter_groups(
-    config: Config, params: optax.Params, report: MemoryReport
-) -> list[dict[str, Any]]:
-    """Returns, by label, how parameters are optimised and what is held for them."""
-    labels = jax.tree.leaves(label_params(params))
-    dotted = lambda path: keystr(path, simple=True, separator=".")
-    paths = [(dotted(path), x) for path, x in jax.tree.leaves_with_path(params)]
-    groups = []
-    for label in _LABELS:
-        members = [p for p, found in zip(paths, labels, strict=True) if found == label]
-        if not members:
-            continue
-        matrix = label == "matrix"
-        groups.append(
-            {
-                "label": label,
-                "optimizer": config.variant if matrix else config.fallback,
-                "lr": config.lr if matrix else config.fallback_peak_lr,
-                "weight_decay": 0.0 if label == "vector" else config.weight_decay,
-                "params": sum(x.size for _, x in members),
-                "state_bytes": sum(r.bytes for r in report.rows if r.label == label),
-                "storage": storage(config, report, label),
-                "paths": _pattern_counts(
-                    f"{name} {'x'.join(map(str, x.shape))}" for name, x in members
-                ),
-            }
-        )
-    return groups
-
-
-def group_table(groups: list[dict[str, Any]]) -> Group:
-    """Returns the parameter groups as a table, and below it what is in each."""
     table = Table(title="Parameter groups", title_justify="left", box=SIMPLE_HEAD)
     for name in ("label", "optimizer"):
         table.add_column(name)
@@ -146,7 +87,12 @@ def group_table(groups: list[dict[str, Any]]) -> Group:
 
 
 def rank_table(config: Config, params: optax.Params) -> Table:
-    """Returns what the ranks of the hardware presets would hold for the matrices."""
+    """Returns the state of the matrices at the ranks of the hardware presets.
+
+    Args:
+      config: Settings of the run.
+      params: Shapes and types of its parameters.
+    """
     title = "Matrix state by GaLore rank"
     table = Table(title=title, title_justify="left", box=SIMPLE_HEAD)
     for name in ("hardware", "rank", "state", "of FP32 Muon", "left at full rank"):
@@ -165,21 +111,13 @@ def rank_table(config: Config, params: optax.Params) -> Table:
     return table
 
 
-def step_flops(config: Config, params: optax.Params) -> dict[str, float]:
-    """Returns the operations of a training step, and the update's share of them."""
-    parts = update_flops(config, params, matrix_axes=kernel_axes)
-    model = count_flops_per_token(config, config.sequence) * config.tokens_per_step
-    update = sum(parts.values())
-    return {
-        "model": model,
-        "update": update,
-        **{f"update_{name}": count for name, count in parts.items()},
-        "update_share": update / (update + model),
-    }
-
-
 def flops_summary(config: Config, flops: dict[str, float]) -> str:
-    """Returns the operations of a training step in words."""
+    """Returns the operations of a training step in words.
+
+    Args:
+      config: Settings of the run.
+      flops: Operations by part, from `breakdown.step_flops`.
+    """
     giga = lambda name: f"{flops[name] / 1e9:,.0f} GFLOP"
     lines = [
         f"Operations of a step of {config.tokens_per_step:,} tokens:",
@@ -195,7 +133,7 @@ def flops_summary(config: Config, flops: dict[str, float]) -> str:
 
 
 def _storage_text(config: Config, report: MemoryReport, label: str) -> str:
-    stored = storage(config, report, label)
+    stored = breakdown.storage(config, report, label)
     return ", ".join(f"{field} {name}" for field, name in stored.items())
 
 
@@ -210,13 +148,18 @@ def _galore_lines(config: Config, report: MemoryReport) -> list[str]:
         f"{config.galore_update_freq} steps{rest}",
         *(
             f"  Left at full rank: {name}, where projecting saves nothing"
-            for name in _pattern_counts(report.full_rank)
+            for name in breakdown.pattern_counts(report.full_rank)
         ),
     ]
 
 
 def accumulator_summary(config: Config, held: dict[str, int]) -> str:
-    """Returns in words what gradients are added up in over microbatches."""
+    """Returns the memory of the gradient accumulator in words.
+
+    Args:
+      config: Settings of the run.
+      held: Its bytes, from `run_memory.accumulator_bytes`.
+    """
     line = f"Gradient accumulator: {megabytes(held['usual'])}"
     if config.accumulates_low_rank:
         return (
@@ -224,19 +167,5 @@ def accumulator_summary(config: Config, held: dict[str, int]) -> str:
             "that change the bases."
         )
     if config.use_galore:
-        line += (
-            "; low-rank with `galore_residual`, `grad_clip` 0 and neither "
-            "`galore_stagger` nor `galore_adaptive`"
-        )
+        line += "; low-rank with `galore_residual` and `grad_clip` 0"
     return f"{line}."
-
-
-def _pattern_counts(names: Any) -> list[str]:
-    """Returns names with layer numbers starred, each once with how often it occurs."""
-    counts: dict[str, int] = {}
-    for name in names:
-        pattern = re.sub(r"\.\d+\.", ".*.", name)
-        counts[pattern] = counts.get(pattern, 0) + 1
-    return [
-        f"{count} x {name}" if count > 1 else name for name, count in counts.items()
-    ]

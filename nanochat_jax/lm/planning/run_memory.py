@@ -1,4 +1,4 @@
-"""What a run will take, from the plans of its programs: nothing is allocated."""
+"""Memory of a run, from the plans of its compiled programs; nothing is allocated."""
 
 import ctypes
 import gc
@@ -7,13 +7,15 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
+import optax
 
 from nanochat_jax.config import Config
 from nanochat_jax.lm.model import build_optimizer, gpt
 from nanochat_jax.lm.planning.optimizer_summary import megabytes
-from nanochat_jax.lm.runtime import memory_in_use
-from nanochat_jax.lm.training import Run
+from nanochat_jax.lm.runtime import memory_in_use, tree_bytes
+from nanochat_jax.lm.training import Run, sum_dtype
 from nanochat_jax.optimizer import bytes_per_device, planned_bytes
+from nanochat_jax.transforms import project_gradients
 
 
 class RunPlan(NamedTuple):
@@ -24,10 +26,10 @@ class RunPlan(NamedTuple):
       params_bytes: Parameters.
       opt_state_bytes: State of the optimizer.
       batch_bytes: Batch of token ids.
-      temp_bytes: What lives during a step only: activations, gradients, logits.
-      step_bytes: All that is there during a step: its arguments, outputs that are not
-        written over them, and temporaries.
-      init_bytes: Most that is there while the initial state is made.
+      temp_bytes: Temporaries of a step: activations, gradients, logits.
+      step_bytes: Peak of a step: its arguments, outputs that are not written over
+        them, and temporaries.
+      init_bytes: Peak while the initial state is made.
       peak_bytes: The larger of these two.
       checkpoint_bytes: State in a checkpoint, on all devices together and before
         compression, which does little to trained floats.
@@ -49,7 +51,11 @@ class RunPlan(NamedTuple):
 
 
 def abstract_run(config: Config) -> Run:
-    """Returns a run of which there are model and optimizer, but no data."""
+    """Returns a run with model and optimizer, but without data.
+
+    Args:
+      config: Its settings.
+    """
     graphdef, params = gpt.abstract_model(config)
     absent: Any = None
     tx = build_optimizer(config, params)
@@ -57,12 +63,12 @@ def abstract_run(config: Config) -> Run:
 
 
 def plan_run(run: Run, steps: Sequence[jax.stages.Compiled]) -> RunPlan:
-    """Returns what a run will take.
+    """Returns the memory that a run takes.
 
     Args:
       run: The run; its data is not looked at.
-      steps: Its compiled steps, from `trainer.compile_train_step` and, if there is one,
-        `trainer.compile_low_rank_step`. The one with the highest peak counts.
+      steps: Its compiled steps, from `compile_train_step` and, if there is one,
+        `compile_low_rank_step`. The one with the highest peak counts.
     """
     plans = [planned_bytes(step) for step in steps]
     planned = max(plans, key=lambda plan: plan["peak_bytes"])
@@ -78,7 +84,7 @@ def plan_run(run: Run, steps: Sequence[jax.stages.Compiled]) -> RunPlan:
         step_bytes=planned["peak_bytes"],
         init_bytes=init_bytes,
         peak_bytes=max(planned["peak_bytes"], init_bytes),
-        checkpoint_bytes=_nbytes(state),
+        checkpoint_bytes=tree_bytes(state),
         process_bytes=memory_in_use() if jax.default_backend() == "cpu" else None,
     )
 
@@ -128,21 +134,43 @@ def give_back_memory() -> None:
 
 
 def _arguments(step: jax.stages.Compiled) -> Any:
-    """Returns state and batch of a compiled step, with the places they are to be in."""
+    """Returns state and batch of a compiled step, with their shardings."""
     avals, shardings = step.in_avals[0], step.input_shardings[0]
     place = lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where)
     return jax.tree.map(place, avals, shardings)
 
 
 def _init_bytes(run: Run) -> int:
-    """Returns what `trainer.init_state` takes: parameters first, then the state."""
+    """Returns the peak of `init_state`: parameters first, then the state."""
     init = jax.jit(lambda: gpt.init(run.config, run.config.seed)[1])
     first = planned_bytes(init.lower().compile())
     second = planned_bytes(jax.jit(run.tx.init).lower(run.params).compile())
-    # Those that are not looked at are no arguments, but are there.
-    beside = _nbytes(run.params) - second["argument_bytes"]
+    # Unused parameters are not arguments of the program but stay allocated.
+    beside = tree_bytes(run.params) - second["argument_bytes"]
     return max(first["peak_bytes"], beside + second["peak_bytes"])
 
 
-def _nbytes(tree: Any) -> int:
-    return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))
+def accumulator_bytes(
+    config: Config, tx: optax.GradientTransformation, params: optax.Params
+) -> dict[str, int]:
+    """Returns the bytes in which gradients are added up over microbatches.
+
+    Args:
+      config: Settings of the run.
+      tx: Its optimizer.
+      params: Shapes and types of its parameters.
+
+    Returns:
+      `refresh`, on steps that change GaLore's bases or if there are none, and `usual`,
+      on the others. Both are 0 without accumulation.
+    """
+    if config.grad_accum_steps == 1:
+        return {"refresh": 0, "usual": 0}
+    usual = params
+    if config.accumulates_low_rank:
+        state = jax.eval_shape(tx.init, params)
+        usual = jax.eval_shape(project_gradients, state, params)
+    count = lambda tree: sum(
+        x.size * sum_dtype(x).itemsize for x in jax.tree.leaves(tree)
+    )
+    return {"refresh": count(params), "usual": count(usual)}

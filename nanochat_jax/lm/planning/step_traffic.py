@@ -1,23 +1,23 @@
-"""What devices send each other in a training step, reckoned from shapes.
+"""Collectives of loss and gradient in a training step, from shapes.
 
-A collective moves what `collectives.Collective.sent_bytes` says of its size. The sizes,
-on one device, for A microbatches of B sequences, S tokens, a residual stream of D, L
-layers, activations and kernels in `compute_dtype`:
+`hlo_collectives.sent_bytes` gives the bytes sent for a size. The sizes on one device,
+for A microbatches of B sequences, S tokens, a residual stream of D, L layers,
+activations and kernels in `compute_dtype`:
 
   * parameters, over `fsdp`: an all-gather of each kernel wherever it is used, twice in
     blocks that are run in a loop or recomputed, else once;
-  * gradients, over `fsdp`: a reduce-scatter of each kernel; that of the head once for
+  * gradients, over `fsdp`: a reduce-scatter of each kernel; for the head one in
     each chunk of the loss;
-  * gradients, over `data`: an all-reduce of what is then left on a device;
+  * gradients, over `data`: an all-reduce of the part on a device;
   * embedding, over `fsdp`: an all-to-all of the table from rows to columns, and one of
-    its gradient back;
+    its gradient back, both in the table's own type, as is its gradient over `data`;
   * tokens, over `fsdp`: an all-to-all of `[B, S, D]` from the columns looked up to
     sequences, and one of its gradient back;
   * activations, over `tensor`: an all-reduce of `[B, S, D]` for each kernel whose sum
     runs over the divided axis, two forward and five backward in a block, and one for
     the head.
 
-What the optimizer sends is in `update_traffic.py`. Left out are scalars, vectors, norms
+`update_traffic.py` has the optimizer. Left out are scalars, vectors, norms
 and indices.
 """
 
@@ -30,16 +30,17 @@ import numpy as np
 
 from nanochat_jax.config import Config
 from nanochat_jax.lm.model import Params, label_params
-from nanochat_jax.lm.planning.hlo_collectives import Collective
+from nanochat_jax.lm.planning.hlo_collectives import sent_bytes
+from nanochat_jax.optimizer import bytes_per_device
 from nanochat_jax.transforms import specs
 
 
 class Traffic(NamedTuple):
-    """Collectives of one kind that do one thing, all of a step together.
+    """All collectives of one kind and purpose in a step, summed.
 
     Attributes:
-      what: What is sent.
-      kind: One of `collectives.KINDS`.
+      what: Name of the data.
+      kind: One of `hlo_collectives.KINDS`.
       count: Number of them.
       bytes: Bytes of operands or of results on one device, whichever are larger.
       devices: Devices that take part in each together.
@@ -56,15 +57,15 @@ class Traffic(NamedTuple):
     @property
     def sent_bytes(self) -> int:
         """Bytes that one device sends in such a step."""
-        return Collective(self.kind, self.bytes, self.devices, False).sent_bytes
+        return sent_bytes(self.kind, self.bytes, self.devices)
 
 
 def step_traffic(config: Config, params: Params) -> list[Traffic]:
-    """Returns what devices send each other for loss and gradients of a step.
+    """Returns the collectives of loss and gradients of a step.
 
     Args:
       config: Settings of the run.
-      params: Shapes and types of the parameters, from `mesh.place`.
+      params: Shapes and types of the parameters, from `param_sharding.place`.
     """
     sharding = jax.tree.leaves(params)[0].sharding
     data, fsdp, tensor = (sharding.mesh.shape[a] for a in ("data", "fsdp", "tensor"))
@@ -74,7 +75,7 @@ def step_traffic(config: Config, params: Params) -> list[Traffic]:
     gathered, reduced, left = _kernels(config, params)
     embedding: Any = params["embed"]["embedding"]
     by_rows = "fsdp" in specs.axes_of(embedding.sharding, 2)[0]
-    table = by_rows * math.prod(embedding.sharding.shard_shape(embedding.shape))
+    table = by_rows * bytes_per_device(embedding)
     # One for each kernel whose inputs or outputs are divided, and one for the head.
     sums = 7 * config.n_layers + 1
     rows = [
@@ -82,11 +83,11 @@ def step_traffic(config: Config, params: Params) -> list[Traffic]:
         Traffic("gradients", "reduce-scatter", *reduced, fsdp),
         Traffic("gradients", "all-reduce", *left, data),
         Traffic("embedding", "all-to-all", 2, 2 * table, fsdp),
-        Traffic("tokens", "all-to-all", 2, 2 * stream, fsdp),
-        Traffic("activations", "all-reduce", sums, sums * stream, tensor),
+        Traffic("tokens", "all-to-all", 2, 2 * width * stream, fsdp),
+        Traffic("activations", "all-reduce", sums, sums * width * stream, tensor),
     ]
     return [
-        row._replace(count=times * row.count, bytes=times * width * row.bytes)
+        row._replace(count=times * row.count, bytes=times * row.bytes)
         for row in rows
         if row.devices > 1 and row.bytes
     ]
@@ -95,8 +96,9 @@ def step_traffic(config: Config, params: Params) -> list[Traffic]:
 def _kernels(config: Config, params: Params) -> list[tuple[int, int]]:
     """Returns what a device gathers, reduces over `fsdp`, and over `data`.
 
-    Each as a number of kernels, those of a loop one by one, and of their entries.
+    Each as a number of kernels and their bytes; each pass of a loop counts.
     """
+    width = jnp.dtype(config.compute_dtype).itemsize
     twice = 2 if config.scan_layers or config.remat else 1
     chunks = 1
     if config.loss_chunk:
@@ -109,11 +111,13 @@ def _kernels(config: Config, params: Params) -> list[tuple[int, int]]:
             math.prod(x.shape[:-2]),
             math.prod(x.sharding.shard_shape(x.shape)),
         )
-        left += (count, here)
+        # A table that is looked up in is not cast, so its gradient is not either.
+        looked_up = label == "embedding"
+        left += (count, here * (x.dtype.itemsize if looked_up else width))
         is_head = label == "head" or (label == "embedding" and config.weight_tied)
         used = {name for axes in specs.axes_of(x.sharding, x.ndim) for name in axes}
         if "fsdp" in used and (label == "matrix" or is_head):
-            kernel = np.array((count, here * x.sharding.mesh.shape["fsdp"]))
+            kernel = np.array((count, width * here * x.sharding.mesh.shape["fsdp"]))
             gathered += kernel if is_head else twice * kernel
             reduced += chunks * kernel if is_head else kernel
-    return [(int(count), int(entries)) for count, entries in (gathered, reduced, left)]
+    return [(int(count), int(size)) for count, size in (gathered, reduced, left)]

@@ -1,6 +1,6 @@
-"""What devices send each other in an update of the matrices, reckoned from shapes.
+"""Collectives of an update of the matrices, from shapes.
 
-Sizes are those of `collectives.Collective`, on one device. Of a matrix `short x long`
+Sizes are as in `hlo_collectives.Collective`, on one device. Of a matrix `short x long`
 the shorter axis is divided over S devices and the longer one over T, its rank is r:
 
   * Newton-Schulz: an all-to-all of a stack of matrices in the type of the iteration
@@ -28,9 +28,9 @@ import jax
 from nanochat_jax.config import Config
 from nanochat_jax.lm.model import Params, label_params
 from nanochat_jax.lm.planning.step_traffic import Traffic
-from nanochat_jax.numerics import POWER_STEPS
-from nanochat_jax.optimizer import newton_schulz_flops, projector_cost
-from nanochat_jax.transforms import group_by_shape, group_bytes, projection, specs
+from nanochat_jax.numerics import POWER_ITERATIONS
+from nanochat_jax.optimizer import newton_schulz_flops, rank_of
+from nanochat_jax.transforms import group_by_shape, group_bytes, specs
 
 
 class Matrices(NamedTuple):
@@ -38,7 +38,7 @@ class Matrices(NamedTuple):
 
     Attributes:
       whole: Its shape, type and sharding.
-      low: Those of its projected gradient; `None` if it is not projected.
+      low: Shape, type and sharding of its projected gradient; `None` without one.
     """
 
     whole: Any
@@ -46,13 +46,13 @@ class Matrices(NamedTuple):
 
 
 class Stack(NamedTuple):
-    """Matrices that devices share out among them to iterate on.
+    """A stack of matrices whose iteration devices share.
 
     Attributes:
       shape: Shape of one.
-      size: How many there are, zeros that fill the stack among them.
-      inside: Devices over which each of them is divided.
-      replicas: How many times these there are, that share the work.
+      size: Number of matrices, with the zero matrices that fill the stack.
+      inside: Number of devices over which each matrix is divided.
+      replicas: Number of such device groups sharing the stack.
     """
 
     shape: tuple[int, ...]
@@ -62,11 +62,11 @@ class Stack(NamedTuple):
 
 
 def update_traffic(config: Config, params: Params) -> list[Traffic]:
-    """Returns what devices send each other in an update of the matrices.
+    """Returns the collectives of an update of the matrices.
 
     Args:
       config: Settings of the run.
-      params: Shapes and types of the parameters, from `mesh.place`.
+      params: Shapes and types of the parameters, from `param_sharding.place`.
     """
     matrices = _matrices(config, params)
     # "auto" is bfloat16 on any device of which one takes several.
@@ -92,7 +92,7 @@ def busiest_flops(config: Config, params: Params) -> int:
 
     Args:
       config: Settings of the run.
-      params: Shapes and types of the parameters, from `mesh.place`.
+      params: Shapes and types of the parameters, from `param_sharding.place`.
     """
     return sum(
         newton_schulz_flops(
@@ -122,26 +122,20 @@ def stacks(config: Config, params: Params) -> Iterator[Stack]:
 
 
 def _matrices(config: Config, params: Params) -> list[Matrices]:
-    labels, ranks = label_params(params), jax.tree.map(lambda _: 0, params)
-    if config.use_galore:
-        ranks = projection.ranks(params, config.rank)
-
-    def with_low(x: Any, wanted: int) -> Matrices:
-        rank = wanted and projection.projected_rank(
-            x.shape, wanted, projector_cost(config)
-        )
-        if not rank:
+    def with_low(x: Any) -> Matrices:
+        rank = rank_of(config, x.shape)
+        if rank is None:
             return Matrices(x, None)
         shape = (*x.shape[:-2], rank, max(x.shape[-2:]))
         where = specs.derived(shape, x.shape, x.sharding)
         return Matrices(x, jax.ShapeDtypeStruct(shape, "float32", sharding=where))
 
-    leaves = zip(*map(jax.tree.leaves, (params, labels, ranks)), strict=True)
-    return [with_low(x, rank) for x, label, rank in leaves if label == "matrix"]
+    leaves = zip(*map(jax.tree.leaves, (params, label_params(params))), strict=True)
+    return [with_low(x) for x, label in leaves if label == "matrix"]
 
 
 def _shares(x: Any, count: int) -> tuple[int, int]:
-    """Returns over how many devices matrices are divided, and helping replicas."""
+    """Returns the number of devices dividing a matrix, and of replicas that help."""
     used = _axes(x.sharding, x.ndim)
     inside, replicas = specs.ways(x.sharding, [*used]), 1
     for axis, size in x.sharding.mesh.shape.items():
@@ -158,7 +152,7 @@ def _shared_out(stack: Stack, width: int) -> Iterator[Traffic]:
 
 
 def _projected(x: Matrices) -> Iterator[Traffic]:
-    """Returns what is sent to project a gradient, and to project back."""
+    """Yields the collectives of projecting a gradient, and of projecting back."""
     what, (s, t, size) = "low rank", _divided(x)
     basis = Traffic(what, "all-gather", 1, size.basis // s, t)
     if _short_axes(x) <= _axes(x.low.sharding, x.low.ndim):
@@ -170,17 +164,17 @@ def _projected(x: Matrices) -> Iterator[Traffic]:
 
 
 def _based(x: Matrices, every: int) -> Iterator[Traffic]:
-    """Returns what is sent to find a basis, and to move the momentum to it."""
+    """Yields the collectives of a new basis, and of moving momentum to it."""
     what, (s, t, size) = "change of basis", _divided(x)
-    products, rotation = POWER_STEPS * size.basis, size.rotation
-    sums = POWER_STEPS + 1
+    products, rotation = POWER_ITERATIONS * size.basis, size.rotation
+    sums = POWER_ITERATIONS + 1
     yield Traffic(what, "all-to-all", 1, size.whole // (s * t), s, every)
     yield Traffic(what, "all-reduce", sums, products + rotation, s * t, every)
     yield Traffic(what, "all-gather", 1, size.low // t, s, every)
 
 
 class _Sizes(NamedTuple):
-    """Float32 bytes of all that a device has some matrices' part of."""
+    """Float32 bytes of matrices before division over devices."""
 
     whole: int
     low: int
@@ -189,7 +183,7 @@ class _Sizes(NamedTuple):
 
 
 def _divided(x: Matrices) -> tuple[int, int, _Sizes]:
-    """Returns S, T and the bytes of these matrices, were they not divided."""
+    """Returns S, T and the bytes of the matrices before division."""
     *batch, r, long = x.low.shape
     short, sharding = min(x.whole.shape[-2:]), x.whole.sharding
     axes = specs.axes_of(sharding, x.whole.ndim)

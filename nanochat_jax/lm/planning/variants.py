@@ -1,4 +1,4 @@
-"""The variants that `compare` sets side by side, by name.
+"""Variants of the optimizer for `compare`, by name.
 
 A name may be followed by settings of the optimizer, as in
 `galore_8bit:galore_rank=32,quant_block_size=64`. The whole text is then the name of the
@@ -18,23 +18,20 @@ from nanochat_jax.lm.model import build_optimizer
 from nanochat_jax.optimizer import build_adamw
 
 BASELINE = "muon"
-"""The variant, with a float32 momentum, that the others are measured against."""
+"""The variant with a float32 momentum, against which the others are measured."""
 
 _PLAIN = {"use_8bit_optim": False, "use_galore": False}
 _INT8 = {"use_8bit_optim": True, "quant_bits": 8}
 _INT4 = {"use_8bit_optim": True, "quant_bits": 4}
-_INT2 = {"use_8bit_optim": True, "quant_bits": 2}
 _GALORE = {"use_galore": True}
 _NO_RESIDUAL = _GALORE | {"galore_residual": 0.0, "galore_rest_bits": 0}
 _MUON: dict[str, dict[str, Any]] = {
     BASELINE: {},
     "muon_8bit": _INT8,
     "muon_4bit": _INT4,
-    "muon_2bit": _INT2,
     "galore": _GALORE,
     "galore_8bit": _GALORE | _INT8,
     "galore_4bit": _GALORE | _INT4,
-    "galore_2bit": _GALORE | _INT2,
     "galore_plain": _NO_RESIDUAL,
     "galore_plain_8bit": _NO_RESIDUAL | _INT8,
 }
@@ -43,17 +40,10 @@ _ADAMW: dict[str, dict[str, Any]] = {"adamw": {}, "adamw_galore": _GALORE}
 NAMES = (*_MUON, *_ADAMW)
 """The variants; `adamw` and `adamw_galore` are AdamW for all parameters."""
 
-# All train equally long, on the same random numbers.
-_MUON_KEYS = {f.name for f in dataclasses.fields(OptimizerConfig)}
-_MUON_KEYS -= {"total_steps", "seed"}
-_ADAMW_KEYS = {
-    "lr", "weight_decay", "schedule", "min_lr_frac", "warmup_steps", "decay_start_frac",
-    "grad_clip", "adam_betas", "galore_rank", "galore_update_freq",
-}  # fmt: skip
-_LOW_RANK_KEYS = {key for key in _MUON_KEYS if key.startswith("galore_")}
-_LOW_RANK_KEYS |= {"hardware", "projector_bits"}
-_STORAGE_KEYS = {key for key in _MUON_KEYS if key.startswith("quant")}
-_STORAGE_KEYS |= {"stochastic_rounding"}
+_DECLARED = schema.declared(OptimizerConfig)
+# All variants train equally long, on the same random numbers.
+_MUON_KEYS = _DECLARED.keys() - {"total_steps", "seed"}
+_ADAMW_KEYS = {key for key, known in _DECLARED.items() if known.adamw}
 
 
 class Variant(NamedTuple):
@@ -73,16 +63,16 @@ class Variant(NamedTuple):
 def parse_variants(
     names: Sequence[str], config: Config, adamw_lr: float
 ) -> list[Variant]:
-    """Returns the variants of those names.
+    """Returns the variants by their names.
 
     Args:
       names: Names, each with settings or without.
-      config: Settings that all share but for what their names say.
+      config: Settings of all variants, unless their names set others.
       adamw_lr: Peak learning rate of the AdamW variants.
 
     Raises:
       ValueError: If a name or setting is not known, a value is not allowed, or a
-        variant is there twice.
+        variant is given twice.
     """
     variants, errors = [], []
     if len(set(names)) < len(names) or not names:
@@ -120,12 +110,12 @@ def _variant(text: str, config: Config, adamw_lr: float) -> Variant:
 
 
 def _idle_keys(config: Config) -> set[str]:
-    """Returns the settings that change nothing of this variant."""
-    idle = set() if config.use_galore else _LOW_RANK_KEYS
-    if config.use_8bit_optim:
-        return idle
-    basis = {"quant_block_size", "quant_scale_dtype", "quant_min_size"}
-    return idle | (_STORAGE_KEYS - basis if config.use_galore else _STORAGE_KEYS)
+    """Returns the settings without effect on a variant."""
+    return {
+        key
+        for key, known in _DECLARED.items()
+        if known.needs and not any(getattr(config, name) for name in known.needs)
+    }
 
 
 def _read(text: str, source: str) -> dict[str, Any]:

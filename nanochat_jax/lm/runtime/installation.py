@@ -1,4 +1,4 @@
-"""What may be wrong with an installation of JAX, and what to do about it."""
+"""Faults of an installation of JAX, each with its remedy."""
 
 import os
 from collections.abc import Callable, Iterable, Mapping
@@ -16,7 +16,7 @@ from nanochat_jax.lm.runtime.machine import version_of
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
 OPTIONAL = ("matplotlib", "tensorboardX", "wandb")
 PLUGINS = ("jax-cuda12-plugin", "jax-cuda13-plugin")
-# What else decides on what JAX computes.
+# Environment variables that choose the devices of JAX, or change its programs.
 VARIABLES = ("JAX_PLATFORMS", "CUDA_VISIBLE_DEVICES", "LD_LIBRARY_PATH", "XLA_FLAGS")
 _TOLERANCE = 1e-5
 
@@ -24,7 +24,7 @@ Device = Any  # `jax.Device`, which is a variable for type checkers
 
 
 class Problem(NamedTuple):
-    """What is wrong, and what to do about it."""
+    """A fault, and its remedy."""
 
     what: str
     remedy: str
@@ -35,15 +35,15 @@ def unmet_requirements(
     version: Callable[[str], str] = version_of,
     requires: Callable[[str], list[str] | None] = metadata.requires,
 ) -> list[Problem]:
-    """Returns where a package has not the version that another one asks for.
+    """Returns packages whose version is not the one that another package requires.
 
     Args:
-      packages: Packages whose requirements are looked at, if they are installed.
+      packages: Packages whose requirements are checked, if they are installed.
       version: Returns the version of a package.
       requires: Returns the requirements of a package.
     """
     installed = lambda package: version(package) != "not installed"
-    # With a plugin JAX asks for exact versions, which it does under these names.
+    # JAX pins the version of a plugin in an extra of this name.
     cuda = [plugin.split("-")[1] for plugin in PLUGINS if installed(plugin)]
     extras = ("", "train", *cuda)
     problems = []
@@ -65,7 +65,7 @@ def unmet_requirements(
 def plugin_problems(
     plugins: Mapping[str, str], platforms: Iterable[str], has_gpu: bool
 ) -> list[Problem]:
-    """Returns what keeps JAX from an NVIDIA GPU.
+    """Returns the reasons why JAX cannot use an NVIDIA GPU.
 
     Args:
       plugins: Installed CUDA plugins, with their versions.
@@ -101,10 +101,10 @@ def plugin_problems(
 
 
 def product_problems(errors: Mapping[str, float | str]) -> list[Problem]:
-    """Returns which devices do not multiply matrices as NumPy does.
+    """Returns devices whose product of matrices is not that of NumPy.
 
     Args:
-      errors: Relative error by device, or why the product failed.
+      errors: Relative error by device, or the message of a product that failed.
     """
     problems = []
     for device, error in errors.items():
@@ -118,7 +118,7 @@ def product_problems(errors: Mapping[str, float | str]) -> list[Problem]:
 
 
 def product_errors(devices: Iterable[Device]) -> dict[str, float | str]:
-    """Returns the error of a product on each device, or why it failed."""
+    """Returns the relative error of a product on each device, or its message."""
     errors: dict[str, float | str] = {}
     for device in devices:
         try:
@@ -129,11 +129,11 @@ def product_errors(devices: Iterable[Device]) -> dict[str, float | str]:
 
 
 def matmul_error(device: Device, size: int = 256) -> float:
-    """Returns the relative error of a float32 product on a device, by NumPy's.
+    """Returns the relative error of a float32 product, against NumPy's in float64.
 
     Args:
-      device: Where to compute.
-      size: Side of the matrices.
+      device: Device to compute on.
+      size: Rows and columns of the matrices.
     """
     a, b = np.random.default_rng(0).standard_normal((2, size, size), np.float32)
     put = lambda x: jax.device_put(x, device)
@@ -143,18 +143,18 @@ def matmul_error(device: Device, size: int = 256) -> float:
 
 
 def installed_plugins() -> dict[str, str]:
-    """Returns the CUDA plugins that are installed, with their versions."""
+    """Returns the versions of the installed CUDA plugins, by name."""
     found = {name: version_of(name) for name in PLUGINS}
     return {name: v for name, v in found.items() if v != "not installed"}
 
 
 def has_nvidia_gpu() -> bool:
-    """Returns whether the driver of an NVIDIA GPU is loaded, as Linux tells."""
+    """Returns whether the driver of an NVIDIA GPU is loaded, on Linux."""
     return Path("/proc/driver/nvidia/version").exists()
 
 
 def variables() -> dict[str, str]:
-    """Returns the variables of the environment that are set and matter."""
+    """Returns the environment variables of `VARIABLES` that are set."""
     return {name: os.environ[name] for name in VARIABLES if name in os.environ}
 
 

@@ -1,7 +1,7 @@
 """Several processes that train one model together: how they start, meet and end.
 
-Each runs the same program on its own devices. Process 0 alone logs and writes metrics;
-all write checkpoints.
+Each process runs the same program on its own devices. Process 0 alone logs and writes
+metrics; all processes write checkpoints.
 """
 
 import contextlib
@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping
 import jax
 
 from nanochat_jax.config import schema
-from nanochat_jax.lm.runtime import watchdog
+from nanochat_jax.lm.runtime.watchdog import coordination_client
 
 START_SECONDS = 300
 """How long processes wait for each other to start."""
@@ -22,7 +22,7 @@ START_SECONDS = 300
 COMPILE_SECONDS = 1800
 """How long processes that have compiled wait for the others."""
 
-# What launchers set for each of the processes that they start, to how many these are.
+# Environment variables in which launchers give the number of processes.
 _LAUNCHERS = ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE")
 
 
@@ -37,19 +37,19 @@ def joined(
 ) -> Iterator[None]:
     """Joins the other processes, if there are any, and leaves them in order.
 
-    Without arguments SLURM's and Open MPI's environment tell which these are. It must
-    come before anything that asks for devices. After an exception a process leaves at
-    once, as the others are waiting for what it will not compute.
+    Without arguments, the environment of SLURM or Open MPI gives the other processes.
+    To be entered before anything asks for devices. After an exception a process leaves
+    at once, since the others wait for results that it will not compute.
 
     Args:
       coordinator: Where process 0 listens, `HOST:PORT`.
       num_processes: Number of processes.
       process_id: Number of this one, from 0.
-      env: Environment.
+      env: Environment variables.
       timeout: Seconds to wait for the others.
 
     Raises:
-      ValueError: If the arguments are not usable, or process 0 does not answer.
+      ValueError: If the arguments are invalid, or process 0 does not answer.
     """
     given = (coordinator, num_processes, process_id)
     if coordinator is not None and num_processes is not None and process_id is not None:
@@ -64,7 +64,7 @@ def joined(
     elif not _is_launched(env):
         yield
         return
-    # JAX's own handler of SIGTERM would be in the way of `StopSignals`.
+    # JAX's own handler of SIGTERM would replace that of `StopSignals`.
     jax.config.update("jax_enable_preemption_service", False)
     jax.distributed.initialize(*given, initialization_timeout=timeout)
     yield
@@ -77,19 +77,18 @@ def is_first() -> bool:
 
 
 def meet(name: str, timeout: int = COMPILE_SECONDS) -> None:
-    """Waits until all processes are here.
+    """Waits until all processes have called this.
 
-    Collectives of the CPU give up on a process that is half a minute late, which one
-    may well be that compiles on a busy machine.
+    CPU collectives time out after 30 s; a process still compiling can exceed that.
 
     Args:
-      name: Name of the place; each is met at once.
+      name: Name of the barrier; use each name once.
       timeout: Seconds to wait.
 
     Raises:
-      TimeoutError: If processes are missing. It names them.
+      TimeoutError: If processes are missing; the message names them.
     """
-    client = watchdog.client()
+    client = coordination_client()
     if client is None:
         return
     client.key_value_set(f"{name}/{jax.process_index()}", "here")
@@ -148,7 +147,7 @@ def _several_hosts(env: Mapping[str, str]) -> bool:
 
 
 def _await_coordinator(coordinator: str, timeout: float) -> None:
-    """Waits for process 0 to listen. JAX would end the process without a word."""
+    """Waits for process 0 to listen; JAX would end this process without a message."""
     host, _, port = coordinator.rpartition(":")
     until, why = time.monotonic() + timeout, ""
     while time.monotonic() < until:

@@ -1,21 +1,53 @@
-"""An orderly stop on SIGTERM, as schedulers send it, and on Ctrl-C."""
+"""An orderly stop on SIGTERM, as schedulers send it, and on Ctrl-C.
 
+Signals are asked for between two steps. With several processes, all stop after the same
+step, though one alone got the signal.
+"""
+
+import contextlib
 import os
 import signal
 import sys
+from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import Any, Self
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Array
+
+from nanochat_jax.lm.runtime.watchdog import Watchdog
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 _SHOW_CURSOR = "\x1b[?25h"  # which a progress display hides
 
 
-class StopSignals:
-    """Takes the first signal as a request to stop, to be asked for between two steps.
+@contextlib.contextmanager
+def stopping(mesh: Mesh | None) -> Iterator["StopSignals | SharedStop"]:
+    """Handles signals, and watches over the other processes if there are any.
 
-    It is a context manager, for the main thread; leaving it brings back the handlers
-    that were there. A second signal ends the process at once, by the system, also while
-    a device or a disk is waited for.
+    Args:
+      mesh: Devices of all processes; needed if there are several.
+
+    Yields:
+      A function of the steps done that returns whether to stop.
+    """
+    with StopSignals() as own:
+        if mesh is None or jax.process_count() == 1:
+            yield own
+            return
+        with Watchdog() as watch:
+            yield SharedStop(own, mesh, watch.at)
+
+
+class StopSignals:
+    """Takes the first signal as a request to stop after the current step.
+
+    A context manager, for the main thread; leaving it restores the previous handlers. A
+    second signal ends the process at once, by the system, also while a device or a disk
+    is waited for.
 
     Example:
       >>> with StopSignals() as stop:
@@ -42,7 +74,7 @@ class StopSignals:
         """Returns whether to stop after this step.
 
         Args:
-          step: Steps done. With several processes they are to agree on it.
+          step: Steps done; `SharedStop` needs it, this process alone does not.
         """
         return self.received is not None
 
@@ -54,3 +86,47 @@ class StopSignals:
         cursor = _SHOW_CURSOR if sys.stderr.isatty() else ""
         text = f"{cursor}\n{self.received.name}: stopping after this step. A second "
         os.write(2, f"{text}signal stops at once, without a checkpoint.\n".encode())
+
+
+class SharedStop:
+    """Stops all processes after the same step, once one of them got a signal.
+
+    After each step the devices compute the largest signal received, and the host reads
+    the result of the step before. So no process waits for another on this account.
+
+    Attributes:
+      received: The signal that asked for the stop, if any did.
+    """
+
+    def __init__(
+        self, own: StopSignals, mesh: Mesh, at: Callable[[int], object] = lambda _: None
+    ):
+        """Compiles nothing yet.
+
+        Args:
+          own: Signals to this process.
+          mesh: Devices of all processes.
+          at: Called with the number of each step that is done.
+        """
+        self.received: signal.Signals | None = None
+        self._own, self._at = own, at
+        self._before: Array | None = None
+        self._each = NamedSharding(mesh, PartitionSpec(mesh.axis_names))
+        replicated = NamedSharding(mesh, PartitionSpec())
+        self._largest: Callable[[Array], Array] = jax.jit(
+            jnp.max, out_shardings=replicated
+        )
+
+    def __call__(self, step: int) -> bool:
+        """Returns whether to stop after this step; all processes get the same answer.
+
+        Args:
+          step: Steps done.
+        """
+        self._at(step)
+        own = np.full(jax.local_device_count(), self._own.received or 0, np.int32)
+        received = jax.make_array_from_process_local_data(self._each, own)
+        before, self._before = self._before, self._largest(received)
+        if before is not None and int(before):
+            self.received = signal.Signals(int(before))
+        return self.received is not None

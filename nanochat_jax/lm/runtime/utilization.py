@@ -1,16 +1,16 @@
-"""What a run uses of the machine: memory, and of the peak of its devices.
+"""Memory in use, bytes of arrays, and the share of the devices' peak that a run gets.
 
-Peaks are published for dense products of the tensor cores or matrix units, without
-sparsity, and counted per JAX device. Sources are the makers' data sheets: NVIDIA A100,
-H100, H200, L40S and HGX B200, the architecture papers of Ampere, Hopper and Ada, and
-the pages of Cloud TPU v4, v5e, v5p and v6e. Float32 products on NVIDIA GPUs run in
-TF32 in JAX by default, on TPUs in bfloat16, so these are the peaks to compare with.
+Peaks are the published ones of dense products, without sparsity, per JAX device.
+Sources: data sheets of NVIDIA A100, H100, H200, L40S and HGX B200, the architecture
+papers of Ampere, Hopper and Ada, and the pages of Cloud TPU v4, v5e, v5p and v6e. In
+JAX, float32 products run in TF32 on NVIDIA GPUs and in bfloat16 on TPUs by default, so
+`float32` has the peaks of these types.
 """
 
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +18,7 @@ from jax.typing import DTypeLike
 
 
 class Device(Protocol):
-    """What is asked of a `jax.Device`."""
+    """The part of a `jax.Device` that is needed here."""
 
     @property
     def device_kind(self) -> str:
@@ -36,7 +36,7 @@ class _Peak(NamedTuple):
 _A100 = _Peak(312, 156)
 _H100_SXM = _Peak(989.4, 494.7)
 
-# By the device's name in JAX, whole: a similar name may be a slower model or a slice.
+# By the full name of the device in JAX: a similar name may be a slower model.
 _PEAKS = {
     "NVIDIA A100-SXM4-40GB": _A100,
     "NVIDIA A100-SXM4-80GB": _A100,
@@ -83,13 +83,13 @@ def mfu(
 
     Args:
       tokens_per_s: Tokens trained on in a second, on all devices together.
-      flops_per_token: Operations the model needs for a token, without those of the
-        optimizer and of recomputation: `model.count_flops_per_token`.
-      devices: Devices that share the work.
+      flops_per_token: Operations of the model for a token, without the optimizer and
+        recomputation: `model.count_flops_per_token`.
+      devices: Devices of the run.
       dtype: Type of the products, `compute_dtype`.
 
     Returns:
-      The share of the devices' peak, from 0 to 1; `None` if a peak is not known.
+      The fraction of the devices' peak, from 0 to 1; `None` if a peak is not known.
     """
     peaks = [peak_flops(device, dtype) for device in devices]
     known = [peak for peak in peaks if peak is not None]
@@ -101,12 +101,21 @@ def mfu(
 def memory_in_use() -> int | None:
     """Returns the bytes in use on the fullest device of this process.
 
-    On the CPU they are the resident memory of the process; `None` where the system does
-    not tell.
+    On the CPU this is the resident memory of the process, or `None` where the system
+    does not report it.
     """
     stats = [device.memory_stats() for device in jax.local_devices()]
     held = [found["bytes_in_use"] for found in stats if found]
     return max(held) if held else _resident_bytes()
+
+
+def tree_bytes(tree: Any) -> int:
+    """Returns the bytes of the arrays of a tree, on all devices together.
+
+    Args:
+      tree: Arrays, or `jax.ShapeDtypeStruct`s.
+    """
+    return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))
 
 
 def _resident_bytes() -> int | None:

@@ -1,4 +1,9 @@
-"""TODO."""
+"""The numbers of a run while it trains: on the terminal, in files, in trackers.
+
+console   progress on a terminal, one line per log interval elsewhere
+jsonl     the metrics file of a run, `metrics.jsonl`
+trackers  TensorBoard and Weights & Biases
+"""
 
 from nanochat_jax.lm.tracking.console import (
     Display as Display,

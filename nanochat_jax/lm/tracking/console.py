@@ -1,7 +1,7 @@
-"""What a run shows while it trains: a progress display on a terminal, lines elsewhere.
+"""Display of a run while it trains: a progress bar on a terminal, lines elsewhere.
 
-Both take metrics by the names they have in `metrics.jsonl`. The numbers should be on
-the host already: turning a device array into text waits for the device.
+Metrics have the names of `metrics.jsonl`. Their values should be on the host already:
+formatting a device array waits for the device.
 """
 
 import abc
@@ -21,8 +21,8 @@ from rich.progress import (
 from rich.table import Column
 from rich.text import Text
 
-# The order in which they are shown; where there is no room for all, the first are kept.
-# Numbers are padded, so that those of one line stand below those of the line before.
+# In the order of the display; where there is no room for all, the last are left out.
+# Numbers are padded to the same width in every line.
 _TEXTS: dict[str, Callable[[float], str]] = {
     "loss": "loss {:.4f}".format,
     "val_loss": "val loss {:.4f}".format,
@@ -42,10 +42,14 @@ _GAP = "   "
 
 
 class Display(abc.ABC):
-    """What the trainer writes to; a context manager."""
+    """Display of progress and metrics; a context manager."""
 
     def __init__(self, progress: Progress):
-        """Shows the one task of `progress`, which also keeps the time."""
+        """Shows the only task of `progress`, which also measures the time.
+
+        Args:
+          progress: Bar with one task.
+        """
         self._progress = progress
         self._task = progress.tasks[0]
 
@@ -57,18 +61,18 @@ class Display(abc.ABC):
         self._progress.stop()
 
     def update(self, step: int, metrics: Mapping[str, Any] | None = None) -> None:
-        """Says that `step` steps are done; cheap enough for every step.
+        """Sets the number of steps done; cheap enough for every step.
 
         Args:
-          step: Steps of the whole run that are done.
-          metrics: New values of metrics to show, if any.
+          step: Steps of the run that are done.
+          metrics: New values of metrics, if any.
         """
         shown = {**self.latest, **(metrics or {})}
         self._progress.update(self._task.id, completed=step, metrics=shown)
 
     @property
     def latest(self) -> Mapping[str, Any]:
-        """The last value of each metric that was shown."""
+        """The last value of each metric."""
         return self._task.fields["metrics"]
 
     @abc.abstractmethod
@@ -76,12 +80,11 @@ class Display(abc.ABC):
         """Shows the metrics of a log interval.
 
         Args:
-          metrics: Values by name. `step` must be there; the others are shown if they
-            are.
+          metrics: Values by name, `step` among them.
         """
 
     def print(self, message: RenderableType) -> None:
-        """Prints a text as it is, or a table, above the bar if there is one."""
+        """Prints a text unchanged, or a table, above the bar if there is one."""
         self._progress.console.print(
             message, markup=False, highlight=False, soft_wrap=True
         )
@@ -104,7 +107,7 @@ class _Lines(Display):
 
 
 class _Bar(Display):
-    """Keeps the latest metrics below a bar; evaluations leave a line above it."""
+    """Shows the latest metrics below a bar; evaluations add a line above it."""
 
     def log(self, metrics: Mapping[str, Any]) -> None:
         self.update(metrics["step"], metrics)
@@ -116,10 +119,10 @@ class _Bar(Display):
 
 
 class _Panel(Progress):
-    """A bar, and below it the metrics."""
+    """A bar with the metrics below it."""
 
     def get_renderables(self) -> Iterable[RenderableType]:
-        """Yields the bar, and the metrics once there are any."""
+        """Yields the bar, and the metrics if there are any."""
         yield from super().get_renderables()
         if self.tasks and self.tasks[0].fields["metrics"]:
             yield _Metrics(self.tasks[0].fields["metrics"])
@@ -129,7 +132,7 @@ class _Metrics:
     """As many of the metrics as fit on two lines."""
 
     def __init__(self, metrics: Mapping[str, Any]):
-        # The loss of the last evaluation stands above the bar.
+        # The line above the bar has the loss of the last evaluation.
         texts = _texts(metrics, [name for name in _TEXTS if name != "val_loss"])
         self._texts = [" ".join(text.split()) for text in texts]
 
@@ -147,7 +150,7 @@ class _Metrics:
 
 
 class _TimeColumn(ProgressColumn):
-    """The time since the start, and the time left."""
+    """Elapsed and remaining time."""
 
     def render(self, task: Task) -> Text:
         left = "" if task.finished else f" eta {clock(task.time_remaining)}"
@@ -160,12 +163,9 @@ def make_display(
     """Returns a progress display if the console is a terminal, otherwise plain lines.
 
     Args:
-      total_steps: Steps of the whole run, including those before a resumption.
-      start_step: Steps done before this run.
-      console: Where to write; standard output if not given.
-
-    Returns:
-      The display, to be used as a context manager.
+      total_steps: Steps of the run, including those before a resumption.
+      start_step: Steps done before a resumption.
+      console: Console to write to; standard output if not given.
     """
     console = console or Console()
     on_terminal = console.is_terminal and not console.is_dumb_terminal
@@ -184,21 +184,21 @@ def make_display(
 
 
 def _texts(metrics: Mapping[str, Any], names: Iterable[str]) -> list[str]:
-    """Returns the texts of those metrics that have a value; counts of 0 are none."""
+    """Returns the texts of the metrics that have a value, without counts of 0."""
     known = [name for name in names if metrics.get(name) is not None]
     shown = [name for name in known if name not in _COUNTS or metrics[name]]
     return [_TEXTS[name](float(metrics[name])) for name in shown]
 
 
 def _styled(line: str) -> Text:
-    """Returns a line with its numbers standing out from their names."""
+    """Returns a line with bold numbers and dim names."""
     text = Text(line, style="dim", no_wrap=True)
     text.highlight_regex(r"(?<!\S)(nan|[-+]?(inf|\d\S*))(?= |$)", "not dim bold")
     return text
 
 
 def short(count: float) -> str:
-    """Returns a number with at most four digits and a decimal prefix, as `12.3k`."""
+    """Returns a number with at most four digits and a decimal prefix, like `12.3k`."""
     for prefix in ("", "k", "M", "G"):
         if abs(count) < 999.95:
             return f"{count:.0f}" if not prefix else f"{count:.1f}{prefix}"
@@ -207,7 +207,7 @@ def short(count: float) -> str:
 
 
 def clock(seconds: float | None) -> str:
-    """Returns hours, minutes and seconds; dashes for a time that is not known."""
+    """Returns hours, minutes and seconds; dashes for an unknown time."""
     if seconds is None:
         return "-:--:--"
     return str(datetime.timedelta(seconds=round(seconds)))

@@ -1,9 +1,9 @@
-"""The metrics of a run, `metrics.jsonl`: one JSON object a line.
+"""The metrics file of a run, `metrics.jsonl`: one JSON object per line.
 
-Fields are `step, tokens, loss, lr, grad_norm, tokens_per_s, elapsed_s`, where they are
-known `memory_bytes`, `mfu`, `optimizer_share` and `skipped`, and at evaluations
-`val_loss, val_bpb`. JSON has no infinities and no NaN, so a number that is
-not finite is written as `null`; a value that is not there at all is left out.
+Keys: `step, tokens, loss, lr, grad_norm, tokens_per_s, elapsed_s`; where they are known
+`memory_bytes, mfu, optimizer_share, skipped`; at evaluations `val_loss, val_bpb`. JSON
+has no infinities and no NaN, so a number that is not finite is written as `null`.
+Missing values have no key.
 """
 
 import contextlib
@@ -13,21 +13,21 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import IO, Any
 
-from nanochat_jax.lm.runtime import replacing
+from nanochat_jax.lm.runtime import write_text
 
 
 class MetricsWriter(contextlib.AbstractContextManager["MetricsWriter", None]):
     """Appends to a metrics file.
 
-    Every line is handed to the system when `write` returns: a run that is killed loses
-    at most the line it was writing.
+    Every line is flushed before `write` returns: a run that is killed loses at most the
+    line it was writing.
 
     Attributes:
       path: The file.
     """
 
     def __init__(self, path: str | Path):
-        """Settles the path; file and folder are made when something is written.
+        """Stores the path; file and folder are made by the first `write`.
 
         Args:
           path: File to append to.
@@ -58,9 +58,9 @@ class MetricsWriter(contextlib.AbstractContextManager["MetricsWriter", None]):
         self._file.flush()
 
     def resume(self, step: int) -> None:
-        """Drops the lines after `step`, and what a crash left of the last line.
+        """Drops the lines after `step`, and an incomplete last line.
 
-        A run that resumes from a checkpoint takes the steps after it a second time.
+        A run that resumes from a checkpoint takes the later steps a second time.
 
         Args:
           step: Step of the checkpoint. -1 drops everything.
@@ -72,13 +72,11 @@ class MetricsWriter(contextlib.AbstractContextManager["MetricsWriter", None]):
             return
         kept = [record for record in read_metrics(self.path) if record["step"] <= step]
         self.close()
-        lines = [json.dumps(record) + "\n" for record in kept]
-        with replacing(self.path) as temporary:
-            temporary.write_text("".join(lines), encoding="utf-8")
+        write_text(self.path, "".join(json.dumps(record) + "\n" for record in kept))
 
 
 def numbers(values: Mapping[str, Any]) -> dict[str, int | float]:
-    """Returns the numbers of Python among metrics.
+    """Returns metrics as numbers of Python.
 
     Args:
       values: Numbers, or arrays of one number, by name; `None` is left out.
@@ -91,8 +89,8 @@ def read_metrics(path: str | Path) -> list[dict[str, Any]]:
     """Reads a metrics file.
 
     Args:
-      path: File to read. It may be that of a run in progress: a last line that is not
-        complete is passed over.
+      path: File to read, possibly of a run in progress: an incomplete last line is
+        skipped.
 
     Returns:
       The lines in order. `None` stands for a number that was not finite.
@@ -104,7 +102,7 @@ def read_metrics(path: str | Path) -> list[dict[str, Any]]:
     path = Path(path)
     if not path.is_file():
         raise ValueError(f"{path}: no such file. Give the `metrics.jsonl` of a run.")
-    *lines, rest = path.read_text(encoding="utf-8", errors="replace").split("\n")
+    *lines, last = path.read_text(encoding="utf-8", errors="replace").split("\n")
     records = [_record(line) for line in lines]
     wrong = [number for number, record in enumerate(records, 1) if record is None]
     if wrong:
@@ -112,12 +110,11 @@ def read_metrics(path: str | Path) -> list[dict[str, Any]]:
             f"{path}: every line must be a JSON object with a `step`, which lines "
             f"{wrong} are not. Delete them, or write to another directory."
         )
-    last = _record(rest)
-    return [r for r in [*records, last] if r is not None]
+    return [r for r in [*records, _record(last)] if r is not None]
 
 
 def _record(line: str) -> dict[str, Any] | None:
-    """Returns the object on a line, or nothing if it does not hold one."""
+    """Returns the object on a line, or `None` if it holds none with a `step`."""
     try:
         record = json.loads(line)
     except ValueError:
@@ -126,5 +123,5 @@ def _record(line: str) -> dict[str, Any] | None:
 
 
 def _as_json(number: int | float) -> int | float | None:
-    """Returns a number, or nothing for one that JSON cannot hold."""
+    """Returns a number, or `None` for one that JSON cannot hold."""
     return number if math.isfinite(number) else None

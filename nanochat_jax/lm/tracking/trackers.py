@@ -1,8 +1,8 @@
-"""Where the metrics of a run go: its file, and TensorBoard or Weights & Biases.
+"""Sinks of metrics: TensorBoard and Weights & Biases.
 
-`metrics.MetricsWriter` is the sink that every run has. The others need a package each,
-the extras `tensorboard` and `wandb`, which is imported when such a sink is made. Names
-of metrics are those of `metrics.jsonl` everywhere.
+`jsonl.MetricsWriter` is a sink too, and every run has it. These need a package each
+(extras `tensorboard` and `wandb`), imported when the sink is made. Metrics have the
+names of `metrics.jsonl` everywhere.
 """
 
 import importlib
@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
-from nanochat_jax.lm.runtime import replacing
+from nanochat_jax.lm.runtime import write_text
 from nanochat_jax.lm.tracking.jsonl import numbers
 
 
@@ -24,29 +24,29 @@ class Sink(Protocol):
     def resume(self, step: int) -> None:
         """Prepares for a run that goes on after `step`; -1 for one that begins.
 
-        Without it the run goes on where the sink stopped. To be called before anything
-        is written: what was written for later steps is not to be there twice.
+        To be called before anything is written, so that later steps that were written
+        already do not appear twice. Without it the sink goes on where it stopped.
         """
         ...
 
     def write(self, values: Mapping[str, Any]) -> None:
-        """Takes numbers, or arrays of one number, by name; `step` is among them."""
+        """Writes numbers, or arrays of one number, by name; `step` is among them."""
         ...
 
     def close(self) -> None:
-        """Writes out what is held back."""
+        """Writes out buffered metrics."""
         ...
 
 
 class TensorBoardSink:
     """Writes event files for TensorBoard.
 
-    Event files are only ever added to. So a run that is resumed marks, in a new one,
-    the step from which on TensorBoard hides what the older ones hold.
+    Event files cannot be shortened. So a resumed run starts a new file with a mark,
+    from whose step on TensorBoard hides the values of older files.
     """
 
     def __init__(self, directory: str | Path):
-        """Settles the folder; it is made when something is written.
+        """Stores the folder, which the first `write` makes.
 
         Args:
           directory: Folder of the run's event files.
@@ -60,7 +60,7 @@ class TensorBoardSink:
         self._writer: Any = None
 
     def resume(self, step: int) -> None:
-        """Has TensorBoard hide what was written after `step`."""
+        """Makes TensorBoard hide values after `step`."""
         self._first = step + 1
 
     def write(self, values: Mapping[str, Any]) -> None:
@@ -69,7 +69,7 @@ class TensorBoardSink:
             self._writer = self._package.SummaryWriter(
                 str(self._directory),
                 purge_step=self._first,
-                # Names only have whole seconds, and a file of the same name is lost.
+                # Names have whole seconds only, and equal names overwrite each other.
                 filename_suffix=f".{time.time_ns()}",
             )
         scalars = numbers(values)
@@ -88,16 +88,16 @@ class TensorBoardSink:
 class WandbSink:
     """Logs to Weights & Biases, without the network unless the user asks for it.
 
-    The run is kept on this machine, for `wandb sync` to upload it. With the environment
+    The run is stored on this machine, for `wandb sync` to upload. With the environment
     variable `WANDB_MODE=online` it is uploaded while it trains.
 
-    What was logged cannot be taken back. So the folder also has a file that says which
-    run it is and up to which step it was logged, and a run that is resumed logs later
-    steps only: its numbers for the others are the same.
+    Logged values cannot be removed. So the folder has a file with the id of the run and
+    its last logged step, and a resumed run logs later steps only; the numbers of the
+    others are the same.
     """
 
     def __init__(self, project: str, config: Mapping[str, Any], directory: str | Path):
-        """Settles what is logged; nothing is before something is written.
+        """Stores the arguments; the first `write` starts the run.
 
         Args:
           project: Project of the run.
@@ -115,12 +115,12 @@ class WandbSink:
         self._logged = -1
 
     def resume(self, step: int) -> None:
-        """Goes on with the run of the folder, or begins another if `step` is -1."""
+        """Goes on with the run of the folder, or starts another if `step` is -1."""
         if step < 0:
             self._file.unlink(missing_ok=True)
 
     def write(self, values: Mapping[str, Any]) -> None:
-        """Logs the numbers, if their step was not logged before."""
+        """Logs the numbers, unless their step was logged before."""
         if self._run is None:
             self._run = self._begin()
         logged = numbers(values)
@@ -131,13 +131,13 @@ class WandbSink:
             self._remember()
 
     def close(self) -> None:
-        """Ends the run, or this part of it."""
+        """Ends the run, or this part of a resumed run."""
         if self._run is not None:
             self._run.finish()
             self._run = None
 
     def _begin(self) -> Any:
-        """Starts the run, or goes on with that of the folder."""
+        """Starts a run, or goes on with the run of the folder."""
         self._directory.mkdir(parents=True, exist_ok=True)
         name = secrets.token_hex(4)
         if self._file.exists():
@@ -152,18 +152,17 @@ class WandbSink:
             mode=mode,
             # Offline there is nothing to look the run up in.
             resume="allow" if mode == "online" else None,
-            # It would take the terminal from the progress display.
+            # Else it takes the terminal from the progress display.
             settings=self._package.Settings(console="off"),
         )
 
     def _remember(self) -> None:
         text = json.dumps({"id": self._run.id, "step": self._logged})
-        with replacing(self._file) as temporary:
-            temporary.write_text(text + "\n", encoding="utf-8")
+        write_text(self._file, text + "\n")
 
 
 def _load(package: str, extra: str) -> Any:
-    """Imports an optional package, or says how to get it."""
+    """Imports an optional package, or raises with the way to install it."""
     try:
         return importlib.import_module(package)
     except ModuleNotFoundError as error:

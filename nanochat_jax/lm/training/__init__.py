@@ -1,7 +1,21 @@
-"""TODO."""
+"""Training: the pure compiled step, and the loop of the host around it.
+
+run              settings, data, model and optimizer of a run, before it trains
+step             the training step: gradient, guard, update; its state
+accumulate       mean loss and gradient over microbatches
+guard            skips steps that are not finite or are spikes
+device_batches   batches on the devices that work on them
+loop             what the host does between two steps
+reporter         metrics, evaluations, speed and samples, at their intervals
+evaluation       validation loss
+text_samples     samples of text from a model in training
+optimizer_share  the optimizer's part of the time of a step
+profiler         a trace of some steps
+resume           which settings may differ on resumption; states stored otherwise
+"""
 
 from nanochat_jax.lm.training import resume as resume
-from nanochat_jax.lm.training.accumulate import accumulator_bytes as accumulator_bytes
+from nanochat_jax.lm.training.accumulate import sum_dtype as sum_dtype
 from nanochat_jax.lm.training.loop import fit as fit
 from nanochat_jax.lm.training.optimizer_share import (
     OptimizerShare as OptimizerShare,
@@ -11,9 +25,10 @@ from nanochat_jax.lm.training.profiler import (
     StepProfiler as StepProfiler,
     parse_steps as parse_steps,
 )
+from nanochat_jax.lm.training.reporter import Reporter as Reporter
 from nanochat_jax.lm.training.run import (
     Run as Run,
-    prepare as prepare,
+    make_run as make_run,
     train_batches as train_batches,
 )
 from nanochat_jax.lm.training.step import (

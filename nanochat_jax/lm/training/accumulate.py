@@ -1,4 +1,4 @@
-"""The mean gradient over microbatches, in full or in GaLore's low-rank space.
+"""The mean gradient over microbatches.
 
 Axes: A microbatches, B sequences, S tokens of a sequence.
 """
@@ -11,9 +11,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float32, Int32
 
-from nanochat_jax.config import Config
 from nanochat_jax.lm.model import Params
-from nanochat_jax.transforms import project_gradients
 
 Loss = Callable[[Params, Array], Float32[Array, ""]]
 
@@ -47,39 +45,12 @@ def mean_gradient(
         None,
     )
     like = jax.eval_shape(evaluate, batch[0])
-    zero = jax.tree.map(lambda x: jnp.zeros(x.shape, _sum_dtype(x)), like)
+    zero = jax.tree.map(lambda x: jnp.zeros(x.shape, sum_dtype(x)), like)
     total, _ = jax.lax.scan(add, zero, batch)
     mean = lambda total, x: (total / batch.shape[0]).astype(x.dtype)
     return jax.tree.map(mean, total, like)
 
 
-def accumulator_bytes(
-    config: Config, tx: optax.GradientTransformation, params: Params
-) -> dict[str, int]:
-    """Returns the bytes in which gradients are added up over microbatches.
-
-    Args:
-      config: Settings of the run.
-      tx: Its optimizer.
-      params: Shapes and types of its parameters.
-
-    Returns:
-      `refresh`, on steps that change GaLore's bases or if there are none, and `usual`,
-      on the others. Both are 0 without accumulation.
-    """
-    if config.grad_accum_steps == 1:
-        return {"refresh": 0, "usual": 0}
-    usual = params
-    if config.accumulates_low_rank:
-        state = jax.eval_shape(tx.init, params)
-        project = lambda state, grads: project_gradients(tx, state, grads, params)
-        usual = jax.eval_shape(project, state, params)
-    count = lambda tree: sum(
-        x.size * _sum_dtype(x).itemsize for x in jax.tree.leaves(tree)
-    )
-    return {"refresh": count(params), "usual": count(usual)}
-
-
-def _sum_dtype(x: Any) -> Any:
+def sum_dtype(x: Any) -> Any:
     """Returns the type in which arrays like `x` are added up."""
     return jnp.promote_types(x.dtype, jnp.float32)

@@ -28,15 +28,10 @@ def feed(
     Yields:
       A step and its batch.
     """
-    config, rows = run.config, None
-    count = config.batch_size
-    if run.mesh is not None:
-        first = np.arange(config.grad_accum_steps)[:, None] * count
-        rows = (first + activation_sharding.own_rows(run.mesh, count)).ravel()
-    batches = train_batches(config, run.corpus, rows).prefetch(start, stop)
-    with contextlib.closing(batches):
-        for step, batch in batches:
-            own = batch.reshape(config.grad_accum_steps, -1, batch.shape[-1])
+    count = run.config.batch_size
+    batches = train_batches(run.config, run.corpus, _own_rows(run, count))
+    with contextlib.closing(batches.prefetch(start, stop)) as reading:
+        for step, own in reading:
             yield step, _put(run, own, count)
 
 
@@ -50,12 +45,14 @@ def feed_evaluation(run: Run) -> list[Int32[Array | np.ndarray, "B S+1"]]:
         limit=config.eval_batches,
     )
     count = len(batches[0])
-    rows = (
-        slice(None)
-        if run.mesh is None
-        else activation_sharding.own_rows(run.mesh, count)
-    )
-    return [_put(run, batch[rows], count) for batch in batches]
+    rows = _own_rows(run, count)
+    own = batches if rows is None else [batch[rows] for batch in batches]
+    return [_put(run, batch, count) for batch in own]
+
+
+def _own_rows(run: Run, count: int) -> np.ndarray | None:
+    """Returns which of `count` sequences this process reads; `None` for all."""
+    return run.mesh and activation_sharding.own_rows(run.mesh, count)
 
 
 def _put(run: Run, own: np.ndarray, count: int) -> Array | np.ndarray:

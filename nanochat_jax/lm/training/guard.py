@@ -1,4 +1,4 @@
-"""Steps that would do harm are skipped, inside the compiled step.
+"""Skips harmful steps, inside the compiled step.
 
 A step is skipped if its loss or its gradient is not finite, or, if that is asked for,
 far above the usual. Then parameters and state of the optimizer stay as they are to the
@@ -15,23 +15,23 @@ import optax
 from jaxtyping import Array, Bool, Float32, Int32
 
 WINDOW = 128
-"""Steps that running means reach back, and before which no step is a spike."""
+"""Length of the running means in steps; no earlier step counts as a spike."""
 
 
 class Guard(NamedTuple):
-    """What is remembered of the steps so far.
+    """Counts of steps, and running statistics of loss and gradient norm.
 
     Attributes:
       taken: Steps that were not skipped.
-      skipped: Steps that were.
-      in_a_row: Of these, the ones after the last step that was not.
+      skipped: Steps that were skipped.
+      consecutive_skips: Consecutive skipped steps up to now.
       mean: Running means of loss and gradient norm, over the steps taken.
       variance: Their running variances.
     """
 
     taken: Int32[Array, ""]
     skipped: Int32[Array, ""]
-    in_a_row: Int32[Array, ""]
+    consecutive_skips: Int32[Array, ""]
     mean: Float32[Array, "2"]
     variance: Float32[Array, "2"]
 
@@ -50,14 +50,14 @@ def judge(
     """Decides whether a step is taken.
 
     Args:
-      guard: What is remembered of the steps before.
+      guard: Counts and statistics of the steps before.
       loss: Loss of the step.
       grad_norm: Norm of its gradient.
       spike_skip: Standard deviations above the running mean that are too many, for
         either; 0 for any number.
 
     Returns:
-      Whether the step is taken, and what is remembered after it.
+      Whether the step is taken, and the guard after it.
     """
     seen = jnp.stack([loss, grad_norm]).astype(jnp.float32)
     take = jnp.isfinite(seen).all()
@@ -70,11 +70,13 @@ def judge(
     after = Guard(
         guard.taken + 1,
         guard.skipped,
-        jnp.zeros_like(guard.in_a_row),
+        jnp.zeros_like(guard.consecutive_skips),
         guard.mean + weight * off,
         (1 - weight) * (guard.variance + weight * off**2),
     )
-    passed = guard._replace(skipped=guard.skipped + 1, in_a_row=guard.in_a_row + 1)
+    passed = guard._replace(
+        skipped=guard.skipped + 1, consecutive_skips=guard.consecutive_skips + 1
+    )
     return take, jax.tree.map(lambda x, y: jnp.where(take, x, y), after, passed)
 
 
@@ -95,7 +97,7 @@ def update_if(
       params: Parameters.
 
     Returns:
-      Parameters and state.
+      The parameters and the state after it.
     """
 
     def once(_: Array, carry: Any) -> Any:
@@ -106,20 +108,20 @@ def update_if(
         )
         return spent, opt_state, optax.apply_updates(params, updates)
 
-    # A loop that runs once or not at all. Compilers update what a loop carries in
-    # place, while under `lax.cond` they plan a second copy of the gradients.
+    # A loop of one iteration or none, in place of `lax.cond`: compilers update the
+    # carry of a loop in place, but plan a second copy of the gradients for a branch.
     carry = (grads, opt_state, params)
     _, opt_state, params = jax.lax.fori_loop(0, take.astype(jnp.int32), once, carry)
     return params, opt_state
 
 
 def check(values: Mapping[str, Any], step: int, most: int) -> int:
-    """Stops a run of which too many steps in a row were skipped.
+    """Raises an error after too many consecutive skipped steps.
 
     Args:
       values: Metrics of a step. They are waited for.
       step: Steps done, that one among them.
-      most: Skipped steps in a row at which a run stops.
+      most: Consecutive skipped steps at which a run stops.
 
     Returns:
       Steps skipped so far.
@@ -127,14 +129,14 @@ def check(values: Mapping[str, Any], step: int, most: int) -> int:
     Raises:
       FloatingPointError: If that many were skipped.
     """
-    if int(values["in_a_row"]) >= most:
+    if int(values["consecutive_skips"]) >= most:
         raise FloatingPointError(_complaint(values, step))
     return int(values["skipped"])
 
 
 def _complaint(values: Mapping[str, Any], step: int) -> str:
     """Returns why a run stops, and what to do."""
-    row = int(values["in_a_row"])
+    row = int(values["consecutive_skips"])
     seen = {
         "loss": float(values["loss"]),
         "gradient norm": float(values["grad_norm"]),

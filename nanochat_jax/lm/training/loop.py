@@ -2,18 +2,16 @@
 
 import contextlib
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import jax
 
 from nanochat_jax.config import Config
 from nanochat_jax.lm.checkpoints import Checkpoints
-from nanochat_jax.lm.tracking import Display, Sink
 from nanochat_jax.lm.training import guard
 from nanochat_jax.lm.training.device_batches import feed
-from nanochat_jax.lm.training.optimizer_share import OptimizerShare
 from nanochat_jax.lm.training.profiler import StepProfiler
-from nanochat_jax.lm.training.reporter import Reporter, Sample, due
+from nanochat_jax.lm.training.reporter import Reporter, due
 from nanochat_jax.lm.training.run import Run
 from nanochat_jax.lm.training.step import TrainState
 
@@ -22,30 +20,26 @@ def fit(
     run: Run,
     state: TrainState,
     train_step: jax.stages.Compiled,
+    reporter: Reporter,
     *,
     low_rank_step: jax.stages.Compiled | None = None,
-    display: Display,
-    sinks: Sequence[Sink] = (),
     checkpoints: Checkpoints | None = None,
-    sample: Sample | None = None,
     profiler: StepProfiler | None = None,
-    share: OptimizerShare | None = None,
     stop: Callable[[int], bool] = lambda step: False,
 ) -> TrainState:
     """Trains from `state` to the last step of the run, or until it is to stop.
 
     Args:
-      run: What to train.
-      state: Where to begin; it is donated.
+      run: The run.
+      state: Initial state; it is donated.
       train_step: The compiled step, from `compile_train_step`.
-      low_rank_step: The step for when no basis changes, from `compile_low_rank_step`.
-      display: Where progress is shown.
-      sinks: Where metrics are written.
-      checkpoints: Where states are saved, if anywhere.
-      sample: Returns text for parameters and step, shown every `sample_interval` steps.
-      profiler: What traces some of the steps.
-      share: What times the optimizer, at the first steps whose metrics are logged.
-      stop: Asked after each step, with the steps done, whether to save and stop there.
+      reporter: Reporter of the run, from the step of `state` on.
+      low_rank_step: Compiled step for steps that change no basis, from
+        `compile_low_rank_step`.
+      checkpoints: Checkpoints to save states to, if any.
+      profiler: Tracer of some of the steps.
+      stop: Function of the steps done, called after each step: whether to save and stop
+        there.
 
     Returns:
       The state after the last step.
@@ -54,8 +48,7 @@ def fit(
       FloatingPointError: If `max_skipped_steps` in a row were skipped, or a validation
         loss is not finite. No checkpoint of that step is left.
     """
-    config, first = run.config, int(state.step)
-    reporter = Reporter(run, first, display, sinks, sample, share)
+    config, first, share = run.config, int(state.step), reporter.share
     if first == 0:
         reporter.start(state.params)
     skipped, previous = int(state.guard.skipped), None
@@ -85,10 +78,9 @@ def fit(
 
 
 def changes_bases(config: Config, state: TrainState, step: int, skipped: int) -> bool:
-    """Returns whether GaLore, which counts the steps taken, changes its bases on one.
+    """Returns whether GaLore, which counts the steps taken, changes bases on a step.
 
-    Whether the step before, still in flight, is among the `skipped` is waited for only
-    if the answer hangs on it.
+    Blocks on the previous step only if the answer depends on whether it was skipped.
     """
     if (step - skipped) % config.galore_update_freq > 1:
         return False

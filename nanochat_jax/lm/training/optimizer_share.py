@@ -1,4 +1,4 @@
-"""Timing of what is compiled: a call, and the optimizer's share of a step in a run."""
+"""Timing: a compiled call, and the optimizer's share of a training step."""
 
 import statistics
 import time
@@ -18,15 +18,15 @@ R = TypeVar("R")
 State = TypeVar("State", bound=Any)  # a `TrainState`
 
 TURNS = 5
-"""Steps whose share is measured; after that it is known well enough."""
+"""Number of steps to measure, enough for a stable median."""
 
 
 def timed(call: Callable[[T], R], argument: T) -> tuple[float, R]:
-    """Returns the seconds of a call, and what it returned once that is there.
+    """Returns the seconds of a call until its result is ready, and the result.
 
     Args:
-      call: What to time.
-      argument: Its argument, which is waited for before.
+      call: Function to time.
+      argument: Its argument; it is ready before the clock starts.
     """
     jax.block_until_ready(argument)
     started = time.perf_counter()
@@ -44,7 +44,7 @@ class OptimizerShare:
     same bit for bit.
 
     Attributes:
-      seconds: Time spent on it so far, which is not that of training.
+      seconds: Time spent on it so far; the speed of training leaves it out.
     """
 
     def __init__(self, run: Run):
@@ -85,7 +85,7 @@ class OptimizerShare:
           batch: Its batch, int32 `[A, B, S + 1]`.
 
         Returns:
-          What the step returned.
+          State and metrics, from `train_step`.
         """
         passes = lambda params: self._passes(params, batch)
         with activation_sharding.using(self._mesh):

@@ -15,7 +15,7 @@ class StepProfiler:
     """
 
     def __init__(self, start: int, stop: int, directory: str | Path):
-        """Settles what is traced, and where the trace goes.
+        """Records which steps to trace; no trace starts yet.
 
         Args:
           start: First step to trace.
@@ -46,7 +46,7 @@ class StepProfiler:
     def close(self) -> None:
         """Writes the trace, if one is being made."""
         if self._annotation is not None:
-            # Steps are dispatched ahead, and the last one is to be in the trace whole.
+            # Dispatch is asynchronous: wait, so that the trace has the whole last step.
             jax.block_until_ready(jax.live_arrays())
             self._end_step()
             self._annotation = None

@@ -1,4 +1,4 @@
-"""What a run tells of itself: metrics, evaluations, its speed, and samples of text."""
+"""Reports of a run: metrics, evaluations, speed, and samples of text."""
 
 import math
 import time
@@ -21,7 +21,11 @@ Sample = Callable[[Params, int], str]
 
 
 class Reporter:
-    """Tells display and sinks of a run, at the intervals that its settings give."""
+    """Reports of a run to a display and sinks, at the intervals of its settings.
+
+    Attributes:
+      share: Measurement of the optimizer's share of a step, or `None`.
+    """
 
     def __init__(
         self,
@@ -31,6 +35,7 @@ class Reporter:
         sinks: Sequence[Sink] = (),
         sample: Sample | None = None,
         share: OptimizerShare | None = None,
+        clock: Callable[[], float] = time.perf_counter,
     ):
         """Starts the clock.
 
@@ -40,18 +45,19 @@ class Reporter:
           display: Where metrics and samples are shown.
           sinks: Where metrics are written.
           sample: Returns text from the model, if there is to be any.
-          share: What measures the optimizer's share of a step, if it is to be known.
+          share: Measures the optimizer's share of a step, if that is asked for.
+          clock: Returns seconds.
         """
         self._config = run.config
         self._devices = (
             jax.devices()[:1] if run.mesh is None else [*run.mesh.devices.flat]
         )
         self._display, self._sinks = display, sinks
-        self._sample, self._share = sample, share
+        self._sample, self.share = sample, share
         self._evaluate = Evaluator(run)
         self._rate = schedule(run.config, run.config.lr)
         self._flops = count_flops_per_token(run.config, run.config.sequence)
-        self._started = time.perf_counter()
+        self._clock, self._started = clock, clock()
         self._measure_from(step)
 
     def start(self, params: Params) -> None:
@@ -60,12 +66,12 @@ class Reporter:
         self._measure_from(0)
 
     def step(self, done: int, params: Params, values: Mapping[str, Any]) -> None:
-        """Reports what is due after a step. Only if anything is, it is waited for.
+        """Reports the metrics due after a step; blocks on the step only if any are.
 
         Args:
           done: Steps done.
           params: Parameters after it.
-          values: What it returned.
+          values: Its metrics.
 
         Raises:
           FloatingPointError: If the validation loss is not finite.
@@ -90,7 +96,7 @@ class Reporter:
         """Returns the metrics of a step, and the speed since the last report."""
         config = self._config
         loss, skipped = float(values["loss"]), int(values["skipped"])
-        now, (since, started) = time.perf_counter(), self._from
+        now, (since, started) = self._clock(), self._from
         tokens = (done - since) * config.tokens_per_step
         speed = tokens / (now - self._aside - started)
         devices = self._devices
@@ -102,7 +108,7 @@ class Reporter:
             "skipped": skipped or None,
             "tokens_per_s": speed,
             "mfu": utilization.mfu(speed, self._flops, devices, config.compute_dtype),
-            "optimizer_share": self._share and self._share.median,
+            "optimizer_share": self.share and self.share.median,
             "memory_bytes": utilization.memory_in_use(),
             "elapsed_s": now - self._started,
         }
@@ -121,13 +127,13 @@ class Reporter:
             )
 
     def _measure_from(self, done: int) -> None:
-        """Starts to measure speed anew: what was done meanwhile is no training."""
-        self._from = done, time.perf_counter() - self._aside
+        """Restarts the measurement of speed, so that it leaves out reports."""
+        self._from = done, self._clock() - self._aside
 
     @property
     def _aside(self) -> float:
         """Seconds that were spent on measuring the optimizer."""
-        return self._share.seconds if self._share else 0.0
+        return self.share.seconds if self.share else 0.0
 
 
 def due(step: int, interval: int) -> bool:

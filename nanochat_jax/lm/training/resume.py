@@ -1,4 +1,4 @@
-"""What a resumed run may change, and how a state moves to another storage."""
+"""Resumption: settings that may change, and states in another storage."""
 
 import dataclasses
 import functools
@@ -10,47 +10,21 @@ import optax
 from jax.tree_util import keystr
 from jaxtyping import Array, Int32
 
-from nanochat_jax.config import Config
-from nanochat_jax.lm.checkpoints import Checkpoints, differences
+from nanochat_jax.config import Config, schema
+from nanochat_jax.lm.checkpoints import Checkpoints, differences, record
 from nanochat_jax.lm.model import build_optimizer
-from nanochat_jax.lm.training.run import FORMAT, Run
-from nanochat_jax.lm.training.step import TrainState, abstract_state, state_places
+from nanochat_jax.lm.training.run import Run
+from nanochat_jax.lm.training.step import TrainState, abstract_state, state_shardings
 from nanochat_jax.transforms import dequantize, quantize
 
-# Settings under which a resumed run may differ and still be the same run.
-RESUMABLE = (
-    "checkpoint_interval",
-    "data_path",  # the ids themselves must agree
-    "eval_batches",
-    "eval_interval",
-    "keep_checkpoint_every",
-    "keep_last_checkpoints",
-    "log_interval",
-    "max_skipped_steps",
-    "measure_optimizer",
-    "mesh",
-    "sample_interval",
-    "sample_prompt",
-    "sample_tokens",
-    "spike_skip",
-    "tokenizer",
-)
+RESUMABLE = schema.affecting(Config, "course", "nothing")
+"""Settings that may change when a run is resumed."""
 
-# Settings that say how the optimizer's state is stored, not what it is.
-STORAGE = (
-    "projector_bits",
-    "quant_bits",
-    "quant_block_size",
-    "quant_codec",
-    "quant_min_size",
-    "quant_scale_dtype",
-    "quantize_embeddings",
-    "stochastic_rounding",
-    "use_8bit_optim",
-)
+STORAGE = schema.affecting(Config, "storage")
+"""Settings of how the optimizer's state is stored, not of which numbers it holds."""
 
 Change = Literal["codec", "data", "tokenizer"]
-"""What may differ if that is asked for, by `--allow-...-change`."""
+"""Differences that `--allow-...-change` permits."""
 
 CHANGES: dict[Change, list[str]] = {
     "codec": [f"config.{name}" for name in STORAGE],
@@ -71,10 +45,10 @@ def restore(
     Args:
       run: The run to resume.
       checkpoints: Where its states are.
-      allow: What may differ: "codec", how the optimizer's state is stored, which is
-        then decoded and stored anew; "data", what is trained on from here; "tokenizer",
-        whose ids must then mean what they meant.
-      say: What is given a line for each of these that does differ, and for versions.
+      allow: Permitted differences: "codec", storage of the optimizer's state, which is
+        then decoded and encoded anew; "data", training data from here on; "tokenizer",
+        whose ids must have the same meaning.
+      say: Function called with a line about each difference, and about versions.
 
     Returns:
       The state, bit for bit as it was saved if it is stored as it was.
@@ -83,10 +57,10 @@ def restore(
       ValueError: If there is none, or it was saved with other settings or data.
     """
     meta = checkpoints.read_meta()
-    _check_format(meta, checkpoints)
-    meta["config"] = dataclasses.asdict(Config()) | meta["config"]
+    meta["config"] = record.settings_in(meta, str(checkpoints.directory))
     old = stored_run(run, meta, allow)
-    state = checkpoints.restore(abstract_state(old))
+    names = record.stored_names(meta)
+    state = checkpoints.restore(abstract_state(old), names=names)
     lines = _describe_changes(meta, run)
     if old is not run:
         opt_state = convert_state(old, run, state.opt_state, state.step)
@@ -102,8 +76,8 @@ def stored_run(run: Run, meta: Mapping[str, Any], allow: Collection[Change]) -> 
 
     Args:
       run: The run to resume.
-      meta: What the checkpoint records.
-      allow: What may differ.
+      meta: Record of the checkpoint.
+      allow: Permitted differences.
 
     Returns:
       `run` itself, or with the settings and the optimizer it was stored with.
@@ -160,27 +134,15 @@ def convert_state(
     plain, wanted = _plain_shapes(old), _plain_shapes(new)
     _require_same_shapes(plain, wanted)
 
-    where = state_places(new)
+    where = state_shardings(new)
 
     @functools.partial(jax.jit, out_shardings=where and where.opt_state)
     def convert(state: optax.OptState, step: Int32[Array, ""]) -> optax.OptState:
-        plain = optax.tree.cast_like(dequantize(old.tx, state, old.params), wanted)
-        return quantize(new.tx, plain, new.params, step)
+        plain = optax.tree.cast_like(dequantize(state), wanted)
+        like = jax.eval_shape(new.tx.init, new.params)
+        return quantize(like, plain, step, new.config.seed)
 
     return convert(state, step)
-
-
-def _check_format(meta: Mapping[str, Any], checkpoints: Checkpoints) -> None:
-    """Refuses a checkpoint of another layout."""
-    if meta.get("format") == FORMAT:
-        return
-    found = meta.get("format", "none")
-    writer = meta.get("versions", {}).get("nanochat-jax", "an earlier version")
-    raise ValueError(
-        f"{checkpoints.directory}: the checkpoint has format {found}, and this version "
-        f"reads format {FORMAT}. Resume it with nanochat-jax {writer}, or train from "
-        "the start in a new directory."
-    )
 
 
 def _describe_changes(meta: Mapping[str, Any], run: Run) -> list[str]:
@@ -206,8 +168,7 @@ def _describe_changes(meta: Mapping[str, Any], run: Run) -> list[str]:
 
 
 def _plain_shapes(run: Run) -> Any:
-    state = jax.eval_shape(run.tx.init, run.params)
-    return jax.eval_shape(lambda state: dequantize(run.tx, state, run.params), state)
+    return jax.eval_shape(dequantize, jax.eval_shape(run.tx.init, run.params))
 
 
 def _require_same_shapes(stored: Any, wanted: Any) -> None:

@@ -1,8 +1,6 @@
-"""What a run is made of before it trains: settings, data, model and optimizer."""
+"""A run before it trains: settings, data, model and optimizer."""
 
 import dataclasses
-import hashlib
-import json
 from typing import Any
 
 import jax
@@ -11,6 +9,7 @@ import optax
 from flax import nnx
 
 from nanochat_jax.config import Config
+from nanochat_jax.lm.checkpoints import record
 from nanochat_jax.lm.data import Batches, Corpus, Tokenizer, load_corpus, load_tokenizer
 from nanochat_jax.lm.model import (
     activation_sharding,
@@ -18,18 +17,11 @@ from nanochat_jax.lm.model import (
     gpt,
     param_sharding,
 )
-from nanochat_jax.lm.runtime import machine
-
-FORMAT = 1
-"""Layout of a checkpoint's state and record; one that has another is not read."""
-
-PACKAGES = ("jax", "flax", "optax", "orbax-checkpoint", "nanochat-jax")
-"""Packages whose versions a checkpoint records."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """What a run is made of, before anything is trained.
+    """A run before anything is trained.
 
     Attributes:
       config: Its settings.
@@ -55,27 +47,15 @@ class Run:
 
     @property
     def meta(self) -> dict[str, Any]:
-        """What a checkpoint records of the run it is of.
-
-        A run that resumes must agree with `format`, and with `config`, `data` and
-        `tokenizer` as `resume` says. The others are there to be looked at: `variant`,
-        and `config_hash`, SHA-256 of the settings as JSON with sorted keys, follow from
-        `config`; `versions` are those of the packages.
-        """
-        config = dataclasses.asdict(self.config)
-        text = json.dumps(config, sort_keys=True)
-        return {
-            "format": FORMAT,
-            "config": config,
-            "config_hash": hashlib.sha256(text.encode()).hexdigest(),
-            "variant": self.config.variant,
-            "data": self.corpus.fingerprint,
-            "tokenizer": self.corpus.tokenizer or self.tokenizer.fingerprint,
-            "versions": machine.versions(PACKAGES),
-        }
+        """Record of the run in a checkpoint."""
+        return record.make(
+            self.config,
+            data=self.corpus.fingerprint,
+            tokenizer=self.corpus.tokenizer or self.tokenizer.fingerprint,
+        )
 
 
-def prepare(config: Config, epochs: int | None = None) -> Run:
+def make_run(config: Config, epochs: int | None = None) -> Run:
     """Loads the data and builds model and optimizer; allocates no parameters.
 
     Args:
@@ -113,7 +93,7 @@ def prepare(config: Config, epochs: int | None = None) -> Run:
 def train_batches(
     config: Config, corpus: Corpus, rows: np.ndarray | None = None
 ) -> Batches:
-    """Returns the batches of a run, all microbatches of a step together.
+    """Returns the batches of a run, int32 `[A, B, S + 1]`.
 
     Args:
       config: Settings of the run.
@@ -122,8 +102,9 @@ def train_batches(
     """
     return Batches(
         corpus.train,
-        batch_size=config.grad_accum_steps * config.batch_size,
+        batch_size=config.batch_size,
         seq_len=config.sequence,
         seed=config.seed,
+        microbatches=config.grad_accum_steps,
         rows=rows,
     )

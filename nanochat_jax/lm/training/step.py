@@ -1,11 +1,7 @@
-"""Training: one pure compiled step, and the loop around it.
+"""The pure training step, its state, and their compilation.
 
-A batch goes from the file to a parameter update through four files: `data.Batches`
-cuts it from the corpus, `gpt.next_token_loss` turns it into a loss, the transforms
-of `optimizer.build_optimizer` turn the gradient into an update, and `make_train_step`
-here adds it to the parameters. On the way `feed` moves it to the devices,
-`mean_gradient` takes its microbatches one by one, and `guard` holds back a step whose
-numbers are not finite.
+`mean_gradient` evaluates the microbatches one by one, `guard.judge` decides whether the
+step is taken, and `guard.update_if` then applies the update of the optimizer.
 
 Axes: A microbatches, B sequences, S tokens of a sequence.
 """
@@ -38,7 +34,7 @@ class TrainState(NamedTuple):
       step: Steps done, those that were skipped among them.
       params: Parameters of the model, float32.
       opt_state: State of the optimizer.
-      guard: What is remembered of these, and of the usual loss.
+      guard: Counts of skipped steps, and running statistics of loss and norm.
     """
 
     step: Int32[Array, ""]
@@ -49,7 +45,7 @@ class TrainState(NamedTuple):
 
 def init_state(run: Run) -> TrainState:
     """Returns the state before the first step, each array made where it belongs."""
-    where = state_places(run)
+    where = state_shardings(run)
     init_params = lambda: gpt.init(run.config, run.config.seed)[1]
     params = jax.jit(init_params, out_shardings=where and where.params)()
     init_opt_state = jax.jit(run.tx.init, out_shardings=where and where.opt_state)
@@ -68,8 +64,8 @@ def make_train_step(
     """Returns the pure function of one step, to be jitted with its state donated.
 
     It takes a state and a batch, int32 `[A, B, S + 1]`, and returns the next state and
-    the metrics `loss`, in nats a token, `grad_norm`, before clipping, `skipped`, steps
-    in all that were skipped, and `in_a_row`, of these the last ones without a break.
+    the metrics `loss`, in nats a token, `grad_norm`, before clipping, `skipped`, the
+    number of steps skipped so far, and `consecutive_skips`, up to this step.
 
     Args:
       graphdef: Structure of the model.
@@ -86,7 +82,7 @@ def make_train_step(
         step, params, opt_state, watched = state
         extra: dict[str, Any] = {"projected": True} if low_rank else {}
         project = lambda grads: (
-            project_gradients(tx, opt_state, grads, params) if low_rank else grads
+            project_gradients(opt_state, grads) if low_rank else grads
         )
         loss, grads = mean_gradient(loss_fn, params, batch, project)
         norm = optax.tree.norm(grads)
@@ -94,7 +90,10 @@ def make_train_step(
         update = functools.partial(tx.update, value=loss, **extra)
         params, opt_state = guard.update_if(take, update, grads, opt_state, params)
         metrics = {"loss": loss, "grad_norm": norm}
-        metrics |= {"skipped": watched.skipped, "in_a_row": watched.in_a_row}
+        metrics |= {
+            "skipped": watched.skipped,
+            "consecutive_skips": watched.consecutive_skips,
+        }
         return TrainState(step + 1, params, opt_state, watched), metrics
 
     return train_step
@@ -111,7 +110,7 @@ def compile_train_step(run: Run, *, low_rank: bool = False) -> jax.stages.Compil
     step = make_train_step(
         run.graphdef, run.tx, spike_skip=spike_skip, low_rank=low_rank
     )
-    where = state_places(run)
+    where = state_shardings(run)
     out = where and (where, where.step)  # metrics are whole on every device
     jitted = jax.jit(step, donate_argnums=0, out_shardings=out)
     with activation_sharding.using(run.mesh):
@@ -131,11 +130,11 @@ def abstract_state(run: Run) -> TrainState:
     opt_state = jax.eval_shape(run.tx.init, run.params)
     state = TrainState(count, run.params, opt_state, jax.eval_shape(guard.init))
     at = lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
-    where = state_places(run)
+    where = state_shardings(run)
     return state if where is None else jax.tree.map(at, state, where)
 
 
-def state_places(run: Run) -> Any:
+def state_shardings(run: Run) -> Any:
     """Returns a `TrainState` of shardings, or `None` without a mesh."""
     if run.mesh is None:
         return None

@@ -3,18 +3,19 @@
 import numpy as np
 
 from nanochat_jax.config import schema
+from nanochat_jax.lm.data import up_to
 from nanochat_jax.lm.model import Params, generate
 from nanochat_jax.lm.training.run import Run
 
-# A little below 1, so that text of a young model is less of a jumble.
+# Below 1, so that text of a little-trained model is more coherent.
 _TEMPERATURE = 0.8
 
 
 class Sampler:
     """Continues the prompt of a run with its parameters of the moment.
 
-    What it says follows from parameters, step and the run's seed alone. It compiles
-    at the first sample, and not again for the later ones.
+    Parameters, step and the run's seed determine the text. The first sample compiles,
+    later ones reuse it.
     """
 
     def __init__(self, run: Run):
@@ -41,7 +42,7 @@ class Sampler:
         self._max_tokens = min(config.sample_tokens, room)
 
     def __call__(self, params: Params, step: int) -> str:
-        """Returns the prompt and what the model makes of it.
+        """Returns the prompt and its continuation.
 
         Args:
           params: Parameters of the model.
@@ -56,9 +57,9 @@ class Sampler:
             max_tokens=self._max_tokens,
             temperature=_TEMPERATURE,
             seed=_mixed(config.seed, step),
-            stop=[tokenizer.separator],
         )
-        return config.sample_prompt + _printable(tokenizer.decode(list(tokens)))
+        text = tokenizer.decode(list(up_to(tokens, tokenizer.separator)))
+        return config.sample_prompt + _printable(text)
 
 
 def make_sampler(run: Run) -> Sampler | None:
@@ -83,5 +84,5 @@ def _printable(text: str) -> str:
 
 
 def _mixed(seed: int, step: int) -> int:
-    """Returns a seed of 32 bits from two, far from those of neighbours."""
+    """Returns a 32-bit seed from two numbers, unrelated to those of other steps."""
     return int(np.random.SeedSequence([seed, step]).generate_state(1)[0])

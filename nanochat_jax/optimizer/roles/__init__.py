@@ -1,4 +1,18 @@
-"""The part every parameter plays, and the optimizer it is given to."""
+"""Roles of parameters: matrix, embedding, head, vector or frozen.
+
+settle     the role of each parameter: given, declared by modules, or read
+given      labels and axes that the user or the modules give
+layouts    `read_tree`: readings of a tree without modules, or refusals
+leaves     leaves with their neighbours
+names      rules for names
+stacks     evidence for stacked layers
+heads      evidence for output layers
+biases     evidence for axes from biases
+groups     evidence for axes from modules that belong together
+published  layouts of published models
+solve      all ways to read leaves that belong together
+partition  one optimizer for each role
+"""
 
 from nanochat_jax.optimizer.roles.given import LABELS as LABELS, Label as Label
 from nanochat_jax.optimizer.roles.partition import (

@@ -70,7 +70,7 @@ def given_axes(
 
 
 def _axes_or_label(path: KeyPath, given: Any) -> Any:
-    """Returns axes or label, or refuses what is neither, by its path."""
+    """Returns axes or a label, and refuses anything else by its path."""
     if given is None or given in LABELS:
         return given
     try:
@@ -80,7 +80,7 @@ def _axes_or_label(path: KeyPath, given: Any) -> Any:
 
 
 def entries(tree: Any) -> dict[KeyPath, Any]:
-    """Returns what a tree, or a prefix of one, has by path, but for `None`."""
+    """Returns the entries of a tree or prefix by path, without `None`."""
     flat = jax.tree.leaves_with_path(as_arrays(tree), is_leaf=is_axes)
     return {path: node for path, node in flat if node is not None}
 
@@ -105,11 +105,11 @@ def _require_met(
     """Refuses entries that are for no parameter, such as misspelt ones.
 
     Args:
-      argument: What they were given as.
+      argument: Name of the argument that they came in.
       table: The entries by path.
       params: The parameters.
-      some: Whether it is enough that some are for one, as those of a whole model are
-        where only a part of it is trained.
+      some: Whether one entry that meets a parameter is enough, as with the axes of a
+        model of which a part is trained.
     """
     nodes = jax.tree.leaves_with_path(params, is_leaf=_is_absent)
     known = {keystr(path[:i]) for path, _ in nodes for i in range(len(path) + 1)}

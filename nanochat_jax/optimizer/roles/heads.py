@@ -14,8 +14,8 @@ _AUTO = re.compile(r"(dense|linear)_(\d+)|dense|linear")
 def find_heads(leaves: Leaves) -> set[Any]:
     """Returns the paths of all output layers.
 
-    Some names are those of an output layer wherever they stand. Others, such as `out`,
-    only at the top of a model, or if the output is as large as a vocabulary; and not
+    Some names mean an output layer at any depth. Others, such as `out`, do so only at
+    the top of a model, or if the output is as large as a vocabulary; and not
     where a named output layer of another size stands beside. A layer without a name is
     one if it leads back to a vocabulary.
     """

@@ -1,10 +1,10 @@
-"""What names, shapes and siblings leave no doubt about, in a tree without modules.
+"""Readings of a tree without modules, from names, shapes and siblings.
 
     read_tree({path: shape, ...}) -> {path: Reading, ...}
 
-Paths are JAX's own key paths, or names; the whole tree is read at once, since what
-stands beside a leaf is evidence. What is open is refused: its label is `None`, and the
-reason says which readings are left.
+Paths are JAX's own key paths, or names. All leaves are read at once, since the leaves
+beside a leaf are evidence. An ambiguous leaf is refused: its label is `None`, and the
+reason lists the readings that are left.
 """
 
 from collections.abc import Hashable, Mapping
@@ -24,12 +24,12 @@ LAST_TWO_TURNED = MatrixAxes(-1, -2)
 
 
 class Reading(NamedTuple):
-    """What names and shapes tell of a parameter.
+    """Reading of a parameter by names and shapes.
 
     Attributes:
       label: `"matrix"`, `"embedding"`, `"head"` or `"vector"`; `None` if refused.
       axes: Axes of the matrices, if it is a matrix.
-      reason: What tells so, or which readings are left.
+      reason: The evidence, or the readings that are left.
       assumed: Whether two axes were taken as `(fan_in, fan_out)`, as nothing says
         otherwise.
     """
@@ -139,7 +139,7 @@ def _two_axes(leaves: Leaves, leaf: Leaf) -> Reading:
 
 
 def _alone(leaf: Leaf, stack: Stack) -> Reading:
-    """Returns the reading of a leaf that nothing beside it tells of."""
+    """Returns the reading of a leaf without evidence beside it."""
     turned = names.is_out_in(leaf.name)
     kept = [*range(-leaf.rank, 0)]
     if len(stack.places) == 1:
@@ -159,7 +159,7 @@ def _alone(leaf: Leaf, stack: Stack) -> Reading:
 
 
 def _is_whole_conv(leaf: Leaf, rank: int, stack: Stack) -> bool:
-    """Returns whether all axes outside a stack are those of one convolution."""
+    """Returns whether all axes outside a stack belong to one convolution."""
     if not names.is_conv(leaf.module) or not names.is_matrix(leaf.name):
         return False
     if rank == 3 and names.is_conv_for_sure(leaf.module):

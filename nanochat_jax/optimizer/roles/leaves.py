@@ -1,4 +1,4 @@
-"""The leaves of a tree with the words of their paths, and who stands beside whom."""
+"""The leaves of a tree, with the words of their paths and their neighbours."""
 
 import dataclasses
 import re
@@ -42,7 +42,7 @@ class Leaf:
 
     @property
     def unnamed(self) -> bool:
-        """Whether it is a member of a sequence, or all there is."""
+        """Whether it is a member of a sequence, or the only leaf."""
         return not self.words or self.name.isdigit()
 
 

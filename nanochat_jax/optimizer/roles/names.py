@@ -1,4 +1,4 @@
-"""What the names on the path of a parameter say for certain.
+"""Rules for the names on the path of a parameter.
 
 A path is split into words in one place, whatever kinds of keys it has; all rules about
 names look at words.
@@ -11,7 +11,7 @@ from typing import Any
 
 Words = tuple[str, ...]
 
-# What only holds the array, in Flax, penzai and Haliax.
+# Nodes that only wrap the array, in Flax, penzai and Haliax.
 _WRAPPERS = ("value", "raw_value", "data_array", "array")
 
 _VECTOR = re.compile(
@@ -33,7 +33,7 @@ _TOKEN = re.compile(
 )
 # Tables of published PyTorch models.
 _TABLE_MODULE = {"relative_attention_bias", "shared"}
-# What makes a linear map of a module that is named after embeddings.
+# Words by which a module named after embeddings is a linear map.
 _MAP = {
     "conv", "dense", "kernel", "linear", "mlp", "patch", "patches", "patchifier",
     "proj", "projection",
@@ -79,7 +79,7 @@ def words(path: Any) -> Words:
 
 
 def words_of_tree(paths: Iterable[Hashable]) -> dict[Any, Words]:
-    """Splits all paths of a tree, in lower case and without what only holds the array.
+    """Splits all paths of a tree, in lower case and without wrappers of the array.
 
     A last word such as `value`, or an index, is left out where nothing stands beside
     it, as in `weight/0`; a `value` beside a `query` is a name.
@@ -125,7 +125,7 @@ def is_norm(word: str) -> bool:
 
 
 def is_table(leaf: Words) -> bool:
-    """Returns whether a leaf is an embedding by its name, or by that of its module.
+    """Returns whether a leaf is an embedding by its name or the name of its module.
 
     A `kernel` never is, nor is the weight of a projection or convolution.
     """
@@ -197,7 +197,7 @@ def is_dense(words: Words) -> bool:
 
 
 def biases_of(name: str) -> tuple[str, ...]:
-    """Returns what the bias of a leaf is called beside it."""
+    """Returns the names that the bias of a leaf can have."""
     if re.fullmatch(r"kernel|weights?|w", name):
         return ("bias", "b", "biases")
     number = re.fullmatch(r"w_?(\w{1,2})", name)

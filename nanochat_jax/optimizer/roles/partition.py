@@ -33,9 +33,9 @@ def partition_by_role(
     Args:
       optimizers: Optimizers by label: `"matrix"`, `"embedding"`, `"head"`, `"vector"`.
       settle: Function from parameters to the role of each, by path.
-      around: What to put around the partition, such as clipping by the norm of all
+      around: Wrapper of the partition, such as clipping by the norm of all
         gradients but those of frozen parameters.
-      notes: Function to what is told of the optimizers, by label, for `describe`.
+      notes: Function that returns notes on the optimizers, by label, for `describe`.
 
     Returns:
       A transformation, from gradients to updates.
@@ -108,7 +108,7 @@ def _as_matrices(
 
 
 def _without_frozen(tree: Any, roles: Roles) -> Any:
-    """Returns a tree with `None`, an absent leaf, for what is frozen."""
+    """Returns a tree with `None`, an absent leaf, for frozen parameters."""
 
     def keep(path: KeyPath, x: Any) -> Any:
         return None if _is_frozen(roles[keystr(path)]) else x
@@ -121,7 +121,7 @@ def _is_frozen(role: Role) -> bool:
 
 
 def _with_frozen(updates: Any, grads: Any, new: Any) -> Any:
-    """Returns new updates in the tree of the old ones, zeros for what is frozen."""
+    """Returns new updates in the tree of the old ones, zeros for frozen parameters."""
     found = {keystr(path): x for path, x in jax.tree.leaves_with_path(new)}
     leaves = [
         found[keystr(path)] if keystr(path) in found else _unchanged(g)

@@ -1,4 +1,4 @@
-"""Layouts of published models: which leaves belong together, and what their axes are.
+"""Layouts of published models: leaves that belong together, and their axes.
 
 A letter is an axis; the same letter in two leaves is the same size. `DHK D->HK` is a
 kernel `[features, heads, head_dim]` that sums over its features.
@@ -20,7 +20,7 @@ class Family(NamedTuple):
     Attributes:
       children: Names of the children of a module, by the part they play.
       endings: Names of the leaves of a child; empty for the child itself.
-      layouts: Layouts of the parts, by what it is called.
+      layouts: Layouts of the parts, by name.
       needed: Groups of parts; without one of each the names say too little.
     """
 

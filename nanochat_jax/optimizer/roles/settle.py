@@ -1,9 +1,9 @@
 """The part every parameter plays, and which of its axes are a matrix.
 
 One function settles both, for `muon`, `build_optimizer`, `describe`, reports and
-counts of operations. It knows, in this order: what the user says; what the module
-classes in the tree say; what names, shapes and siblings leave no doubt about. What is
-then still open is refused.
+counts of operations. Its sources are, in this order: the user; the module classes in
+the tree; names, shapes and siblings, where they leave no doubt. A leaf that is still
+open then is refused.
 """
 
 import dataclasses
@@ -29,12 +29,12 @@ from nanochat_jax.transforms import MatrixAxes
 
 @dataclasses.dataclass(frozen=True)
 class Role:
-    """What a parameter is to an optimizer.
+    """The part a parameter plays for an optimizer.
 
     Attributes:
       label: `"matrix"`, `"embedding"`, `"head"`, `"vector"`, or `"frozen"`, which has
         no state and is not changed.
-      reason: Who says so, in a few words.
+      reason: The source of label and axes, in a few words.
       axes: Axes of its matrices, if it is a matrix.
       assumed: Whether two axes were taken as `(fan_in, fan_out)`, as nothing says
         otherwise.
@@ -71,14 +71,14 @@ def settle(
         of it, of labels or `None`, or a function from parameters to one.
       matrix_axes: Axes, as for `as_matrices`, or what `matrix_axes(model)` returned,
         which has labels too; `None` in it leaves a leaf to names and classes.
-      refuse: Whether to refuse what is left open; if not, these are matrices without
-        axes, for reports.
+      refuse: Whether to refuse leaves that are left open; if not, they are matrices
+        without axes, for reports.
 
     Returns:
       The role of each leaf, by path as `jax.tree_util.keystr` gives it.
 
     Raises:
-      TypeError: If a leaf is complex, or `matrix_axes` holds what is not axes.
+      TypeError: If a leaf is complex, or an entry of `matrix_axes` is not axes.
       ValueError: If a label is not known, or the axes of a matrix are not.
     """
     flat = jax.tree.leaves_with_path(params)
@@ -140,7 +140,7 @@ def matrices_of(params: optax.Params, roles: Mapping[str, Role]) -> optax.Params
       roles: Their roles.
 
     Returns:
-      A tree like `params`, with `None` for what is no matrix.
+      A tree like `params`, with `None` for leaves that are no matrix.
     """
 
     def seen(path: KeyPath, x: Any) -> jax.ShapeDtypeStruct | None:
@@ -155,7 +155,7 @@ def matrices_of(params: optax.Params, roles: Mapping[str, Role]) -> optax.Params
 def _role(
     label: Label | None, said: Any, source: str, reading: Reading, ndim: int
 ) -> Role:
-    """Returns a role of what is given, derived and read, in that order.
+    """Returns a role from the user, the modules or the names, in that order.
 
     Args:
       label: Label that the user gives, if any.

@@ -17,7 +17,7 @@ class Way(NamedTuple):
     Attributes:
       batch: Axes of the stacks they are in, one after the other.
       views: Axes of the matrices, by path.
-      what: What the leaves then are, in a few words.
+      what: Description of the leaves in this reading.
       sure: Whether that tells input from output, whatever the leaves are called.
     """
 
@@ -28,7 +28,7 @@ class Way(NamedTuple):
 
 
 class Rest(NamedTuple):
-    """What is left of a shape without its stacks.
+    """The axes of a leaf outside its stacks.
 
     Attributes:
       shape: Sizes of the axes that are left.
@@ -41,7 +41,7 @@ class Rest(NamedTuple):
     stacked: Shape
 
     def view(self, fan_in: Iterable[int], fan_out: Iterable[int]) -> MatrixAxes:
-        """Returns axes of the leaf, from axes of what is left."""
+        """Returns axes of the leaf, from positions in `shape`."""
         at = lambda axes: tuple(self.axes[axis] for axis in axes)
         return MatrixAxes(at(fan_in), at(fan_out))
 
@@ -67,7 +67,8 @@ def unify(members: Sequence[tuple[Leaf, str]], batch: tuple[int, ...]) -> Any:
 
     Args:
       members: Leaves and their layouts, such as `"DHK D->HK"`: a letter for every axis,
-        then those of input and output; letters alone for a vector. A digit is a size.
+        then the letters of input and output; letters alone for a vector. A digit is a
+        size.
       batch: Stacks to take away first.
 
     Returns:
@@ -102,7 +103,7 @@ def different(ways: Sequence[Way], leaf: Leaf) -> list[Way]:
 
 
 def settled(ways: Sequence[Way], leaf: Leaf, stack: Stack) -> list[Way]:
-    """Returns the ways that are left, given what is known of stacks.
+    """Returns the ways that evidence on stacks leaves open.
 
     That a block is not stacked, or not once more, decides only between several ways: a
     part of it may be stacked by itself.

@@ -8,10 +8,10 @@ from nanochat_jax.optimizer.roles.names import Words
 
 
 class Stack(NamedTuple):
-    """What is known of the stack that a leaf is in.
+    """Evidence on the stack that a leaf is in.
 
     Attributes:
-      known: Whether anything is.
+      known: Whether there is evidence.
       places: Axes on which it may be stacked; none if it is not.
       whole: Whether a part of the block is hardly stacked once more by itself.
     """
@@ -26,7 +26,7 @@ SINGLE = Stack(True)
 
 
 def stack_of(leaves: Leaves, leaf: Leaf) -> Stack:
-    """Returns what the nearest norms and biases tell of the stack around a leaf.
+    """Returns the evidence of the nearest norms and biases on the stack around a leaf.
 
     A gain with two axes is one of a stack, and so is all else in the module around its
     norm; in a block among others, a vector with one axis tells that the block is not
@@ -44,7 +44,7 @@ def stack_of(leaves: Leaves, leaf: Leaf) -> Stack:
 
 
 def _evidence(leaves: Leaves, around: Words) -> Stack | None:
-    """Returns what the vectors in a module tell, or `None` if there are none."""
+    """Returns the evidence of the vectors in a module, `None` if there are none."""
     vectors = [x for x in leaves.below[around] if _is_near(leaves, x, len(around))]
     gains = [x for x in vectors if leaves.is_gain(x) and not _is_single(x)]
     places = _places(leaves, around, gains)

@@ -1,173 +1,138 @@
-"""When `galore` computes bases anew, and how.
-
-Leaves of one shape are renewed in one loop over them, inside one `lax.cond` on a
-scalar. A batched predicate would pay for both branches on every step; a branch for each
-leaf would have to be compiled for each.
-"""
+"""Rules for when the bases of `galore` are computed, and how."""
 
 import dataclasses
-import functools
-import zlib
-from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Protocol
 
 import jax
-import jax.numpy as jnp
-from jax.sharding import NamedSharding
-from jax.typing import ArrayLike
-from jaxtyping import Array, Bool, Float, Float32, Int32, UInt32
+from jaxtyping import Array, Bool, Float, Int32, PRNGKeyArray
 
-from nanochat_jax.numerics import hashing, range_basis
-from nanochat_jax.transforms.galore import projection
-from nanochat_jax.transforms.galore.adaptive import Adaptive, AdaptiveState
-from nanochat_jax.transforms.sharding import placement, vary_over, varying_axes
+from nanochat_jax.numerics import POWER_ITERATIONS, range_basis
 
 
-class Leaf(NamedTuple):
-    """What a change of basis needs of one leaf.
+class Basis(Protocol):
+    """Rule by which `galore` computes a basis of the shorter axis of each matrix.
 
-    Attributes:
-      gradient: The gradient, as it came.
-      due: Whether the basis is to be renewed.
-      seed: What the sketch hangs on.
-      basis: The basis that is there.
-      moments: First moments in its coordinates.
-      rests: First moments of the rest that belong to them, one to each, or none.
-    """
+    Both methods are traced. `galore` computes every basis at the first step, keeps a
+    basis while its gradient is zero or not finite, and moves first moments to the new
+    one. `RandomizedSVD` is the rule of the paper; a rule of one's own often derives
+    from it.
 
-    gradient: Float[Array, "*batch m n"]
-    due: Bool[Array, ""]
-    seed: UInt32[Array, ""]
-    basis: Float[Array, "*batch short r"]
-    moments: tuple[Float[Array, "*batch r long"], ...]
-    rests: tuple[Float[Array, "*batch m n"], ...]
-
-
-class Renewed(NamedTuple):
-    """What a change of basis leaves.
+    Example:
+      >>> class WarmStart(RandomizedSVD):  # one power iteration from the basis before
+      ...     def find(self, gradient, basis, momentum, key):
+      ...         sketch = gradient @ (gradient.mT @ basis)
+      ...         return jnp.linalg.qr(sketch).Q
+      >>> tx = galore(momentum(), rank=8, basis=WarmStart(refresh_every=10))
+      >>> params = {"kernel": jnp.ones((32, 64))}
+      >>> updates, state = tx.update(params, tx.init(params))
 
     Attributes:
-      basis: The basis.
-      moments: First moments in its coordinates.
-      rests: First moments of the rest.
-      overlap: Share of the basis before that it spans; 1 if it is the same.
+      seed: Seed of the keys that `find` is given.
     """
 
-    basis: Float[Array, "*batch short r"]
-    moments: tuple[Float[Array, "*batch r long"], ...]
-    rests: tuple[Float[Array, "*batch m n"], ...]
-    overlap: Float32[Array, ""]
-
-
-@dataclasses.dataclass(frozen=True)
-class Refresh:
-    """When and how bases are computed anew; the fields are arguments of `galore`."""
-
-    every: int
-    stagger: bool
-    adaptive: Adaptive | None
-    warm_start: bool
-    momentum_share: ArrayLike
-    power_steps: int
-    aligned: bool
-    seed: int
+    @property
+    def seed(self) -> int:
+        """Seed of the keys that `find` is given."""
+        ...
 
     def is_due(
-        self, count: Int32[Array, ""], name: str, memory: AdaptiveState | None
+        self,
+        count: Int32[Array, ""],
+        path: str,
+        gradient: Float[Array, "*batch short long"],
+        basis: Float[Array, "*batch short r"],
     ) -> Bool[Array, ""]:
-        """Returns whether the basis of a leaf is stale.
+        """Returns whether to compute the basis of a leaf at this step.
 
         Args:
           count: Steps taken.
-          name: Path of the leaf, by which it takes its turn.
-          memory: What is remembered of it, if refreshing is adaptive.
+          path: Path of the leaf, as `jax.tree_util.keystr` has it.
+          gradient: Its gradient, shorter axis first.
+          basis: Its basis so far.
         """
-        if self.adaptive is not None and memory is not None:
-            due = self.adaptive.is_due(memory, count, self.every)
-        else:
-            turn = zlib.crc32(name.encode()) % self.every if self.stagger else 0
-            due = (count + turn) % self.every == 0
-        return (count == 0) | due
+        ...
 
-    def sketch_seed(self, count: Int32[Array, ""], name: str) -> UInt32[Array, ""]:
-        """Returns what the sketch of a leaf hangs on: seed, path and step."""
-        base = jnp.uint32(zlib.crc32(f"{self.seed} galore{name}".encode()))
-        return hashing.mix_bits(base ^ hashing.mix_bits(count.astype(jnp.uint32)))
-
-    def renew(
-        self, leaves: Sequence[Leaf], sharding: NamedSharding | None = None
-    ) -> list[Renewed]:
-        """Returns the bases of leaves of one shape, renewed where they are due.
+    def find(
+        self,
+        gradient: Float[Array, "*batch short long"],
+        basis: Float[Array, "*batch short r"],
+        momentum: Float[Array, "*batch short long"] | None,
+        key: PRNGKeyArray,
+    ) -> Float[Array, "*batch short r"]:
+        """Returns a new basis, with orthonormal columns.
 
         Args:
-          leaves: The leaves.
-          sharding: How the gradient of each is sharded, if that is known.
+          gradient: Gradient in float32, its shorter axis first; zero where it is not
+            usable.
+          basis: Basis so far.
+          momentum: First moment in the coordinates of the gradient, if there is one.
+          key: Random key, by seed, step and leaf.
         """
-        # All as one of them, since branches must agree in that too.
-        leaves = vary_over(list(leaves), varying_axes(leaves))
-        renew_if_due = functools.partial(self._renew_if_due, sharding=sharding)
-        if len(leaves) == 1:
-            return [renew_if_due(leaves[0])]
+        ...
 
-        def renew_due() -> list[Renewed]:
-            # Picked one by one, as a stack of them would be a copy of all.
-            pick = lambda i: jax.lax.switch(i, [lambda x=x: x for x in leaves])
-            turns = jnp.arange(len(leaves), dtype=jnp.int32)
-            renewed = jax.lax.map(lambda i: renew_if_due(pick(i)), turns)
-            return [
-                jax.tree.map(lambda x, i=i: x[i], renewed) for i in range(len(leaves))
-            ]
 
-        any_due = jnp.stack([leaf.due for leaf in leaves]).any()
-        return jax.lax.cond(any_due, renew_due, lambda: [_same(x) for x in leaves])
+@dataclasses.dataclass(frozen=True)
+class RandomizedSVD:
+    """Leading directions of the gradient by a randomised SVD, at a fixed interval.
 
-    def _renew_if_due(self, leaf: Leaf, sharding: NamedSharding | None) -> Renewed:
-        return jax.lax.cond(
-            leaf.due, lambda: self._renew(leaf, sharding), lambda: _same(leaf)
-        )
+    GaLore 2 (Su et al. 2025), section 4.1; the range finder is that of Halko,
+    Martinsson and Tropp 2011, algorithm 4.4.
 
-    def _renew(self, leaf: Leaf, sharding: NamedSharding | None) -> Renewed:
-        g, old = leaf.gradient, leaf.basis
-        usable = jnp.isfinite(g).all((-2, -1), keepdims=True)
-        usable &= (g != 0).any((-2, -1), keepdims=True)
-        x = jnp.where(usable, g, 0).astype(jnp.float32)
-        wholes = _whole_moments(leaf)
-        share = self.momentum_share
-        published = isinstance(share, int | float) and share == 0
-        if wholes and not published:
-            x = jnp.asarray((1 - share) * x + share * wholes[0])
-        new = range_basis(
-            projection.short_first(placement.split_long(x, sharding)),
-            old.shape[-1],
-            leaf.seed,
-            start=old if self.warm_start else None,
-            power_steps=self.power_steps,
+    Example:
+      >>> import zlib
+      >>> class Staggered(RandomizedSVD):  # leaves take turns, by a hash of their path
+      ...     def is_due(self, count, path, gradient, basis):
+      ...         turn = zlib.crc32(path.encode()) % self.refresh_every
+      ...         return (count + turn) % self.refresh_every == 0
+      >>> tx = galore(momentum(), rank=8, basis=Staggered())
+
+    Attributes:
+      refresh_every: Steps between two computations of a basis.
+      power_iterations: Products with `GGᵀ` from sketch to basis.
+      aligned: Whether the columns are singular directions, as in the paper, and not any
+        that span the same space, which takes less time. It matters to an `inner` that
+        acts on entries, like Adam, and to moments that are stored quantised.
+      seed: Seed of the sketch, which is keyed by seed, step and leaf.
+      form_gram: Whether to form `GGᵀ`; by shape if not given. `galore` does not where a
+        matrix is on several devices.
+
+    Raises:
+      ValueError: If `refresh_every` or `power_iterations` is less than 1.
+    """
+
+    refresh_every: int = 200
+    power_iterations: int = POWER_ITERATIONS
+    aligned: bool = True
+    seed: int = 0
+    form_gram: bool | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("refresh_every", "power_iterations"):
+            value = getattr(self, name)
+            if value < 1:
+                raise ValueError(f"`{name}` must be at least 1, got {value}.")
+
+    def is_due(
+        self, count: Int32[Array, ""], path: str, gradient: Array, basis: Array
+    ) -> Bool[Array, ""]:
+        """Returns whether `count` is a multiple of `refresh_every`."""
+        del path, gradient, basis
+        return count % self.refresh_every == 0
+
+    def find(
+        self,
+        gradient: Float[Array, "*batch short long"],
+        basis: Float[Array, "*batch short r"],
+        momentum: Float[Array, "*batch short long"] | None,
+        key: PRNGKeyArray,
+    ) -> Float[Array, "*batch short r"]:
+        """Returns the leading left singular directions of the gradient."""
+        del momentum
+        return range_basis(
+            gradient,
+            basis.shape[-1],
+            jax.random.key_data(key)[-1],
+            power_iterations=self.power_iterations,
             aligned=self.aligned,
-            # Of what devices send each other nothing is to be larger than a basis.
-            form_gram=False if placement.is_split(sharding) else None,
-        ).astype(old.dtype)
-        new = jnp.where(usable, new, old)
-        rotation = projection.matmul(new.mT, old)
-        if leaf.rests:
-            moved = [projection.project(m, new) for m in wholes]
-        else:
-            moved = [projection.matmul(rotation, m) for m in leaf.moments]
-        rests = [
-            projection.cut_off(m, low, new).astype(rest.dtype)
-            for m, low, rest in zip(wholes, moved, leaf.rests, strict=False)
-        ]
-        moved = [x.astype(m.dtype) for x, m in zip(moved, leaf.moments, strict=True)]
-        overlap = jnp.mean(jnp.sum(rotation**2, axis=(-2, -1))) / old.shape[-1]
-        return Renewed(new, tuple(moved), tuple(rests), overlap)
-
-
-def _whole_moments(leaf: Leaf) -> list[Array]:
-    """Returns first moments in the coordinates of the gradient, `P·m` and the rest."""
-    rests = leaf.rests or [0.0] * len(leaf.moments)
-    lift = lambda m: projection.lift(m, leaf.basis, leaf.gradient.shape)
-    return [lift(m) + rest for m, rest in zip(leaf.moments, rests, strict=True)]
-
-
-def _same(leaf: Leaf) -> Renewed:
-    overlap = vary_over(jnp.float32(1.0), varying_axes(leaf))
-    return Renewed(leaf.basis, leaf.moments, leaf.rests, overlap)
+            form_gram=self.form_gram,
+        )

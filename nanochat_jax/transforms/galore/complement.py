@@ -1,4 +1,4 @@
-"""What comes back from the low-rank space of `galore`, and what it cut off."""
+"""The complement of the space of `galore`, and the update put together with it."""
 
 import dataclasses
 from typing import Any
@@ -14,79 +14,87 @@ from nanochat_jax.transforms.galore import projection
 
 
 @dataclasses.dataclass(frozen=True)
-class Residual:
-    """How an update is put together; the fields are arguments of `galore`.
+class Complement:
+    """What becomes of the part of a gradient outside the basis.
 
     Attributes:
-      weight: `residual` there.
-      rest: Transform of what is cut off, or `None`.
-      match_norm: Whether it is scaled as `inner` scales.
-      scale: Factor on what comes back.
+      weight: Its weight.
+      tx: Transform that runs on it, or `None`.
+      scale: Factor on the part within the basis.
     """
 
     weight: ArrayLike
-    rest: optax.GradientTransformationExtraArgs | None
-    match_norm: bool
+    tx: optax.GradientTransformationExtraArgs | None
     scale: ArrayLike
 
-    def __post_init__(self) -> None:
-        if self.rest is not None and self.is_zero:
-            raise ValueError(
-                "`rest` is a transform of what the projector cuts off, which "
-                "`residual=0` leaves out. Give a `residual`, such as 1.0."
-            )
+    @classmethod
+    def of(
+        cls, given: ArrayLike | optax.GradientTransformation, scale: ArrayLike
+    ) -> "Complement":
+        """Reads the arguments of `galore`.
+
+        Args:
+          given: Its `complement`.
+          scale: Its `scale`.
+        """
+        if isinstance(given, optax.GradientTransformation):
+            return cls(1.0, optax.with_extra_args_support(given), scale)
+        return cls(given, None, scale)
 
     @property
     def is_zero(self) -> bool:
         """Whether the weight is known to be zero, and not traced."""
         return isinstance(self.weight, int | float) and self.weight == 0
 
-    def init(self, params: optax.Params, projector: Any) -> optax.OptState | None:
-        """Returns the state of `rest` for the parameters that are projected."""
-        if self.rest is None:
+    def init(self, params: optax.Params, bases: Any) -> optax.OptState | None:
+        """Returns the state of the transform for the parameters that are projected.
+
+        Args:
+          params: Parameters.
+          bases: Basis of each parameter, `None` for one that is not projected.
+        """
+        if self.tx is None:
             return None
         zeros = lambda x, p: None if p is None else jnp.zeros(x.shape, jnp.float32)
-        return self.rest.init(jax.tree.map(zeros, params, projector))
+        return self.tx.init(jax.tree.map(zeros, params, bases))
 
     def combine(
         self,
         whole: optax.Updates,
         low: optax.Updates,
         inner: optax.Updates,
-        projector: Any,
+        bases: Any,
         state: Any,
         extra_args: dict[str, Any],
     ) -> tuple[optax.Updates, optax.OptState | None]:
-        """Returns `scale·P·inner + weight·(I - PPᵀ)rest((I - PPᵀ)G)`, and a state.
+        """Returns `scale·P·inner + weight·(I - PPᵀ)tx((I - PPᵀ)G)`, and a state.
 
         Args:
           whole: Gradients `G`, or arrays of their shapes if the weight is zero.
-          low: `PᵀG`.
-          inner: What the wrapped transform made of them.
-          projector: Bases `P`, `None` for leaves that are not projected.
-          state: State of `rest`.
-          extra_args: What `rest` is given besides.
+          low: Projected gradients `PᵀG`.
+          inner: Updates of the wrapped transform.
+          bases: Bases `P`, `None` for leaves that are not projected.
+          state: State of the transform.
+          extra_args: Extra arguments of the transform.
         """
-        rest, within = whole, low
-        if self.rest is not None:
+        outside, within = whole, low
+        if self.tx is not None:
             cut = jax.tree.map(
                 lambda g, x, p: None if p is None else projection.cut_off(g, x, p),
-                *(whole, low, projector),
+                *(whole, low, bases),
             )
-            rest, state = checks.update_without_params(
-                self.rest, cut, state, "rest", extra_args
+            outside, state = checks.update_without_params(
+                self.tx, cut, state, "complement", extra_args
             )
-            rest = jax.tree.map(
-                lambda g, p, r: g if p is None else r, whole, projector, rest
+            outside = jax.tree.map(
+                lambda g, p, x: g if p is None else x, whole, bases, outside
             )
-            within = jax.tree.map(projection.project, rest, projector)
+            # The transform may have left the complement: its result is cut off again.
+            within = jax.tree.map(projection.project, outside, bases)
 
-        def back(g: Array, low: Array, u: Array, p: Array | None, w: Array) -> Array:
+        def back(g: Array, u: Array, p: Array | None, w: Array) -> Array:
             if p is None:
                 return u
-            weight = self.weight
-            if self.match_norm and not self.is_zero:
-                weight = weight * projection.norm_ratio(u, low)
-            return projection.project_back(g, w, u, p, self.scale, weight)
+            return projection.project_back(g, w, u, p, self.scale, self.weight)
 
-        return jax.tree.map(back, rest, low, inner, projector, within), state
+        return jax.tree.map(back, outside, inner, bases, within), state

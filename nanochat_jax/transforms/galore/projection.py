@@ -3,113 +3,69 @@
 Axis letters: `short` and `long`, the last two axes of a leaf by size, `r` rank.
 """
 
-import fnmatch
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable
 
-import jax
 import jax.numpy as jnp
-from jax.tree_util import KeyPath, keystr
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Float32
 
-Rank = int | float | Mapping[str, int | float]
-"""A number, a fraction of the shorter axis, or either by pattern of paths."""
+Rank = int | float
+"""A number of dimensions, or a fraction of the shorter axis in (0, 1)."""
 
 
 def check_rank(rank: Rank) -> None:
     """Refuses what is no rank.
 
     Raises:
-      TypeError: If a rank is not a Python number.
-      ValueError: If one is neither at least 1 nor a fraction in (0, 1).
+      TypeError: If it is not a Python number.
+      ValueError: If it is neither at least 1 nor a fraction in (0, 1).
     """
-    values = list(rank.values()) if isinstance(rank, Mapping) else [rank]
-    for value in values:
-        if isinstance(value, bool) or not isinstance(value, int | float):
-            raise TypeError(
-                "`rank` fixes array shapes, so it must be a Python int, or a float for "
-                f"a fraction, got {type(value).__name__}. Under "
-                "`optax.inject_hyperparams`, list it in `static_args`."
-            )
-    if not values or not all(
-        value >= 1 if isinstance(value, int) else 0 < value < 1 for value in values
-    ):
+    if isinstance(rank, bool) or not isinstance(rank, int | float):
+        raise TypeError(
+            "`rank` fixes array shapes, so it must be a Python int, or a float for a "
+            f"fraction, got {type(rank).__name__}. Under `optax.inject_hyperparams`, "
+            "list it in `static_args`."
+        )
+    if not (rank >= 1 if isinstance(rank, int) else 0 < rank < 1):
         raise ValueError(
-            "`rank` must be an int of at least 1 or a fraction in (0, 1), or a mapping "
-            f"of patterns to these, got rank={rank}."
+            "`rank` must be an int of at least 1 or a fraction in (0, 1), got "
+            f"rank={rank}."
         )
 
 
-def ranks(params: Any, rank: Rank) -> Any:
-    """Returns the rank of each leaf: its own by pattern, fractions worked out.
+def saves_bytes(shape: tuple[int, ...], rank: int, basis_cost: float = 1.0) -> bool:
+    """Returns whether projecting a matrix takes fewer bytes than keeping it whole.
+
+    Low-rank state and basis, `r·long + basis_cost·r·short`, against `long·short`.
 
     Args:
-      params: Arrays, or their shapes.
-      rank: As for `galore`.
-
-    Returns:
-      A tree like `params`, of numbers; 0 for vectors.
-
-    Raises:
-      ValueError: If no pattern of `rank` matches a matrix.
+      shape: Shape of the leaf.
+      rank: Dimensions kept.
+      basis_cost: Bytes of a stored entry of the basis over those of an entry of the
+        wrapped transform's state; 1 if both are float32.
     """
-    missing = [
-        f"  {_slashed(path)}"
-        for path, x in jax.tree.leaves_with_path(params)
-        if len(x.shape) > 1 and _matching(path, rank) is None
-    ]
-    if missing and isinstance(rank, Mapping):
-        raise ValueError(
-            f"`rank` has the patterns {list(rank)}, none of which matches\n"
-            + "\n".join(missing)
-            + '\nAdd one, such as "*" for the rest.'
-        )
-
-    def resolve(path: KeyPath, x: Array) -> int:
-        value = _matching(path, rank)
-        if value is None or len(x.shape) < 2:
-            return 0
-        short = min(x.shape[-2:])
-        return value if isinstance(value, int) else max(1, round(value * short))
-
-    return jax.tree.map_with_path(resolve, params)
-
-
-def _matching(path: KeyPath, rank: Rank) -> int | float | None:
-    if not isinstance(rank, Mapping):
-        return rank
-    name = _slashed(path)
-    for pattern, value in rank.items():
-        if any(fnmatch.fnmatchcase(x, pattern) for x in (name, *name.split("/"))):
-            return value
-    return None
-
-
-def _slashed(path: KeyPath) -> str:
-    return keystr(path, simple=True, separator="/")
+    short, long = sorted(shape[-2:])
+    return rank * (long + basis_cost * short) < long * short
 
 
 def projected_rank(
     shape: tuple[int, ...],
-    rank: int,
-    projector_cost: float = 1.0,
-    min_saving: float = 0.0,
+    rank: Rank,
+    project: Callable[[tuple[int, ...], int], bool] = saves_bytes,
 ) -> int | None:
     """Returns the rank to which `galore` projects a leaf, `None` for not at all.
 
     Args:
       shape: Shape of the leaf.
       rank: As for `galore`.
-      projector_cost: As for `galore`.
-      min_saving: As for `galore`.
+      project: As for `galore`.
     """
     if len(shape) < 2 or 0 in shape:
         return None
-    short, long = sorted(shape[-2:])
-    r = min(rank, short)
-    saving = 1 - r * (long + projector_cost * short) / (long * short)
-    return r if saving > min_saving else None
+    short = min(shape[-2:])
+    whole = rank if isinstance(rank, int) else max(1, round(rank * short))
+    r = min(whole, short)
+    return r if project(shape, r) else None
 
 
 def short_first(x: Float[Array, "*batch m n"]) -> Float[Array, "*batch short long"]:
@@ -134,24 +90,6 @@ def project(g: Array, basis: Array | None) -> Array:
     """Returns `PᵀG`, or `G` itself without a basis, in float32."""
     g = g.astype(jnp.float32)
     return g if basis is None else matmul(basis.mT, short_first(g))
-
-
-def norm_ratio(u: Array, low: Array) -> Float32[Array, "*batch 1 1"]:
-    """Returns `‖u‖ / ‖low‖` of each matrix, 0 where `low` is zero."""
-    size, largest = _norm(low)
-    of_u, largest_of_u = _norm(u)
-    ratio = (of_u / jnp.where(size > 0, size, 1.0)) * (
-        largest_of_u / jnp.where(size > 0, largest, 1.0)
-    )
-    return jnp.where(size > 0, ratio, 0.0)
-
-
-def _norm(x: Array) -> tuple[Array, Array]:
-    """Returns norms of matrices over their largest entries, and these."""
-    x = x.astype(jnp.float32)
-    largest = jnp.max(jnp.abs(x), axis=(-2, -1), keepdims=True)
-    unit = x / jnp.where(largest > 0, largest, 1.0)
-    return jnp.linalg.norm(unit, axis=(-2, -1), keepdims=True), largest
 
 
 def lift(

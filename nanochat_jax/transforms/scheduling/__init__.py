@@ -1,4 +1,10 @@
-"""TODO."""
+"""The order of work on leaves, which bounds temporaries.
+
+sequence  groups of leaves, one after another
+groups    which leaves are worked on together
+rows      a few rows of a large array at a time
+barrier   work that waits for other work
+"""
 
 from nanochat_jax.transforms.scheduling.groups import (
     group_by_shape as group_by_shape,

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from nanochat_jax.transforms.sharding import placement, varying_axes
+from nanochat_jax.transforms.sharding import varying_axes
 
 Step = Callable[[Any, Any, Any], tuple[Any, Any]]
 """An `update` of a transform: updates, state and params to updates and state."""
@@ -15,29 +15,32 @@ Step = Callable[[Any, Any, Any], tuple[Any, Any]]
 _BARRIER_HOLDS = jax.__version_info__ >= (0, 11)
 
 
-def in_turn(step: Step, inputs: Any, result: Any = None) -> tuple[Any, Any]:
+def in_turn(
+    step: Step, inputs: Any, result: Any = None, devices: int = 1
+) -> tuple[Any, Any]:
     """Returns `step(*inputs)`, worked on after `result` is there, and `result`.
 
     Before JAX 0.11 the order is kept by a loop, which reverse-mode differentiation does
-    not pass. On several devices it is left to the compiler there, so that what they
-    send each other stays out of loops.
+    not pass. On several devices the compiler decides it there, so that collectives
+    stay out of loops.
 
     Args:
       step: Work to do.
       inputs: Updates, state and params, complete before any of the work is begun.
-      result: What has to be there first, if anything.
+      result: Arrays to wait for, if any.
+      devices: Number of devices that the inputs are on.
     """
-    if _BARRIER_HOLDS or placement.device_count() > 1 or varying_axes(inputs):
+    if _BARRIER_HOLDS or devices > 1 or varying_axes(inputs):
         inputs, result = jax.lax.optimization_barrier((inputs, result))
         return step(*inputs), result
     # Compilers before JAX 0.11 drop the barrier before they schedule. A loop they keep;
-    # how often it runs, once, hangs on the result, so that it is not unrolled.
+    # its trip count, 1, depends on the result, so that it is not unrolled.
     updates, state, params = inputs
     step = jax.jit(step)  # traced once, for the shapes of its results and for the loop
     first = jax.tree.leaves((updates, ()) if result is None else result)
     seen = sum(x.ravel()[0].astype(jnp.float32) for x in first if x.size)
     times = jnp.where(seen > jnp.inf, 0, 1)
-    # Results are written over what they come from, unless `step` changes shape or type.
+    # Results are written over the inputs, unless `step` changes shape or type.
     results = jax.eval_shape(step, *inputs)[0]
     in_place = layouts(results) == layouts(updates)
     start = updates if in_place else optax.tree.zeros_like(results)

@@ -8,16 +8,16 @@ from jax import lax
 from jax.tree_util import keystr
 from jaxtyping import Array
 
+from nanochat_jax.codecs import is_quantized
 from nanochat_jax.transforms.scheduling.barrier import Step, in_turn, layouts
 from nanochat_jax.transforms.sharding import from_bits, to_bits
 from nanochat_jax.transforms.state_paths import locate
-from nanochat_jax.transforms.stored import is_quantized
 
 
 def by_rows(work: Callable[[Array], Array], x: Array, max_bytes: int) -> Array:
     """Returns `work(x)`, worked out a few rows at a time.
 
-    The temporaries of `work` are those of these rows alone.
+    So temporaries are as large as a few rows need.
 
     Args:
       work: Function that treats each row, each entry of the first axis, by itself, and
@@ -88,7 +88,7 @@ def update_by_rows(
 
 
 def _rows_at_a_time(x: Array, max_bytes: int) -> int:
-    """Returns how many rows to work on at a time: those that fit.
+    """Returns the number of rows to work on at a time: as many as fit.
 
     Fewer, down to half, if they divide all rows: a rest is compiled apart.
     """

@@ -7,6 +7,7 @@ import jax
 import optax
 from jax.tree_util import keystr
 
+from nanochat_jax.codecs import is_quantized
 from nanochat_jax.transforms.scheduling.barrier import Step, in_turn
 from nanochat_jax.transforms.scheduling.groups import (
     group_by_shape,
@@ -14,9 +15,13 @@ from nanochat_jax.transforms.scheduling.groups import (
     piece_bytes,
 )
 from nanochat_jax.transforms.scheduling.rows import update_by_rows
-from nanochat_jax.transforms.sharding import placement, varying_axes
+from nanochat_jax.transforms.sharding import (
+    NOWHERE,
+    Placement,
+    in_auto_mode,
+    varying_axes,
+)
 from nanochat_jax.transforms.state_paths import locate
-from nanochat_jax.transforms.stored import is_quantized
 
 
 def sequence(
@@ -30,10 +35,10 @@ def sequence(
     A compiler is free to decode all momenta first and to orthogonalise them together,
     and then holds a float32 copy of everything at once. Here a barrier keeps each
     group from starting before the last has ended, so only one group's copies live at a
-    time. Updates and state are those of `inner`.
+    time. Updates and state do not change.
 
-    `inner` must treat each leaf by itself, as all but norms over whole trees do; what
-    does not, such as `optax.clip_by_global_norm`, belongs outside. Before JAX 0.11 the
+    `inner` must treat each leaf by itself. A transform that does not, such as
+    `optax.clip_by_global_norm`, belongs outside. Before JAX 0.11 the
     order is kept by a loop, which reverse-mode differentiation does not pass.
 
     Example:
@@ -46,11 +51,11 @@ def sequence(
       max_bytes: Most bytes of a group, counted in float32; a larger leaf is a group of
         its own. On several devices it is for each of them. By default 13 MiB on a
         processor and 64 MiB elsewhere.
-      core_ndim: Number of last axes that `inner` treats together, if it treats what is
-        along the axes before by itself: 1 for elementwise transforms, also quantised, 2
-        for those of matrices. A larger leaf of more axes is then worked on a few
-        entries of its first axis at a time, by default on a processor half of what a
-        group takes; not if it is spread over devices.
+      core_ndim: Number of last axes that `inner` treats together, if entries of the
+        axes before are independent: 1 for elementwise transforms, also quantised, 2 for
+        transforms of matrices. A larger leaf of more axes is then worked on a few
+        entries of its first axis at a time, by default half a group on a processor;
+        not if it is sharded.
 
     Returns:
       A transformation with the updates and the state of `inner`.
@@ -66,15 +71,16 @@ def sequence(
         updates: optax.Updates,
         state: optax.OptState,
         params: optax.Params | None = None,
+        placement: Placement = NOWHERE,
         **extra_args: Any,
     ) -> tuple[optax.Updates, optax.OptState]:
         flat, treedef = jax.tree.flatten_with_path(updates)
         names, leaves = [keystr(path) for path, _ in flat], [x for _, x in flat]
         most = group_bytes() if max_bytes is None else max_bytes
         rows = piece_bytes() if max_bytes is None else max_bytes
-        groups = group_by_shape(leaves, most, devices=placement.device_count())
-        step = functools.partial(inner.update, **extra_args)
-        alone = placement.device_count() == 1 and not varying_axes(updates)
+        groups = group_by_shape(leaves, most, devices=placement.devices)
+        step = functools.partial(inner.update, placement=placement, **extra_args)
+        alone = placement.devices == 1 and not varying_axes(updates)
         if core_ndim is not None and alone:
             step = functools.partial(_by_rows, step, rows, core_ndim)
         if len(groups) < 2:
@@ -97,16 +103,14 @@ def sequence(
                 state_def.unflatten(_only(nodes, [o in chosen for o in owners])),
                 weights and treedef.unflatten(_only(weights, mine)),
             )
-            new_result, result = in_turn(step, inputs, result)
+            new_result, result = in_turn(step, inputs, result, placement.devices)
             if result is not None:
                 collect(result)
             result = new_result
         collect(result)
         return treedef.unflatten(new_leaves), state_def.unflatten(new_nodes)
 
-    return optax.GradientTransformationExtraArgs(
-        inner.init, placement.in_auto_mode(update_fn)
-    )
+    return optax.GradientTransformationExtraArgs(inner.init, in_auto_mode(update_fn))
 
 
 def _by_rows(

@@ -122,7 +122,7 @@ def fit(
 
 
 def replicated(sharding: NamedSharding) -> NamedSharding:
-    """Returns the sharding of an array that is whole on each device of a mesh."""
+    """Returns the sharding of an array that each device of a mesh holds in full."""
     return with_axes(sharding, ())
 
 

@@ -1,7 +1,7 @@
 """Work on whole matrices that are sharded over devices, each device on some of them.
 
-Everything here runs under `jax.shard_map`, so that what is sent, and when, is written
-down rather than left to a compiler.
+Everything here runs under `jax.shard_map`, so that collectives are written down rather
+than left to a compiler.
 
 Axis letters: `m` rows and `n` columns of a matrix; a device's part is `a x b`.
 """

@@ -10,10 +10,11 @@ import pytest
 import helpers
 import nanochat_jax as nj
 from nanochat_jax.codecs import Quantized
+from nanochat_jax.transforms import MomentumState
 
 SECOND_MOMENT = nj.Dynamic8(16, signed=False, zero=False)
 ADAM = {"mu": nj.Int8(16), "nu": SECOND_MOMENT}
-CODECS = [nj.Int8(16), nj.Int4(16), nj.Dynamic8(16), nj.MuLaw8(16), nj.Float8(16)]
+CODECS = [nj.Int8(16), nj.Int4(16), nj.Dynamic8(16), nj.Normal4(16)]
 
 
 def as_is(inner, codecs):
@@ -29,7 +30,7 @@ BUILDERS = {
         optax.scale_by_adam(mu_dtype=jnp.bfloat16), {"mu": nj.Int8(16)}
     ),
     "around galore": lambda wrap: wrap(
-        helpers.low_rank(nj.momentum()), {"momentum": nj.Int8(), "projector": nj.Int4()}
+        helpers.low_rank(nj.momentum()), {"momentum": nj.Int8(), "basis": nj.Int4()}
     ),
     "inside galore": lambda wrap: helpers.low_rank(
         wrap(nj.momentum(), helpers.INT8), reproject=()
@@ -60,8 +61,8 @@ def case(request):
 
 
 def test_the_plain_view_is_a_state_of_the_plain_transform(case):
-    tx, plain, state = case
-    view = nj.dequantize(tx, state, helpers.params())
+    _, plain, state = case
+    view = nj.dequantize(state)
     chex.assert_trees_all_equal_shapes_and_dtypes(view, plain.init(helpers.params()))
 
 
@@ -69,7 +70,7 @@ def test_the_plain_transform_goes_on_from_the_plain_view(case):
     """With the very updates, since a quantised transform runs on what it decodes."""
     tx, plain, state = case
     inputs = helpers.gradients(2), state, helpers.params()
-    view = nj.dequantize(tx, state, helpers.params())
+    view = nj.dequantize(state)
     updates, _ = jax.jit(tx.update)(*inputs)
     expected, _ = jax.jit(plain.update)(inputs[0], view, inputs[2])
     # A moment that is bfloat16 when plain is float32 under `quantize_state`.
@@ -79,10 +80,8 @@ def test_the_plain_transform_goes_on_from_the_plain_view(case):
 
 def test_what_was_decoded_is_stored_in_the_same_codes(case):
     tx, _, state = case
-    abstract = jax.eval_shape(helpers.params)
-    move = lambda state: nj.quantize(
-        tx, nj.dequantize(tx, state, abstract), abstract, 2
-    )
+    like = jax.eval_shape(tx.init, helpers.params())
+    move = lambda state: nj.quantize(like, nj.dequantize(state), 2)
     again = jax.jit(move)(state)
     chex.assert_trees_all_equal_shapes_and_dtypes(again, state)
     codes = lambda tree: [
@@ -98,13 +97,13 @@ def test_what_was_decoded_is_stored_in_the_same_codes(case):
 
 
 def test_after_one_step_the_plain_view_is_within_the_error_of_the_codec():
-    for codec, largest in zip(CODECS, (0.01, 0.12, 0.03, 0.03, 0.04), strict=True):
+    for codec, largest in zip(CODECS, (0.01, 0.12, 0.03, 0.1), strict=True):
         inner = nj.momentum()
         tx = helpers.quantized(inner, {"momentum": codec})
         init = lambda tx: tx.init(helpers.params())
         _, state = tx.update(helpers.gradients(0), init(tx))
         _, reference = inner.update(helpers.gradients(0), init(inner))
-        errors = nj.quantization_error(tx, state, reference, helpers.params())
+        errors = nj.quantization_error(state, reference)
         assert set(errors) == {
             ".momentum['tall']", ".momentum['stack']", ".momentum['small']",
             ".momentum['nested'].momentum['tall']", ".momentum['nested'].nu",
@@ -116,11 +115,9 @@ def test_the_error_is_that_of_the_definition():
     tx = helpers.quantized(nj.momentum(), {"momentum": nj.Int4(4)})
     reference = {"w": jnp.asarray([[7.0, 0.4, 0.0, -3.2], [0.0, 0.0, 0.0, 0.0]])}
     stored = {"w": np.asarray([[7.0, 0.0, 0.0, -3.0], [0.0, 0.0, 0.0, 0.0]])}
-    reference = nj.MomentumState(reference)
-    state = nj.quantize(tx, reference, reference.momentum)
-    [(path, error)] = nj.quantization_error(
-        tx, state, reference, reference.momentum
-    ).items()
+    reference = MomentumState(reference)
+    state = nj.quantize(tx.init(reference.momentum), reference)
+    [(path, error)] = nj.quantization_error(state, reference).items()
     assert path == ".momentum['w']"
     difference = np.linalg.norm(stored["w"] - reference.momentum["w"])
     size = np.linalg.norm(reference.momentum["w"])
@@ -128,9 +125,7 @@ def test_the_error_is_that_of_the_definition():
     assert error.zeros == 1 / 8
     zero = jax.tree.map(jnp.zeros_like, reference)
     with jax.debug_nans(True):
-        [error] = nj.quantization_error(
-            tx, tx.init(zero.momentum), zero, zero.momentum
-        ).values()
+        [error] = nj.quantization_error(tx.init(zero.momentum), zero).values()
     assert error == (0, 0)
 
 
@@ -138,12 +133,12 @@ def test_linear_levels_lose_small_entries_that_a_dynamic_map_keeps():
     """The zeros that Newton-Schulz would feel: columns of one scale among others."""
     x = jax.random.normal(jax.random.key(0), (64, 128))
     x = {"w": x.at[:, ::16].multiply(300.0)}
-    reference = nj.MomentumState(x)
+    reference = MomentumState(x)
     error = {}
     for codec in (nj.Int8(), nj.Dynamic8()):
         tx = nj.quantize_state(nj.momentum(), {"momentum": codec})
-        state = nj.quantize(tx, reference, x)
-        [error[codec.name]] = nj.quantization_error(tx, state, reference, x).values()
+        state = nj.quantize(tx.init(x), reference)
+        [error[codec.name]] = nj.quantization_error(state, reference).values()
     assert error["int8"].zeros > 0.5
     assert error["dynamic8"].zeros < 0.01
 
@@ -162,7 +157,7 @@ def test_a_built_optimizer_is_seen_through():
     expected, reference = jax.jit(plain.update)(grads, plain.init(params), params)
     # Only the stored copies are rounded.
     helpers.assert_close(updates, expected, atol=1e-6)
-    errors = nj.quantization_error(tx, state, reference, params)
+    errors = nj.quantization_error(state, reference)
     ends = ("momentum['up']", "mu['embed']['embedding']", "nu['embed']['embedding']")
     assert all(any(path.endswith(end) for path in errors) for end in ends)
     assert len(errors) == 3
@@ -176,11 +171,11 @@ def test_a_state_of_another_transform_is_refused_with_what_differs():
     tx, plain = helpers.quantized(nj.momentum(), helpers.INT8), nj.momentum()
     w = {"w": jnp.zeros((8, 32))}
     for call, lacks in (
-        (lambda: nj.dequantize(tx, plain.init(w), w), "codes"),
-        (lambda: nj.quantize(tx, tx.init(w), w), "momentum"),
-        (lambda: nj.quantization_error(tx, tx.init(w), tx.init(w), w), "momentum"),
+        (lambda: nj.quantize(tx.init(w), tx.init(w)), "momentum"),
+        (lambda: nj.quantization_error(tx.init(w), tx.init(w)), "momentum"),
+        (lambda: nj.quantize(tx.init(w), plain.init(w | {"v": w["w"]})), "besides"),
     ):
-        with pytest.raises(ValueError, match=f"is not the state.*lacks.*{lacks}"):
+        with pytest.raises(ValueError, match=f"is not the plain form.*{lacks}"):
             call()
 
 
@@ -189,6 +184,6 @@ def test_an_init_that_was_compiled_before_is_seen_through_and_stays_as_it_was():
     tx = optax.GradientTransformation(jax.jit(inner.init), inner.update)
     params = {"w": jnp.ones((8, 32))}
     state = tx.init(params)
-    view = nj.dequantize(tx, state, params)
+    view = nj.dequantize(state)
     chex.assert_trees_all_equal(view, nj.momentum().init(params))
     chex.assert_trees_all_equal(tx.init(params), state)

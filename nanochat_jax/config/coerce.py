@@ -1,0 +1,84 @@
+"""Values as the types of their fields want them."""
+
+import math
+import types
+import typing
+from collections.abc import Mapping
+from typing import Any
+
+
+def coerce(value: Any, hint: Any) -> Any:
+    """Returns a value as the type of its field.
+
+    Whole numbers are floats where those are asked for, lists are tuples, and numbers of
+    NumPy and JAX are numbers of Python.
+
+    Args:
+      value: Value to convert.
+      hint: Type of the field.
+
+    Raises:
+      TypeError: If it is of another type, or a float that is not finite. The message
+        goes on from the name of the field.
+    """
+    options = typing.get_args(hint)
+    origin = typing.get_origin(hint)
+    value = _as_python(value)
+    if origin is typing.Literal:
+        if (type(value), value) not in [(type(o), o) for o in options]:
+            raise TypeError(f"must be one of {list(options)}, got {value!r}.")
+        return value
+    if origin in (types.UnionType, typing.Union):
+        if value is None and type(None) in options:
+            return None
+        return _coerce_to_any(value, [o for o in options if o is not type(None)])
+    if origin is dict:
+        if not isinstance(value, Mapping):
+            raise TypeError(f"must be a table, got {value!r}.")
+        return {k: coerce(v, options[1]) for k, v in value.items()}
+    if origin is tuple and options[-1] is Ellipsis:
+        items = [value] if isinstance(value, str) else value
+        if not isinstance(items, list | tuple):
+            raise TypeError(f"must be a list, got {value!r}.")
+        return tuple(coerce(v, options[0]) for v in items)
+    if origin is tuple:
+        if not isinstance(value, list | tuple) or len(value) != len(options):
+            raise TypeError(f"must be a list of {len(options)} values, got {value!r}.")
+        return tuple(coerce(v, o) for v, o in zip(value, options, strict=True))
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if hint is float and isinstance(value, float) and not math.isfinite(value):
+        raise TypeError(f"must be finite, got {value}.")
+    if not isinstance(value, hint) or (hint is int and isinstance(value, bool)):
+        raise TypeError(
+            f"must be of type {hint.__name__}, got {value!r} ({type(value).__name__})."
+        )
+    return value
+
+
+def _as_python(value: Any) -> Any:
+    """Returns a number of Python for one of NumPy or JAX, and other values as they are.
+
+    Raises:
+      TypeError: If the number is traced.
+    """
+    if getattr(value, "ndim", None) != 0 or not hasattr(value, "item"):
+        return value
+    try:
+        return value.item()
+    except Exception:
+        raise TypeError(
+            "must be known when the settings are made, got a traced value. "
+            "`build_optimizer(..., learning_rate=)` and `muon` take one."
+        ) from None
+
+
+def _coerce_to_any(value: Any, options: list[Any]) -> Any:
+    """Returns `value` as the first of `options` that it fits."""
+    errors = []
+    for option in options:
+        try:
+            return coerce(value, option)
+        except TypeError as error:
+            errors.append(str(error))
+    raise TypeError(" Or ".join(errors))

@@ -1,0 +1,64 @@
+"""The form and the type in which Newton-Schulz runs."""
+
+from pathlib import Path
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+
+Form = Literal["auto", "standard", "gram"]
+
+GRAM_RATIO = 1.5
+"""Long side over short side above which the Gram form takes fewer operations."""
+
+_NATIVE_BF16 = ("amx_bf16", "avx512_bf16", "bf16")
+
+
+def resolve_form(
+    shape: tuple[int, ...], dtype: DTypeLike, form: Form = "auto"
+) -> Literal["standard", "gram"]:
+    """Returns the form that `newton_schulz` takes for a shape and a type.
+
+    `"auto"` is the Gram form in float32 where the long side is over 1.5 times the short
+    one, from where on it takes fewer operations, and else the standard form.
+
+    Args:
+      shape: Shape of the matrices, `[*batch, m, n]`.
+      dtype: Type of the iterate.
+      form: Form that is asked for.
+
+    Raises:
+      ValueError: If `form` is `"gram"` and `dtype` is shorter than float32.
+    """
+    precise = jnp.dtype(dtype) in (jnp.float32, jnp.float64)
+    if form == "gram" and not precise:
+        raise ValueError(
+            f"the Gram form needs float32, got {jnp.dtype(dtype).name}, in which its "
+            "error is larger than its result. Use the standard form."
+        )
+    if form != "auto":
+        return form
+    short, long = sorted(shape[-2:])
+    return "gram" if precise and long > GRAM_RATIO * short else "standard"
+
+
+def resolve_dtype(dtype: Literal["auto", "float32", "bfloat16"] = "auto") -> str:
+    """Returns the type in which Newton-Schulz runs on this machine.
+
+    `"auto"` is bfloat16 on accelerators and on processors that multiply it natively
+    (AMX or AVX-512 BF16 on x86, BF16 on Arm, as Linux lists them), and float32 on
+    others, which emulate it more slowly than they multiply float32.
+
+    Args:
+      dtype: Type that is asked for.
+    """
+    if dtype != "auto":
+        return dtype
+    if jax.default_backend() != "cpu":
+        return "bfloat16"
+    try:
+        words = set(Path("/proc/cpuinfo").read_text(encoding="utf-8").split())
+    except OSError:
+        return "float32"
+    return "float32" if words.isdisjoint(_NATIVE_BF16) else "bfloat16"

@@ -1,0 +1,223 @@
+"""Change of basis: of the leaves that are due, and of their first moments.
+
+Leaves of one shape are renewed in one loop over them, inside one `lax.cond` on a
+scalar. A batched predicate would pay for both branches on every step; a branch for each
+leaf would have to be compiled for each.
+"""
+
+import dataclasses
+import functools
+import zlib
+from collections.abc import Collection, Hashable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import NamedSharding
+from jax.tree_util import keystr
+from jaxtyping import Array, Bool, Float, UInt32
+
+from nanochat_jax.numerics import hashing
+from nanochat_jax.transforms.galore import projection
+from nanochat_jax.transforms.galore.basis import Basis, RandomizedSVD
+from nanochat_jax.transforms.scheduling import group_by_shape, group_bytes
+from nanochat_jax.transforms.sharding import (
+    Placement,
+    placement as placing,
+    vary_over,
+    varying_axes,
+)
+from nanochat_jax.transforms.state_paths import locate
+
+
+class Coordinates(NamedTuple):
+    """A basis, and the first moments in its coordinates.
+
+    Attributes:
+      basis: The basis.
+      moments: First moments of `inner`.
+      complements: First moments of the complement, one for each of `moments`, or none.
+    """
+
+    basis: Float[Array, "*batch short r"]
+    moments: tuple[Float[Array, "*batch r long"], ...]
+    complements: tuple[Float[Array, "*batch m n"], ...]
+
+
+class Leaf(NamedTuple):
+    """A leaf that may be due.
+
+    Attributes:
+      gradient: Its gradient.
+      due: Whether its basis is to be computed.
+      seed: Last word of its random key.
+      now: Its basis and moments so far.
+    """
+
+    gradient: Float[Array, "*batch m n"]
+    due: Bool[Array, ""]
+    seed: UInt32[Array, ""]
+    now: Coordinates
+
+
+def change_bases(
+    rule: Basis,
+    reproject: Collection[str],
+    updates: Any,
+    state: Any,
+    placement: Placement,
+) -> Any:
+    """Returns the state of `galore` with the bases renewed of leaves that are due.
+
+    First moments are moved to the new bases.
+
+    Args:
+      rule: When and how a basis is computed.
+      reproject: Fields of first moments.
+      updates: Gradients.
+      state: State of `galore`.
+      placement: Shardings of the parameters.
+    """
+    flat, treedef = jax.tree.flatten_with_path(updates)
+    bases = treedef.flatten_up_to(state.basis)
+    inner, inner_def = jax.tree.flatten(state.inner)
+    complement, complement_def = jax.tree.flatten(state.complement)
+    moments = _moments_by_parameter(state.inner, updates, reproject)
+    beside = _moments_by_parameter(state.complement, updates, reproject)
+    if any(len(moments.get(name, ())) != len(found) for name, found in beside.items()):
+        beside = {}  # They do not pair with the inner ones: both are left as they are.
+    leaves = {}
+    for i, (path, g) in enumerate(flat):
+        if bases[i] is not None:
+            name = keystr(path)
+            now = Coordinates(
+                bases[i],
+                tuple(inner[j] for j in moments.get(name, ())),
+                tuple(complement[j] for j in beside.get(name, ())),
+            )
+            due = (state.count == 0) | rule.is_due(
+                state.count, name, projection.short_first(g), bases[i]
+            )
+            leaves[i] = Leaf(g, due, _seed_of(rule, state.count, name), now)
+    shardings = [placement.sharding(*leaf) for leaf in flat]
+    for group in _alike(leaves, shardings):
+        renewed = _renew([leaves[i] for i in group], rule, shardings[group[0]])
+        for i, new in zip(group, renewed, strict=True):
+            name = keystr(flat[i][0])
+            bases[i] = new.basis
+            _put(inner, moments.get(name, ()), new.moments)
+            _put(complement, beside.get(name, ()), new.complements)
+    return state._replace(
+        basis=treedef.unflatten(bases),
+        inner=inner_def.unflatten(inner),
+        complement=complement_def.unflatten(complement),
+    )
+
+
+def _put(items: list[Array], places: Sequence[int], new: Sequence[Array]) -> None:
+    for i, x in zip(places, new, strict=True):
+        items[i] = x
+
+
+def _seed_of(rule: Basis, count: Array, name: str) -> UInt32[Array, ""]:
+    base = jnp.uint32(zlib.crc32(f"{rule.seed} galore{name}".encode()))
+    return hashing.mix_bits(base ^ hashing.mix_bits(count.astype(jnp.uint32)))
+
+
+def _alike(
+    leaves: Mapping[int, Leaf], shardings: Sequence[Hashable]
+) -> list[list[int]]:
+    """Groups leaves whose gradients and bases have one shape and one sharding."""
+    ids = list(leaves)
+    groups = group_by_shape(
+        [leaves[i].gradient for i in ids],
+        group_bytes(),
+        kinds=[(leaves[i].now.basis.shape, shardings[i]) for i in ids],
+    )
+    return [[ids[k] for k in group] for group in groups]
+
+
+def _moments_by_parameter(
+    state: optax.OptState, updates: Any, fields: Collection[str]
+) -> dict[str, list[int]]:
+    """Returns, by parameter path, which leaves of `state` are its first moments."""
+    owned: dict[str, list[int]] = {}
+    places = locate(state, updates)
+    for i, (path, _) in enumerate(jax.tree.leaves_with_path(state)):
+        place = places.get(keystr(path))  # a quantised leaf has two paths of its own
+        if place and place.name is not None and place.field(fields):
+            owned.setdefault(place.name, []).append(i)
+    return owned
+
+
+def _renew(
+    leaves: Sequence[Leaf], rule: Basis, sharding: NamedSharding | None
+) -> list[Coordinates]:
+    """Returns bases and moments of leaves of one shape, renewed where they are due."""
+    # All as one of them, since branches must agree in that too.
+    leaves = vary_over(list(leaves), varying_axes(leaves))
+    if placing.is_split(sharding) and isinstance(rule, RandomizedSVD):
+        # Nothing larger than a basis is to be sent between devices.
+        rule = dataclasses.replace(rule, form_gram=False)
+    if_due = functools.partial(_renew_if_due, rule=rule, sharding=sharding)
+    if len(leaves) == 1:
+        return [if_due(leaves[0])]
+
+    def renew_due() -> list[Coordinates]:
+        # Picked one by one, as a stack of them would be a copy of all.
+        pick = lambda i: jax.lax.switch(i, [lambda x=x: x for x in leaves])
+        turns = jnp.arange(len(leaves), dtype=jnp.int32)
+        renewed = jax.lax.map(lambda i: if_due(pick(i)), turns)
+        return [jax.tree.map(lambda x, i=i: x[i], renewed) for i in range(len(leaves))]
+
+    any_due = jnp.stack([leaf.due for leaf in leaves]).any()
+    return jax.lax.cond(any_due, renew_due, lambda: [leaf.now for leaf in leaves])
+
+
+def _renew_if_due(
+    leaf: Leaf, rule: Basis, sharding: NamedSharding | None
+) -> Coordinates:
+    find = lambda: _in_new_basis(leaf, rule, sharding)
+    return jax.lax.cond(leaf.due, find, lambda: leaf.now)
+
+
+def _in_new_basis(
+    leaf: Leaf, rule: Basis, sharding: NamedSharding | None
+) -> Coordinates:
+    g, now = leaf.gradient, leaf.now
+    usable = jnp.isfinite(g).all((-2, -1), keepdims=True)
+    usable &= (g != 0).any((-2, -1), keepdims=True)
+    x = jnp.where(usable, g, 0).astype(jnp.float32)
+    wholes = _whole_moments(leaf)
+    new = rule.find(
+        projection.short_first(placing.split_long(x, sharding)),
+        now.basis,
+        projection.short_first(wholes[0]) if wholes else None,
+        _key(leaf.seed),
+    ).astype(now.basis.dtype)
+    new = jnp.where(usable, new, now.basis)
+    if now.complements:
+        moved = [projection.project(m, new) for m in wholes]
+    else:
+        rotation = projection.matmul(new.mT, now.basis)
+        moved = [projection.matmul(rotation, m) for m in now.moments]
+    complements = [
+        projection.cut_off(m, low, new).astype(old.dtype)
+        for m, low, old in zip(wholes, moved, now.complements, strict=False)
+    ]
+    moved = [x.astype(m.dtype) for x, m in zip(moved, now.moments, strict=True)]
+    return Coordinates(new, tuple(moved), tuple(complements))
+
+
+def _key(seed: Array) -> Array:
+    data = jnp.stack([jnp.zeros_like(seed), seed])
+    return jax.random.wrap_key_data(data, impl="threefry2x32")
+
+
+def _whole_moments(leaf: Leaf) -> list[Array]:
+    """Returns first moments in the coordinates of the gradient: `P·m + complement`."""
+    moments = leaf.now.moments
+    complements = leaf.now.complements or [0.0] * len(moments)
+    lift = lambda m: projection.lift(m, leaf.now.basis, leaf.gradient.shape)
+    return [lift(m) + rest for m, rest in zip(moments, complements, strict=True)]
