@@ -2,6 +2,7 @@
 
 import functools
 import itertools
+import types
 import zlib
 
 import jax
@@ -381,6 +382,21 @@ def test_the_seed_decides_the_sketch():
     assert jnp.abs(trajectories[0][0]["wide"] - trajectories[2][0]["wide"]).max() > 1e-3
 
 
+def step_of(**methods):
+    """One update by a rule that is no `RandomizedSVD`, with one method replaced."""
+    usual = {
+        "is_due": lambda count, path, gradient, basis: count == 0,
+        "find": lambda gradient, basis, momentum, key: basis,
+    }
+    tx = nj.galore(nj.momentum(), 3, basis=types.SimpleNamespace(**usual | methods))
+    return tx.update(grads(), tx.init(PARAMS), PARAMS)
+
+
+def test_a_rule_is_any_object_with_two_methods():
+    _, state = step_of()
+    assert_orthonormal(state)
+
+
 @pytest.mark.parametrize(
     ("make", "error", "message"),
     [
@@ -389,6 +405,24 @@ def test_the_seed_decides_the_sketch():
         (lambda: nj.galore(nj.momentum(), 1.5), ValueError, "rank=1.5"),
         (lambda: nj.galore(nj.momentum(), {"ffn": 2}), TypeError, "got dict"),
         (lambda: nj.RandomizedSVD(0), ValueError, "refresh_every.*got 0"),
+        (
+            lambda: nj.galore(
+                nj.momentum(), 4, basis=nj.RandomizedSVD, complement=None, project=True
+            ),
+            TypeError,
+            r"`basis`(.|\n)*`complement`.*None(.|\n)*`project`.*True",
+        ),
+        (
+            lambda: nj.galore(nj.momentum(), 4, complement=jnp.ones(2)),
+            TypeError,
+            "`complement` must be a number",
+        ),
+        (lambda: step_of(find=lambda *args: jnp.eye(8)), ValueError, r"8, 3\), got"),
+        (
+            lambda: step_of(is_due=lambda *args: jnp.ones(2, bool)),
+            ValueError,
+            "one truth value for .*tall",
+        ),
         (
             lambda: nj.RandomizedSVD(power_iterations=0),
             ValueError,

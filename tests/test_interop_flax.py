@@ -147,6 +147,18 @@ def check_four_devices():
         assert {shard.data.shape for shard in kernel.addressable_shards} == {(8, 6)}
 
 
+def test_a_state_is_not_restored_into_one_of_another_codec():
+    nj.register_for_flax()
+    make = lambda codec: nj.quantize_state(
+        nj.momentum(), {"momentum": codec}, min_size=1
+    )
+    params = {"w": jnp.ones((8, 32))}
+    saved = serialization.to_bytes(make(nj.Int8(16)).init(params))
+    for codec in (nj.Int4(16), nj.Int8(32), nj.Int8(16, stochastic_rounding=True)):
+        with pytest.raises(ValueError, match=r"saved by Int8\(block_size=16"):
+            serialization.from_bytes(make(codec).init(params), saved)
+
+
 @every
 def test_a_state_round_trips_through_flax_serialization(name):
     nj.register_for_flax()

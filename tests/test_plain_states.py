@@ -1,5 +1,7 @@
 """A quantised state has a plain view, which is a state of the plain transform."""
 
+import collections
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -177,6 +179,32 @@ def test_a_state_of_another_transform_is_refused_with_what_differs():
     ):
         with pytest.raises(ValueError, match=f"is not the plain form.*{lacks}"):
             call()
+
+
+def test_arrays_are_paired_by_path_whatever_the_order_of_keys():
+    tx = helpers.quantized(nj.momentum(), helpers.INT8)
+    in_order = collections.OrderedDict(k=jnp.ones((8, 32)), j=jnp.full((8, 32), 2.0))
+    plain = MomentumState(in_order)
+    state = nj.quantize(tx.init(dict(in_order)), plain)
+    for name, x in in_order.items():
+        helpers.assert_close(nj.dequantize(state).momentum[name], x)
+    errors = nj.quantization_error(state, plain)
+    assert all(error.relative == 0 for error in errors.values())
+
+
+def test_arrays_of_other_shapes_are_refused_and_types_are_those_of_the_state():
+    tx = helpers.quantized(nj.momentum(), helpers.INT8)
+    state = tx.init({"w": jnp.ones((8, 32)), "v": jnp.ones((4, 16))})
+    other = MomentumState({"w": jnp.ones((4, 64)), "v": jnp.ones((1,))})
+    for call in (nj.quantize, nj.quantization_error):
+        with pytest.raises(ValueError, match=r"v'\] has shape \(1,\)(.|\n)*w'\] has"):
+            call(state, other)
+    tx = helpers.quantized(
+        optax.scale_by_adam(mu_dtype=jnp.bfloat16), {"nu": nj.Int8()}
+    )
+    like = tx.init({"w": jnp.ones((8, 32))})
+    wide = jax.tree.map(lambda x: x.astype(jnp.float32), nj.dequantize(like))
+    chex.assert_trees_all_equal_shapes_and_dtypes(nj.quantize(like, wide), like)
 
 
 def test_an_init_that_was_compiled_before_is_seen_through_and_stays_as_it_was():

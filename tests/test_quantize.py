@@ -180,6 +180,18 @@ def test_a_stored_leaf_says_its_shape_and_type_also_in_part():
     np.testing.assert_array_equal(row.decode(), stored.decode()[1])
 
 
+@pytest.mark.parametrize(
+    ("codecs", "message"),
+    [
+        ({"momentum": nj.Int8, "nu": "int8"}, r"momentum: <class(.|\n)*nu: 'int8'"),
+        (nj.Int8(), r"must be a mapping.*got Int8\("),
+    ],
+)
+def test_what_is_no_codec_is_refused_at_once(codecs, message):
+    with pytest.raises(TypeError, match=message):
+        nj.quantize_state(nj.momentum(), codecs)
+
+
 def test_a_leaf_that_is_stored_without_a_codec_is_refused():
     state = helpers.quantized(optax.scale_by_adam(), {"mu": nj.Int8(16)}).init(PARAMS)
     tx = helpers.quantized(optax.scale_by_adam(), {"nu": nj.Int8(16)})

@@ -4,6 +4,8 @@ import contextlib
 import dataclasses
 from typing import Any
 
+import jax.numpy as jnp
+
 from nanochat_jax.codecs import Quantized
 
 
@@ -11,8 +13,8 @@ def register_for_flax() -> None:
     """Lets `flax.serialization` save optimizer states with quantised arrays.
 
     Flax knows dicts, lists and `NamedTuple`s; other nodes of a tree are registered with
-    it. Codec, width and type are not saved: they are those of the state that is
-    restored into. It may be called more than once.
+    it. A state is restored into one of the same codecs. It may be called more than
+    once.
 
     Example:
       >>> register_for_flax()
@@ -23,16 +25,30 @@ def register_for_flax() -> None:
 
     Raises:
       ModuleNotFoundError: If Flax is not installed.
+      ValueError: When a state is restored into one of another codec or shape.
     """
     from flax import serialization
 
     def to_state_dict(x: Quantized) -> dict[str, Any]:
         parts = {"codes": x.codes, "scales": x.scales}
-        return {k: serialization.to_state_dict(v) for k, v in parts.items()}
+        saved = {k: serialization.to_state_dict(v) for k, v in parts.items()}
+        return saved | {"codec": str(x.codec)}
 
     def from_state_dict(like: Quantized, stored: dict[str, Any]) -> Quantized:
+        parts = {name: stored[name] for name in ("codes", "scales")}
+        layout = lambda x: (x.shape, jnp.dtype(x.dtype))
+        alike = all(layout(parts[k]) == layout(getattr(like, k)) for k in parts)
+        # Before codecs were saved, shapes and types told most of them apart.
+        codec = stored.get("codec", str(like.codec))
+        if not alike or codec != str(like.codec):
+            raise ValueError(
+                f"an array {like.shape} was saved by {codec}, with codes "
+                f"{parts['codes'].shape}, and cannot be restored into one of "
+                f"{like.codec}. Restore it into a state of the optimizer that it was "
+                "saved from, and convert that with `quantize(like, dequantize(state))`."
+            )
         restore = serialization.from_state_dict
-        parts = {name: restore(getattr(like, name), stored[name]) for name in stored}
+        parts = {name: restore(getattr(like, name), x) for name, x in parts.items()}
         return dataclasses.replace(like, **parts)
 
     with contextlib.suppress(ValueError):  # registered before

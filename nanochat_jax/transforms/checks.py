@@ -1,9 +1,11 @@
 """What transforms refuse, in words."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.tree_util import keystr
 
@@ -29,6 +31,68 @@ def require_real(tree: Any, who: str) -> None:
             + "\n".join(found)
             + "\nWrap the optimizer in `optax.contrib.split_real_and_imaginary`."
         )
+
+
+def require_codecs(codecs: Any) -> None:
+    """Refuses anything but a mapping from names of fields to codecs.
+
+    Args:
+      codecs: Argument of `quantize_state`.
+
+    Raises:
+      TypeError: If it is none, or an entry is no codec; with all that are not.
+    """
+    if not isinstance(codecs, Mapping):
+        raise TypeError(
+            "`codecs` must be a mapping from names of fields of the state to codecs, "
+            f'such as {{"momentum": Int8()}}, got {codecs!r}.'
+        )
+    wrong = [
+        f"  {name}: {codec!r}"
+        for name, codec in codecs.items()
+        if isinstance(codec, type) or not hasattr(codec, "needs_key")
+    ]
+    if wrong:
+        raise TypeError(
+            "`codecs` needs a codec for each field, such as `Int8()`, got\n"
+            + "\n".join(wrong)
+        )
+
+
+def require_rule(basis: Any, complement: Any, project: Any) -> None:
+    """Refuses arguments of `galore` of the wrong kind.
+
+    Args:
+      basis: Its rule for bases.
+      complement: Its complement.
+      project: Its rule for which matrices are projected.
+
+    Raises:
+      TypeError: If one is of the wrong kind; with all that are.
+    """
+    is_rule = hasattr(basis, "is_due") and hasattr(basis, "find")
+    is_transform = isinstance(complement, optax.GradientTransformation)
+    is_number = isinstance(complement, int | float) or (
+        isinstance(complement, jax.Array | np.ndarray | np.generic)
+        and complement.ndim == 0
+    )
+    wrong = [
+        f"  `{name}` must be {kind}, got {value!r}"
+        for name, value, holds, kind in (
+            (
+                "basis", basis, is_rule and not isinstance(basis, type),
+                "a rule with `is_due` and `find`, such as `RandomizedSVD()`",
+            ),
+            (
+                "complement", complement, is_transform or is_number,
+                "a number or a transformation, such as `momentum(0.8)`",
+            ),
+            ("project", project, callable(project), "a function of shape and rank"),
+        )
+        if not holds
+    ]  # fmt: skip
+    if wrong:
+        raise TypeError("`galore` got\n" + "\n".join(wrong))
 
 
 def require_state(state: Any, kinds: type | tuple[type, ...], who: str) -> None:

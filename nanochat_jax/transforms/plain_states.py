@@ -1,5 +1,6 @@
 """The state of a quantised transform as plain arrays, and back."""
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -48,7 +49,7 @@ def dequantize(state: optax.OptState) -> optax.OptState:
       The plain state, with the types that the wrapped transforms gave it.
     """
     decode = lambda x: x.decode().astype(x.dtype)
-    return _plain(lambda path, x: decode(x) if is_quantized(x) else x, state)
+    return _plain(lambda x: decode(x) if is_quantized(x) else x, state)
 
 
 def quantize(
@@ -76,18 +77,22 @@ def quantize(
       A state with the structure of `like`.
 
     Raises:
-      ValueError: If `plain` has another structure.
+      ValueError: If `plain` has other paths or shapes.
     """
-    _require_paths("plain", plain, like)
-    count, arrays = jnp.asarray(count, jnp.int32), iter(jax.tree.leaves(plain))
+    arrays = _matching("plain", plain, like)
+    count = jnp.asarray(count, jnp.int32)
 
-    def store(path: KeyPath, x: Any) -> Any:
+    def store(above: str, path: KeyPath, x: Any) -> Any:
+        name = above + keystr(path)
         if isinstance(x, QuantizeState):
-            inner = jax.tree.map_with_path(store, x.inner, is_leaf=_is_stored)
+            inside = functools.partial(store, name)
+            inner = jax.tree.map_with_path(inside, x.inner, is_leaf=_is_stored)
             return QuantizeState(count, inner)
-        return _stored_as(x, next(arrays), count, f"{seed} {keystr(path)}")
+        return _stored_as(x, arrays[name], count, f"{seed} {name}")
 
-    return jax.tree.map_with_path(store, like, is_leaf=_is_stored)
+    return jax.tree.map_with_path(
+        functools.partial(store, ""), like, is_leaf=_is_stored
+    )
 
 
 def quantization_error(
@@ -114,14 +119,13 @@ def quantization_error(
       By path in the plain state, the error of each quantised array.
 
     Raises:
-      ValueError: If `plain` has another structure.
+      ValueError: If `plain` has other paths or shapes.
     """
-    _require_paths("plain", plain, state)
-    nodes = jax.tree.leaves(_plain(lambda path, x: x, state), is_leaf=is_quantized)
-    references = jax.tree.leaves_with_path(plain)
+    references = _matching("plain", plain, state)
+    nodes = jax.tree.leaves_with_path(_plain(lambda x: x, state), is_leaf=is_quantized)
     return {
-        keystr(path): _error(node.decode(), reference)
-        for node, (path, reference) in zip(nodes, references, strict=True)
+        keystr(path): _error(node.decode(), references[keystr(path)])
+        for path, node in nodes
         if is_quantized(node)
     }
 
@@ -136,35 +140,44 @@ def _error(x: Array, reference: Array) -> QuantizationError:
 
 
 def _stored_as(like: Any, x: Array, count: Array, name: str) -> Any:
+    x = jnp.asarray(x).astype(like.dtype)
     if not is_quantized(like):
         return x
-    codec = like.codec
-    key = hashing.leaf_key(0, count, name) if codec.needs_key else None
-    return codec.encode(x.astype(like.dtype), key)
+    key = hashing.leaf_key(0, count, name) if like.codec.needs_key else None
+    return like.codec.encode(x, key)
 
 
 def _is_stored(node: Any) -> bool:
     return isinstance(node, QuantizeState | Quantized)
 
 
-def _plain(f: Callable[[KeyPath, Any], Any], state: Any) -> Any:
+def _plain(f: Callable[[Any], Any], state: Any) -> Any:
     """Maps leaves of a state, with `QuantizeState` nodes replaced by their insides."""
-
-    def visit(path: KeyPath, node: Any) -> Any:
-        return (
-            _plain(f, node.inner) if isinstance(node, QuantizeState) else f(path, node)
-        )
-
-    return jax.tree.map_with_path(visit, state, is_leaf=_is_stored)
+    visit = lambda node: (
+        _plain(f, node.inner) if isinstance(node, QuantizeState) else f(node)
+    )
+    return jax.tree.map(visit, state, is_leaf=_is_stored)
 
 
-def _require_paths(name: str, plain: Any, like: Any) -> None:
-    """Refuses a plain state that has not the leaves of another without its wrappers."""
-    wanted = _plain(lambda path, x: 0, like)
-    paths = lambda tree: {keystr(path) for path, _ in jax.tree.leaves_with_path(tree)}
-    got, wanted = paths(plain), paths(wanted)
-    if got != wanted:
+def _matching(name: str, plain: Any, state: Any) -> dict[str, Any]:
+    """Returns the arrays of a plain state by path, if they are those of a state."""
+    got = {keystr(path): x for path, x in jax.tree.leaves_with_path(plain)}
+    nodes = jax.tree.leaves_with_path(_plain(lambda x: x, state), is_leaf=is_quantized)
+    wanted = {keystr(path): x.shape for path, x in nodes}
+    if got.keys() != wanted.keys():
         raise ValueError(
             f"`{name}` is not the plain form of that state. It lacks "
-            f"{sorted(wanted - got)} and has besides {sorted(got - wanted)}."
+            f"{sorted(wanted.keys() - got.keys())} and has besides "
+            f"{sorted(got.keys() - wanted.keys())}."
         )
+    shapes = {path: jnp.shape(x) for path, x in got.items()}
+    wrong = [
+        f"  {path} has shape {shapes[path]}, where the state has {shape}"
+        for path, shape in wanted.items()
+        if shapes[path] != shape
+    ]
+    if wrong:
+        raise ValueError(
+            f"`{name}` is not the plain form of that state:\n" + "\n".join(wrong)
+        )
+    return got

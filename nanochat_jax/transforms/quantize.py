@@ -63,10 +63,12 @@ def quantize_state(
       A transformation with the updates of `inner`, whose state is a `QuantizeState`.
 
     Raises:
-      TypeError: At `init`, if a parameter is complex.
+      TypeError: If `codecs` holds anything but codecs; at `init`, if a parameter is
+        complex.
       ValueError: At `init`, if `inner` lacks a field named in `codecs`; at `update`, if
         a leaf of the state was stored by another codec.
     """
+    checks.require_codecs(codecs)
     inner = optax.with_extra_args_support(inner)
     encode = functools.partial(_encode_leaf, codecs, seed)
 

@@ -26,14 +26,9 @@ class Basis(Protocol):
       >>> params = {"kernel": jnp.ones((32, 64))}
       >>> updates, state = tx.update(params, tx.init(params))
 
-    Attributes:
-      seed: Seed of the keys that `find` is given.
+    A rule may have an attribute `seed`, from which the keys of `find` follow; it is 0
+    otherwise.
     """
-
-    @property
-    def seed(self) -> int:
-        """Seed of the keys that `find` is given."""
-        ...
 
     def is_due(
         self,
@@ -66,7 +61,7 @@ class Basis(Protocol):
             usable.
           basis: Basis so far.
           momentum: First moment in the coordinates of the gradient, if there is one.
-          key: Random key, by seed, step and leaf.
+          key: Random key, by seed of the rule, step and leaf.
         """
         ...
 

@@ -96,9 +96,13 @@ def change_bases(
                 tuple(inner[j] for j in moments.get(name, ())),
                 tuple(complement[j] for j in beside.get(name, ())),
             )
-            due = (state.count == 0) | rule.is_due(
-                state.count, name, projection.short_first(g), bases[i]
-            )
+            is_due = rule.is_due(state.count, name, projection.short_first(g), bases[i])
+            if jnp.shape(is_due) != ():
+                raise ValueError(
+                    f"`is_due` of {rule} must return one truth value for {name}, got "
+                    f"an array of shape {jnp.shape(is_due)}."
+                )
+            due = (state.count == 0) | is_due
             leaves[i] = Leaf(g, due, _seed_of(rule, state.count, name), now)
     shardings = [placement.sharding(*leaf) for leaf in flat]
     for group in _alike(leaves, shardings):
@@ -121,7 +125,7 @@ def _put(items: list[Array], places: Sequence[int], new: Sequence[Array]) -> Non
 
 
 def _seed_of(rule: Basis, count: Array, name: str) -> UInt32[Array, ""]:
-    base = jnp.uint32(zlib.crc32(f"{rule.seed} galore{name}".encode()))
+    base = jnp.uint32(zlib.crc32(f"{getattr(rule, 'seed', 0)} galore{name}".encode()))
     return hashing.mix_bits(base ^ hashing.mix_bits(count.astype(jnp.uint32)))
 
 
@@ -196,6 +200,11 @@ def _in_new_basis(
         projection.short_first(wholes[0]) if wholes else None,
         _key(leaf.seed),
     ).astype(now.basis.dtype)
+    if new.shape != now.basis.shape:
+        raise ValueError(
+            f"`find` of {rule} must return a basis of shape {now.basis.shape}, got "
+            f"{new.shape}."
+        )
     new = jnp.where(usable, new, now.basis)
     if now.complements:
         moved = [projection.project(m, new) for m in wholes]

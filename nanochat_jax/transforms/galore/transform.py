@@ -106,12 +106,14 @@ def galore(
       A transformation whose state is a `GaloreState`.
 
     Raises:
-      TypeError: If the rank is not a Python number; at `init`, if a leaf is complex.
+      TypeError: If the rank is not a Python number, or another argument of the wrong
+        kind; at `init`, if a leaf is complex.
       ValueError: If the rank is out of range; at `init`, if `inner` stores a field of
         `reproject` quantised; at `update`, if `projected` gradients will not do, or
         `inner` asks for parameters.
     """
     projection.check_rank(rank)
+    checks.require_rule(basis, complement, project)
     inner = optax.with_extra_args_support(inner)
     outside = Complement.of(complement, scale)
 
