@@ -13,18 +13,20 @@ A codec makes a `Quantized` array of an array, under three laws:
 Blocks divide the last axis and never cross a row, so codes and scales are sharded as
 the encoded array. The last block of a row may be shorter than the others.
 
-base    `Codec`, the interface; `Quantized`; `Blockwise`, one scale for each block
-blocks  blocks of the last axis, and several codes to a byte
-tables  `TableCodec`, levels by any sorted table
-| `linear`, `dynamic`, `normal` | the codecs below |
+base     `Codec`, the interface; `Quantized`; `Blockwise`, one scale for each block
+blocks   blocks of the last axis, and several codes to a byte
+tables   `TableCodec`, levels by any sorted table
+linear   `Int8` and `Int4`
+dynamic  `Dynamic8`
+normal   `Normal4` and `Normal2`
 hartley  the rotation of blocks for `Normal4` and `Normal2`
 
 | codec | levels | for |
 |---|---|---|
-| `Int8`, `Int4` | evenly spaced | moments of even scale, projectors |
-Dynamic8  a fixed count a decade | second moments; scales mixed within a block
-Normal4  for normal entries, of rotated blocks | momentum in 4 bits
-Normal2  likewise, without a zero, and cut | momentum of short memory in 2 bits
+| `Int8`, `Int4` | evenly spaced | moments of even scale, bases |
+| `Dynamic8` | a fixed count a decade | second moments; scales mixed within a block |
+| `Normal4` | for normal entries, of rotated blocks | momentum in 4 bits |
+| `Normal2` | likewise, without a zero, and cut | a complement's momentum in 2 bits |
 """
 
 from nanochat_jax.codecs.base import (
