@@ -71,7 +71,7 @@ def measure(config, steps):
     row = {"imports": Memory.now()}
     run = run_memory.abstract_run(config)
     step = compile_train_step(run)
-    planned = run_memory.plan_run(run, [step])
+    planned = run_memory.plan_run(run, step)
     row |= {"planned": planned._asdict(), "compiling": Memory.most()}
     Memory.forget()
     row["compiled"] = base = Memory.now()

@@ -25,9 +25,18 @@ from nanochat_jax.optimizer import build_optimizer
 from nanochat_jax.optimizer.baselines import build_adamw
 
 BOTH = {"use_8bit_optim": True, "use_galore": True}
+EIGHT, SCANNED = {"use_8bit_optim": True}, {"scan_layers": True}
 VARIANTS = {
     "muon": {},
-    "muon_8bit": {"use_8bit_optim": True},
+    "muon_8bit": EIGHT,
+    "muon_8bit, scan and remat": {**EIGHT, **SCANNED, "remat": True},
+    "muon_8bit, in backward": {**EIGHT, **SCANNED, "update_in_backward": True},
+    "muon_8bit, in backward, bf16": {
+        **EIGHT,
+        **SCANNED,
+        "update_in_backward": True,
+        "param_dtype": "bfloat16",
+    },
     "galore": {"use_galore": True},
     "galore_8bit": BOTH,
     "galore_plain": {"use_galore": True, "galore_residual": 0.0},

@@ -44,6 +44,7 @@ from nanochat_jax.optimizer import (
     memory_report as memory_report,
     muon as muon,
     state_sharding as state_sharding,
+    update_in_backward as update_in_backward,
 )
 from nanochat_jax.transforms import (
     Basis as Basis,
@@ -52,12 +53,14 @@ from nanochat_jax.transforms import (
     as_matrices as as_matrices,
     dequantize as dequantize,
     galore as galore,
+    master_weights as master_weights,
     momentum as momentum,
     orthogonalize as orthogonalize,
-    project_gradients as project_gradients,
     quantization_error as quantization_error,
     quantize as quantize,
     quantize_state as quantize_state,
+    round_updates as round_updates,
     scale_by_shape as scale_by_shape,
     sequence as sequence,
+    split_master as split_master,
 )

@@ -124,12 +124,16 @@ def _before(args: Sequence[str]) -> tuple[str | None, dict[str, Any]]:
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     for name in ("config-file", *_DECIDING):
         parser.add_argument(f"--{name}", f"--{name.replace('-', '_')}", dest=name)
+    backward = ("--update-in-backward", "--update_in_backward")
+    parser.add_argument(*backward, dest="update_in_backward", action="store_true")
     given = vars(parser.parse_known_args(args)[0])
     flags = {key: given[key] for key in _DECIDING if given[key] is not None}
     for key, read in _DECIDING.items():
         # A value that cannot be read is refused later, with a message.
         with contextlib.suppress(KeyError, ValueError):
             flags[key] = read(flags[key])
+    if given["update_in_backward"]:
+        flags["update_in_backward"] = True
     return given["config-file"], flags
 
 

@@ -11,6 +11,7 @@ import optax
 import pytest
 
 import nanochat_jax as nj
+from nanochat_jax.transforms import precision, round_updates, split_master
 
 INT8 = {"momentum": nj.Int8(16)}
 BOTH = {"momentum": nj.Int8(16), "basis": nj.Int4(16)}
@@ -69,6 +70,8 @@ TRANSFORMS = {
         quantized(joint(), BOTH), lambda path, shape: nj.MatrixAxes(-1, -2)
     ),
     "sequence(int8(joint))": lambda: nj.sequence(quantized(joint(), BOTH), max_bytes=1),
+    "round_updates(momentum)": lambda: optax.chain(nj.momentum(), round_updates()),
+    "split_master(momentum)": lambda: optax.chain(nj.momentum(), split_master()),
     "built, both flags": lambda: built(use_8bit_optim=True, use_galore=True),
 }
 
@@ -111,6 +114,12 @@ def make(name, tree):
 
 def types(tree):
     return jax.tree.map(lambda x: (x.shape, x.dtype.name), tree)
+
+
+def like_updates(name, params):
+    """Shapes and types of updates for parameters: these, but float32 of a last link."""
+    is_last = name.startswith(("round_updates", "split_master"))
+    return jax.eval_shape(precision.widened, params) if is_last else params
 
 
 @functools.cache

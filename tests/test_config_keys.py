@@ -47,8 +47,8 @@ OPTIMIZER_KEYS = {
     "quant_min_size": 20_000, "stochastic_rounding": True, "use_galore": False,
     "galore_rank": 0.25, "hardware": "a", "galore_update_freq": 7,
     "galore_residual": 0.5, "galore_rest_bits": 4, "galore_rest_momentum": 0.5,
-    "projector_bits": 8, "adam_betas": (0.5, 0.95), "lion_betas": (0.5, 0.99),
-    "seed": 1,
+    "projector_bits": 8, "weight_rounding": "split", "master_bits": 16,
+    "adam_betas": (0.5, 0.95), "lion_betas": (0.5, 0.99), "seed": 1,
 }  # fmt: skip
 
 RUN = Config(
@@ -60,10 +60,11 @@ RUN = Config(
 RUN_KEYS = {
     "dim": 64, "n_layers": 2, "n_heads": 2, "n_kv_heads": 2, "ffn_mult": 3.0,
     "vocab_size": 48, "pad_vocab_to": 64, "max_seq_len": 32, "weight_tied": False,
-    "rope_theta": 500.0, "compute_dtype": "bfloat16", "remat": True,
-    "scan_layers": True, "loss_chunk": 0, "ternary": False, "group_size": 16,
-    "dataset": "synthetic", "token_dtype": "uint16", "batch_size": 4,
-    "grad_accum_steps": 2, "seq_len": 8, "mesh": {"data": 1}, "log_interval": 1,
+    "rope_theta": 500.0, "compute_dtype": "bfloat16", "param_dtype": "bfloat16",
+    "remat": True, "scan_layers": True, "loss_chunk": 0, "ternary": False,
+    "group_size": 16, "dataset": "synthetic", "token_dtype": "uint16", "batch_size": 4,
+    "grad_accum_steps": 2, "seq_len": 8, "mesh": {"data": 1},
+    "update_in_backward": True, "remat_segment": 2, "log_interval": 1,
     "eval_interval": 2, "eval_batches": 3, "max_skipped_steps": 2, "spike_skip": 5.0,
 }  # fmt: skip
 # Only the command asks for it; test_train_command.py holds the metric that it adds.
@@ -72,15 +73,20 @@ WITHOUT_EFFECT = {
     "checkpoint_interval": 100, "keep_last_checkpoints": 1,
     "keep_checkpoint_every": 1000, "sample_interval": 1, "sample_tokens": 5,
     "sample_prompt": "x", "data_path": "copy", "tokenizer": None,
+    "memory_limit": "24GB",
 }  # fmt: skip
 
+# Keys of bfloat16 weights, and others that they need.
+OF_SHORT = {"weight_rounding": {}, "master_bits": {"weight_rounding": "split"}}
 # Other keys that a key needs to have an effect, or without which it has one more.
 NEEDED = {
     "dataset": {"data_path": (), "token_dtype": None},
     "hardware": {"galore_rank": None},
     "lion_betas": {"fallback": "lion"},
+    "update_in_backward": {"scan_layers": True},
+    "remat_segment": {"n_layers": 2, "scan_layers": True, "update_in_backward": True},
 }
-CASES = [(key, NEEDED.get(key, {})) for key in OPTIMIZER_KEYS]
+CASES = [(key, NEEDED.get(key, {})) for key in OPTIMIZER_KEYS if key not in OF_SHORT]
 CASES += [
     ("fallback_lr", {"fallback": "lion"}),
     ("galore_residual", {"galore_rest_bits": 0}),
@@ -91,11 +97,11 @@ CASES += [
 ]
 
 
-def program_of_update(config):
+def program_of_update(config, params=PARAMS):
     """Types of the state, and the operations of an update with all their numbers."""
-    tx = nj.build_optimizer(config, PARAMS)
-    state = jax.eval_shape(tx.init, PARAMS)
-    return _text(tx.update, PARAMS, state, PARAMS)
+    tx = nj.build_optimizer(config, params)
+    state = jax.eval_shape(tx.init, params)
+    return _text(tx.update, params, state, params)
 
 
 @pytest.fixture(scope="module")
@@ -186,6 +192,16 @@ def test_every_key_of_the_optimizer_changes_its_state_or_update(key, needed, usu
     assert program_of_update(changed) != usual(needed)
 
 
+@pytest.mark.parametrize("key", OF_SHORT)
+def test_a_key_of_bfloat16_weights_changes_their_state_or_update_alone(key, usual):
+    config = dataclasses.replace(OPTIMIZER, **OF_SHORT[key])
+    changed = dataclasses.replace(config, **{key: OPTIMIZER_KEYS[key]})
+    as_short = lambda x: jax.ShapeDtypeStruct(x.shape, jnp.bfloat16)
+    short = jax.tree.map(as_short, PARAMS)
+    assert program_of_update(changed, short) != program_of_update(config, short)
+    assert program_of_update(changed) == usual({})
+
+
 @pytest.mark.parametrize("key", [key for key in OPTIMIZER_KEYS if DECLARED[key].needs])
 def test_a_key_without_its_switch_changes_nothing(key, usual):
     off = dict.fromkeys(DECLARED[key].needs, False)
@@ -212,11 +228,11 @@ def test_every_key_of_a_run_changes_its_data_its_step_or_its_course(
     assert getattr(changed, key) != getattr(base, key)
     if DECLARED[key].affects != "course" or key == "mesh":
         assert program_of_run(changed) != usual_run
-    elif key == "spike_skip":
+    elif key in ("spike_skip", "update_in_backward", "remat_segment"):
         monkeypatch.setattr(jax.stages.Lowered, "compile", lambda self: self.as_text())
-        assert compile_train_step(make_run(changed)) != compile_train_step(
-            make_run(base)
-        )
+        before = dataclasses.replace(base, **NEEDED.get(key, {}))
+        steps = [compile_train_step(make_run(x)) for x in (changed, before)]
+        assert steps[0] != steps[1]
     elif key == "eval_batches":
         assert len(feed_evaluation(make_run(changed))) == RUN_KEYS[key]
     else:

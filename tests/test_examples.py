@@ -9,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
 import pytest
 
 from nanochat_jax import cli
@@ -72,6 +73,20 @@ def test_equinox_train_learns_with_its_matrices_in_8_bits():
     small = 4 * (2 * 32 + 64)  # under `min_size`: frequencies, and the last layer
     adam = 2 * 4 * (64 + 64 + 1)
     assert result["state_bytes"] == stored + small + adam + 11 * 4  # and the counts
+
+
+def test_backward_nnx_learns():
+    result = run("backward_nnx")
+    assert result["last_loss"] < 0.01 * result["first_loss"]
+
+
+def test_backward_equinox_learns_with_weights_in_bfloat16_and_further_bits():
+    pytest.importorskip("equinox", reason="equinox is missing: `make test` has it")
+    result = run("backward_equinox")
+    assert result["last_loss"] < 0.1 * result["first_loss"]
+    short = [x.astype("bfloat16") for x in jax.tree.leaves(result["weights"])]
+    pairs = zip(short, jax.tree.leaves(result["weights"]), strict=True)
+    assert any((x != y).any() for x, y in pairs)
 
 
 def test_linen_attention_learns_to_repeat(capsys):

@@ -201,7 +201,7 @@ def callables(value):
 
 
 def test_the_top_of_the_package_is_a_page():
-    assert len(PUBLIC) <= 40, "further names are in the `__init__` of their packages"
+    assert len(PUBLIC) <= 43, "further names are in the `__init__` of their packages"
 
 
 @pytest.mark.parametrize("name", PUBLIC)

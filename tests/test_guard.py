@@ -4,10 +4,12 @@ import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from nanochat_jax.lm.training import guard
 from nanochat_jax.lm.training.guard import WINDOW
+from nanochat_jax.transforms import apply_if
 
 
 def watch(losses, norms=None, *, spike_skip=0.0, start=None):
@@ -77,13 +79,13 @@ def test_ordinary_noise_is_never_a_spike():
 
 def test_an_update_that_is_not_taken_is_not_applied():
     grads = {"a": jnp.ones(3), "b": jnp.ones((2, 2))}
-    update = lambda grads, state, params: (jax.tree.map(jnp.negative, grads), state + 1)
-    apply = jax.jit(
-        lambda take: guard.update_if(take, update, grads, jnp.int32(0), grads)
-    )
-    chex.assert_trees_all_equal(apply(jnp.bool_(False)), (grads, jnp.int32(0)))
-    zeros = jax.tree.map(jnp.zeros_like, grads)
-    chex.assert_trees_all_equal(apply(jnp.bool_(True)), (zeros, jnp.int32(1)))
+    tx = optax.chain(optax.scale_by_schedule(lambda count: -1.0), optax.identity())
+    state = tx.init(grads)
+    apply = jax.jit(lambda take: apply_if(take, tx, grads, state, grads))
+    chex.assert_trees_all_equal(apply(jnp.bool_(False)), (grads, state))
+    params, state = apply(jnp.bool_(True))
+    chex.assert_trees_all_equal(params, jax.tree.map(jnp.zeros_like, grads))
+    assert int(state[0].count) == 1
 
 
 @pytest.mark.parametrize(

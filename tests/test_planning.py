@@ -11,22 +11,17 @@ from nanochat_jax.config import Config
 from nanochat_jax.lm.checkpoints.store import Checkpoints
 from nanochat_jax.lm.planning import run_memory
 from nanochat_jax.lm.training.step import abstract_state, compile_train_step, init_state
-from nanochat_jax.optimizer.memory import planned_bytes
 
 CONFIG = Config(
     dim=32, n_layers=1, n_heads=2, vocab_size=2048, max_seq_len=16, batch_size=2,
     ns_dtype="float32",
-)  # fmt: skip
-LOW_RANK = dataclasses.replace(
-    CONFIG, grad_accum_steps=2, grad_clip=0.0, use_galore=True, galore_rank=4,
-    galore_residual=0.0,
 )  # fmt: skip
 
 
 @pytest.fixture(scope="module")
 def planned():
     run = run_memory.abstract_run(CONFIG)
-    return run, run_memory.plan_run(run, [compile_train_step(run)])
+    return run, run_memory.plan_run(run, compile_train_step(run))
 
 
 def held(tree):
@@ -73,15 +68,34 @@ def test_a_checkpoint_is_about_as_large_as_planned(planned, tmp_path):
     assert 0.8 * plan.checkpoint_bytes < size < plan.checkpoint_bytes + bookkeeping
 
 
-def test_of_two_programs_the_larger_counts():
-    run = run_memory.abstract_run(LOW_RANK)
-    steps = [
-        compile_train_step(run),
-        compile_train_step(run, low_rank=True),
-    ]
-    peaks = [planned_bytes(step)["peak_bytes"] for step in steps]
-    assert peaks[0] != peaks[1]
-    assert run_memory.plan_run(run, steps).step_bytes == max(peaks)
+def test_the_step_alone_is_told_too(planned):
+    _, plan = planned
+    assert run_memory.step_bytes(plan) == {
+        "weights_bytes": plan.params_bytes,
+        "state_bytes": plan.opt_state_bytes,
+        "temp_bytes": plan.temp_bytes,
+        "peak_bytes": plan.step_bytes,
+    }
+
+
+def test_gradients_are_added_up_in_float32_in_full_or_of_a_layer_at_a_time():
+    known = lambda **kwargs: dataclasses.replace(CONFIG, n_layers=3, **kwargs)
+    count = lambda config: run_memory.accumulator_bytes(
+        config, run_memory.abstract_run(config).params
+    )
+    assert count(known()) == 0
+    twice = known(grad_accum_steps=2, scan_layers=True)
+    params = run_memory.abstract_run(twice).params
+    held = {
+        key: 4 * sum(x.size for x in jax.tree.leaves(params[key])) for key in params
+    }
+    assert count(twice) == sum(held.values())
+    short = dataclasses.replace(twice, param_dtype="bfloat16")
+    assert count(short) == sum(held.values())
+    layer = held["blocks"] // 3
+    rest = sum(held.values()) - held["blocks"]
+    in_backward = dataclasses.replace(twice, update_in_backward=True)
+    assert count(in_backward) == max(layer, rest)
 
 
 def test_the_lines_give_peak_parts_and_checkpoints(planned):

@@ -2,7 +2,6 @@
 
 import dataclasses
 import io
-import types
 
 import chex
 import jax
@@ -12,10 +11,8 @@ import optax
 import pytest
 from rich.console import Console
 
-import helpers
 from nanochat_jax.lm.checkpoints.store import Checkpoints
 from nanochat_jax.lm.model import gpt
-from nanochat_jax.lm.planning import run_memory
 from nanochat_jax.lm.tracking.console import make_display
 from nanochat_jax.lm.tracking.jsonl import MetricsWriter, read_metrics
 from nanochat_jax.lm.training import loop, resume
@@ -25,7 +22,6 @@ from nanochat_jax.lm.training.reporter import Reporter
 from nanochat_jax.lm.training.run import make_run, train_batches
 from nanochat_jax.lm.training.step import (
     abstract_state,
-    compile_low_rank_step,
     compile_train_step,
     init_state,
     make_train_step,
@@ -230,19 +226,6 @@ def test_the_rate_that_is_logged_is_that_of_the_optimizer(run, tmp_path):
         assert line["skipped"] == 3
 
 
-@pytest.mark.parametrize("freq", [1, 2, 5])
-def test_the_steps_that_change_bases_are_those_galore_counts(freq):
-    rng, taken, known, skipped = np.random.default_rng(0), 0, 0, 0
-    config = dataclasses.replace(TINY, galore_update_freq=freq)
-    for step in range(200):
-        guard = types.SimpleNamespace(skipped=skipped)
-        state = types.SimpleNamespace(guard=guard)
-        changes = loop.changes_bases(config, state, step, known)
-        assert changes == (taken % freq == 0)
-        known, skips = skipped, rng.random() < 0.3  # the host knows a step later
-        skipped, taken = skipped + skips, taken + (not skips)
-
-
 def test_a_run_that_is_told_to_stop_saves_that_step_and_goes_on_as_if_it_had_not(
     run, tmp_path
 ):
@@ -281,31 +264,3 @@ def test_epochs_set_the_number_of_steps():
     run = make_run(dataclasses.replace(TINY, batch_size=1024), epochs=2)
     windows = (len(run.corpus.train) - 1) // TINY.sequence
     assert run.config.total_steps == 2 * -(-windows // 1024)
-
-
-def test_accumulating_in_the_low_rank_space_trains_the_same_and_holds_less():
-    """Over two changes of basis; a clipped gradient is needed whole."""
-    config = dataclasses.replace(
-        TINY, use_galore=True, galore_update_freq=3, galore_residual=0.0, grad_clip=0.0,
-        grad_accum_steps=2, total_steps=7, warmup_steps=0, eval_interval=0,
-    )  # fmt: skip
-    run = make_run(config)
-    whole, low = compile_train_step(run), compile_low_rank_step(run)
-    assert low is not None
-    states = [
-        loop.fit(
-            run,
-            init_state(run),
-            whole,
-            Reporter(run, 0, quiet(config)),
-            low_rank_step=step,
-        )
-        for step in (None, low)
-    ]
-    helpers.assert_close(states[0].params, states[1].params, atol=1e-4)
-    held = run_memory.accumulator_bytes(config, run.tx, run.params)
-    matrices = run.params["blocks"][0]["ffn"]
-    saved = sum(4 * x.size for x in jax.tree.leaves(matrices))
-    assert held["usual"] < held["refresh"] - saved / 2
-    for norm in ({"grad_clip": 1.0}, {"spike_skip": 6.0}):  # of the whole gradient
-        assert not dataclasses.replace(config, **norm).accumulates_low_rank

@@ -62,7 +62,7 @@ def _facts(
     """Returns facts about the machine, by name."""
     facts = {
         "processor": f"{machine.processor()}, {machine.available_threads()} threads",
-        "memory": machine.memory(),
+        "memory": _memory(devices),
         "NVIDIA driver": "loaded" if installation.has_nvidia_gpu() else "not loaded",
         **installation.variables(),
     }
@@ -79,6 +79,17 @@ def _facts(
         "bfloat16": "native" if native else "emulated, slower than float32",
         'ns_dtype = "auto"': f"Newton-Schulz in {resolve_dtype('auto')}",
     }
+
+
+def _memory(devices: list[installation.Device]) -> str:
+    """Returns the memory of each device, and of the machine for its processor."""
+    lines = {
+        f"{each.platform}:{each.id}": f"{limit / 1e9:.1f} GB for JAX"
+        for each in devices
+        if (limit := (each.memory_stats() or {}).get("bytes_limit"))
+    }
+    lines["machine" if lines else ""] = machine.memory()
+    return "\n".join(f"{name}: {x}" if name else x for name, x in lines.items())
 
 
 def _table(title: str, rows: Mapping[str, str]) -> Table:

@@ -15,9 +15,16 @@ from nanochat_jax.commands.shared import (
 )
 from nanochat_jax.config import Config, derived_from
 from nanochat_jax.lm.model import param_sharding
-from nanochat_jax.lm.planning import breakdown, mesh_plan, optimizer_summary, run_memory
+from nanochat_jax.lm.planning import (
+    breakdown,
+    limit_summary,
+    memory_limit,
+    mesh_plan,
+    optimizer_summary,
+    run_memory,
+)
 from nanochat_jax.lm.runtime import machine
-from nanochat_jax.lm.training import compile_low_rank_step, compile_train_step
+from nanochat_jax.lm.training import Run, compile_train_step
 from nanochat_jax.optimizer import compiled_bytes, memory_report
 
 
@@ -36,8 +43,10 @@ class PlanFlags(Flags):
 class Plan(Config, PlanFlags):
     """Prints groups, exact bytes of state, and peak memory of a compiled step.
 
-    Nothing is trained. With a mesh nothing is compiled either, and the devices need not
-    exist: it prints the bytes that each of them holds and sends.
+    Nothing is trained. With `--memory-limit` it tells whether the step fits, and if not
+    names the cheapest settings that fit, in the order of their cost in loss. With a
+    mesh nothing is compiled either, and the devices need not exist: it prints the bytes
+    that each of them holds and sends.
     """
 
     def run(self) -> None:
@@ -53,6 +62,8 @@ class Plan(Config, PlanFlags):
         others = mesh_plan.side_by_side(plan)
         if self.json:
             numbers = {**plan.to_dict(), "variants": others, **self._derived()}
+            if plan.config.memory_limit:
+                numbers["memory_limit"] = mesh_plan.limit(plan)
             print(json.dumps(numbers, indent=2))
             return
         console = Console()
@@ -74,35 +85,62 @@ class Plan(Config, PlanFlags):
     def _print_compiled(self) -> None:
         config = settings_of(self)
         run = run_memory.abstract_run(config)
-        params, tx = run.params, run.tx
-        held = memory_report(tx, params)
-        groups = breakdown.parameter_groups(config, params, held)
-        low_rank = compile_low_rank_step(run)
-        steps = [compile_train_step(run), *([low_rank] if low_rank else [])]
-        peak = run_memory.plan_run(run, steps)
-        update = compiled_bytes(tx, params)
-        flops = breakdown.step_flops(config, params)
-        accumulator = run_memory.accumulator_bytes(config, tx, params)
+        peak = run_memory.plan_run(run, compile_train_step(run))
+        found = None
+        if config.memory_limit:
+            found = memory_limit.search(config, peak.step_bytes)
         if self.json:
-            plan = {"variant": config.variant, **held.to_dict(), "update": update}
-            plan |= {"run": peak._asdict(), "flops": flops}
-            plan |= {"groups": groups, "accumulator": accumulator}
-            print(json.dumps({**plan, **self._derived()}, indent=2))
+            numbers = _numbers(run, peak) | self._derived()
+            if found:
+                numbers["memory_limit"] = found.to_dict()
+            print(json.dumps(numbers, indent=2))
             return
         console = Console()
         say_derived(console, self)
-        say(console, optimizer_summary.optimizer_summary(config, held) + "\n")
-        console.print(optimizer_summary.group_table(groups))
-        if config.use_galore:
-            console.print(optimizer_summary.rank_table(config, params))
-        say(
-            console,
-            f"Compiled update on {machine.device_names()}:\n"
-            f"  temporaries {optimizer_summary.megabytes(update['temp_bytes'])}\n"
-            "  gradients, state and what is read of the parameters "
-            f"{optimizer_summary.megabytes(update['argument_bytes'])}\n"
-            f"{run_memory.plan_summary(config, peak)}\n"
-            f"{optimizer_summary.flops_summary(config, flops)}",
-        )
-        if config.grad_accum_steps > 1:
-            say(console, optimizer_summary.accumulator_summary(config, accumulator))
+        _say_optimizer(console, run)
+        flops = breakdown.step_flops(config, run.params)
+        say(console, run_memory.plan_summary(config, peak))
+        say(console, optimizer_summary.flops_summary(config, flops))
+        if found:
+            say(console)
+            console.print(limit_summary.limit_table(found))
+            said = limit_summary.limit_summary(config, found, peak.init_bytes)
+            say(console, said)
+
+
+def _numbers(run: Run, peak: run_memory.RunPlan) -> dict[str, Any]:
+    """Returns the plan of a run as plain values."""
+    config, params = run.config, run.params
+    held = memory_report(run.tx, params)
+    return {
+        "variant": config.variant,
+        **held.to_dict(),
+        "update": compiled_bytes(run.tx, params),
+        "run": peak.to_dict(),
+        "step": run_memory.step_bytes(peak),
+        "step_parts": peak.parts._asdict(),
+        "flops": breakdown.step_flops(config, params),
+        "groups": breakdown.parameter_groups(config, params, held),
+    }
+
+
+def _say_optimizer(console: Console, run: Run) -> None:
+    """Prints groups and state of the optimizer, and its update by itself."""
+    config, params = run.config, run.params
+    held = memory_report(run.tx, params)
+    said = optimizer_summary.optimizer_summary(config, held, labels=False)
+    say(console, said + "\n")
+    groups = breakdown.parameter_groups(config, params, held)
+    console.print(optimizer_summary.group_table(groups))
+    if config.use_galore:
+        console.print(optimizer_summary.rank_table(config, params))
+    if config.update_in_backward:
+        return  # there is no update apart from the passes
+    update = compiled_bytes(run.tx, params)
+    say(
+        console,
+        f"Compiled update on {machine.device_names()}:\n"
+        f"  temporaries {optimizer_summary.megabytes(update['temp_bytes'])}\n"
+        "  gradients, state and what is read of the parameters "
+        f"{optimizer_summary.megabytes(update['argument_bytes'])}",
+    )

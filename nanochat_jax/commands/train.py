@@ -24,7 +24,7 @@ from nanochat_jax.commands.shared import (
 from nanochat_jax.config import Config, schema
 from nanochat_jax.lm.checkpoints import Checkpoints
 from nanochat_jax.lm.model import param_sharding
-from nanochat_jax.lm.planning import optimizer_summary
+from nanochat_jax.lm.planning import memory_limit, optimizer_summary
 from nanochat_jax.lm.runtime import machine, processes, stopping
 from nanochat_jax.lm.tracking import (
     MetricsWriter,
@@ -40,7 +40,6 @@ from nanochat_jax.lm.training import (
     Sampler,
     StepProfiler,
     TrainState,
-    compile_low_rank_step,
     compile_train_step,
     fit,
     init_state,
@@ -49,7 +48,7 @@ from nanochat_jax.lm.training import (
     parse_steps,
     resume,
 )
-from nanochat_jax.optimizer import memory_report
+from nanochat_jax.optimizer import memory_report, planned_bytes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -228,9 +227,10 @@ def _fit(
     started = time.perf_counter()
     with console.status("Compiling the training step"):
         step = compile_train_step(run)
-        low_rank_step = compile_low_rank_step(run)
         processes.meet("compiled")
     tell(messages.compiled(step, time.perf_counter() - started))
+    with usage_errors():
+        memory_limit.check(config, planned_bytes(step)["peak_bytes"])
     state = job.restored or init_state(run)
     first = int(state.step)
     if job.restored:
@@ -259,7 +259,6 @@ def _fit(
             state,
             step,
             Reporter(run, first, display, job.sinks, job.sampler, share),
-            low_rank_step=low_rank_step,
             checkpoints=checkpoints,
             profiler=job.profiler,
             stop=stop,

@@ -2,6 +2,7 @@
 
 schema     keys declared at their fields; reading, checking and describing them
 coerce     values as the types of their fields
+byte_sizes sizes in bytes as text
 removed    keys and values of earlier versions
 depth      settings that follow from the depth of a model
 presets    settings that follow from the name of a model

@@ -20,13 +20,13 @@ PARENT_ONLY = (
 
 
 def derived_from(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the settings that follow from `depth` or `model`, if one is given.
+    """Returns the settings that follow from `depth`, `model` or `update_in_backward`.
 
     Args:
       values: Values of a run by key.
 
     Raises:
-      ValueError: If both are given, or one is not allowed.
+      ValueError: If `depth` and `model` are both given, or one is not allowed.
     """
     schema.require(
         (
@@ -34,11 +34,14 @@ def derived_from(values: Mapping[str, Any]) -> dict[str, Any]:
             "`depth` and `model` both give the shape of the model. Set one of them.",
         )
     )
+    derived: dict[str, Any] = {}
     if "depth" in values:
-        return derive(values["depth"], values.get("fallback", "adamw"))
+        derived = derive(values["depth"], values.get("fallback", "adamw"))
     if "model" in values:
-        return shape_of(values["model"], values.get("mesh", {}))
-    return {}
+        derived = shape_of(values["model"], values.get("mesh", {}))
+    if values.get("update_in_backward") is True:
+        derived = {**derived, "scan_layers": True}
+    return derived
 
 
 class Settings:

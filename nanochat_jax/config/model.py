@@ -28,7 +28,9 @@ class ModelConfig(Settings):
       max_seq_len: Longest sequence, in tokens.
       weight_tied: Whether the head is the transposed embedding.
       rope_theta: Base of the rotary frequencies.
-      compute_dtype: Type of activations and products; parameters are float32.
+      compute_dtype: Type of activations and products.
+      param_dtype: Type of the parameters; updates of bfloat16 ones land as
+        `weight_rounding` says.
       remat: Whether blocks are recomputed in the backward pass. Before JAX 0.11 this
         saves memory on CPUs only together with `scan_layers`.
       scan_layers: Whether the parameters of all blocks are stacked and run by one loop,
@@ -52,6 +54,7 @@ class ModelConfig(Settings):
     weight_tied: bool = _model(True)
     rope_theta: float = _model(10_000.0)
     compute_dtype: Literal["float32", "bfloat16"] = _model("float32")
+    param_dtype: Literal["float32", "bfloat16"] = _model("float32")
     remat: bool = _model(False)
     scan_layers: bool = _model(False)
     loss_chunk: int = _model(512, least=0)

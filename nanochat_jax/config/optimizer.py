@@ -76,6 +76,10 @@ class OptimizerConfig(Settings):
       galore_rest_momentum: Decay of that momentum; few bits need a short one.
       projector_bits: Bits of the stored basis; 4 with `use_8bit_optim`, else 8, if not
         given.
+      weight_rounding: How updates land on bfloat16 parameters: "stochastic" rounds up
+        or down by chance, without bias; "split" keeps `master_bits` further bits of
+        each; "nearest" loses updates below 2^-9 of a parameter, most of them.
+      master_bits: Further bits of "split": 16 make float32.
       adam_betas: Decays of AdamW.
       lion_betas: Decays of Lion.
       seed: Seed of sketches and stochastic rounding; in a run also of the parameters
@@ -111,6 +115,8 @@ class OptimizerConfig(Settings):
     galore_rest_bits: Literal[0, 2, 4, 32] = _low_rank(0)
     galore_rest_momentum: float = _low_rank(0.8)
     projector_bits: Literal[32, 8, 4] | None = _low_rank(None, affects="storage")
+    weight_rounding: Literal["stochastic", "split", "nearest"] = _muon("stochastic")
+    master_bits: Literal[8, 16] = _muon(8)
     adam_betas: tuple[float, float] = _fallback((0.9, 0.95), adamw=True)
     lion_betas: tuple[float, float] = _fallback((0.9, 0.99))
     seed: int = setting(0, group="Random numbers", least=0)

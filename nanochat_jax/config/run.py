@@ -5,6 +5,7 @@ import functools
 from typing import Literal
 
 from nanochat_jax.config import schema
+from nanochat_jax.config.byte_sizes import parse_bytes
 from nanochat_jax.config.model import ModelConfig
 from nanochat_jax.config.optimizer import OptimizerConfig
 from nanochat_jax.config.schema import setting
@@ -38,6 +39,16 @@ class Config(OptimizerConfig, ModelConfig):
       mesh: Devices along each axis of a mesh of all devices, such as `{fsdp = 8}`:
         `data` and `fsdp` divide the sequences of a microbatch, `fsdp` also parameters
         and state, `tensor` heads and hidden units. One device is used if not given.
+      update_in_backward: Whether each layer is updated in the backward pass, as soon as
+        it has its gradient, so that gradients of one layer exist at a time. Blocks are
+        stacked, as by `scan_layers`, and recomputed. `grad_clip` then applies to the
+        gradient of each layer, and to those of embedding and head; `spike_skip` looks
+        at the loss alone; a layer whose gradient is not finite is left as it is.
+      remat_segment: Layers between two hidden states that are kept for the backward
+        pass of `update_in_backward`; more than 1 takes one more forward pass.
+      memory_limit: Most bytes of a training step on each device, such as "24GB" or
+        "22.5 GiB". `train` refuses a step that is planned to take more; `plan` names
+        settings that fit.
       log_interval: Steps between two lines of metrics.
       measure_optimizer: Whether the optimizer's share of a step is measured, at the
         first five lines of metrics. It takes the time of six more passes and of
@@ -69,6 +80,11 @@ class Config(OptimizerConfig, ModelConfig):
     grad_accum_steps: int = _batches(1, least=1)
     seq_len: int | None = _batches(None)
     mesh: dict[str, int] = _batches(dict, affects="course")  # noqa: RUF009
+    update_in_backward: bool = _batches(False, affects="course")
+    remat_segment: int = _batches(
+        1, least=1, affects="course", needs=("update_in_backward",)
+    )
+    memory_limit: str | None = _batches(None, affects="nothing")
     log_interval: int = _metrics(10, least=1)
     measure_optimizer: bool = _metrics(False)
     eval_interval: int = _metrics(100, least=0)
@@ -92,6 +108,21 @@ class Config(OptimizerConfig, ModelConfig):
                 f"{self.mesh}.",
             ),
             (
+                self.scan_layers or not self.update_in_backward,
+                "`update_in_backward` goes through stacked blocks. Set `scan_layers` "
+                "to true.",
+            ),
+            (
+                not (self.measure_optimizer and self.update_in_backward),
+                "`measure_optimizer` times the optimizer apart from the passes, which "
+                "`update_in_backward` joins. Set one of them to false.",
+            ),
+            (
+                self.n_layers % max(self.remat_segment, 1) == 0,
+                f"`remat_segment` must divide `n_layers`, {self.n_layers}, got "
+                f"{self.remat_segment}.",
+            ),
+            (
                 1 <= self.sequence <= self.max_seq_len,
                 "`seq_len` must lie between 1 and `max_seq_len`, got "
                 f"{self.sequence} and {self.max_seq_len}.",
@@ -102,7 +133,15 @@ class Config(OptimizerConfig, ModelConfig):
                 "`keep_checkpoint_every` must be a multiple of `checkpoint_interval`, "
                 f"got {self.keep_checkpoint_every} and {self.checkpoint_interval}.",
             ),
+            *self._limit_checks(),
         ]
+
+    def _limit_checks(self) -> list[schema.Check]:
+        try:
+            self.memory_limit_bytes  # noqa: B018
+        except ValueError as error:
+            return [(False, f"`memory_limit` {error}")]
+        return []
 
     @property
     def sequence(self) -> int:
@@ -110,15 +149,9 @@ class Config(OptimizerConfig, ModelConfig):
         return self.max_seq_len if self.seq_len is None else self.seq_len
 
     @property
-    def accumulates_low_rank(self) -> bool:
-        """Whether gradients are accumulated in GaLore's low-rank space.
-
-        Updates must then depend on the projected gradients alone: there is no
-        complement, and no clipping or skipping by the norm of the full gradient.
-        """
-        published = self.use_galore and self.galore_residual == 0
-        without_norm = self.grad_clip == 0 and self.spike_skip == 0
-        return published and self.grad_accum_steps > 1 and without_norm
+    def memory_limit_bytes(self) -> int | None:
+        """Most bytes of a step on each device; `None` without a limit."""
+        return None if self.memory_limit is None else parse_bytes(self.memory_limit)
 
     @property
     def tokens_per_step(self) -> int:

@@ -24,7 +24,6 @@ from nanochat_jax.lm.training import (
     Reporter,
     Run,
     TrainState,
-    compile_low_rank_step,
     compile_train_step,
     fit,
     init_state,
@@ -135,7 +134,6 @@ def run_trial(trial: Trial, display: Display) -> dict[str, Any]:
       The result: final losses, bytes held and planned, and seconds.
     """
     step = compile_train_step(trial.run)
-    low_rank_step = compile_low_rank_step(trial.run)
     state = init_state(trial.run)
     result = {"settings": trial.settings, **_bytes_held(trial.run, state, step)}
     started, error = time.perf_counter(), None
@@ -143,7 +141,7 @@ def run_trial(trial: Trial, display: Display) -> dict[str, Any]:
         metrics.resume(-1)
         try:
             reporter = Reporter(trial.run, 0, display, [metrics])
-            fit(trial.run, state, step, reporter, low_rank_step=low_rank_step)
+            fit(trial.run, state, step, reporter)
         except FloatingPointError as diverged:
             error = str(diverged)
     last = {} if error else read_metrics(trial.metrics)[-1]

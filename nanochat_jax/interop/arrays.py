@@ -59,4 +59,4 @@ def for_nnx(
     def init_fn(params: optax.Params) -> optax.OptState:
         return tx.init(as_arrays(params))
 
-    return optax.GradientTransformationExtraArgs(init_fn, tx.update)
+    return tx._replace(init=init_fn)

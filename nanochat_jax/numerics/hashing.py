@@ -7,7 +7,6 @@ are random enough.
 
 import math
 import zlib
-from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -27,18 +26,22 @@ def uniform(key: PRNGKeyArray, shape: tuple[int, ...]) -> Float32[Array, "*shape
       key: PRNG key; all of its bits are used.
       shape: Shape of the result.
     """
-    bits = _hashes(list(jax.random.key_data(key)), shape)
+    bits = _hashes(*jax.random.key_data(key), shape=shape)
     return (bits >> 8).astype(jnp.float32) * 2.0**-24
 
 
-def symmetric(seed: ArrayLike, shape: tuple[int, ...]) -> Float32[Array, "*shape"]:
+def symmetric(
+    seed: ArrayLike, shape: tuple[int, ...], start: ArrayLike = 0
+) -> Float32[Array, "*shape"]:
     """Returns numbers evenly spread over `[-√3, √3)`: of mean 0 and variance 1.
 
     Args:
       seed: Unsigned 32-bit integer.
       shape: Shape of the result.
+      start: Position of the first number, see `start_of`.
     """
-    bits = _hashes([seed], shape)
+    first = mix_bits(jnp.asarray(seed, jnp.uint32)) + jnp.asarray(start, jnp.uint32)
+    bits = _hashes(first, shape=shape)
     return ((bits >> 8).astype(jnp.float32) * 2.0**-23 - 1.0) * math.sqrt(3.0)
 
 
@@ -49,11 +52,35 @@ def mix_bits(x: UInt32[Array, "*shape"]) -> UInt32[Array, "*shape"]:
     return x ^ (x >> 16)
 
 
+def start_of(layer: ArrayLike, shape: tuple[int, ...]) -> UInt32[Array, ""]:
+    """Returns the position of the first entry of a part of an array, modulo 2³².
+
+    Numbers that start there are those that the part has in the whole.
+
+    Example:
+      >>> whole = symmetric(0, (4, 2, 3))
+      >>> part = symmetric(0, (1, 2, 3), start_of(2, (1, 2, 3)))
+      >>> bool((part == whole[2:3]).all())
+      True
+
+    Args:
+      layer: Index on the first axis of the whole of the first entry of the part.
+      shape: Shape of the part.
+    """
+    stride = jnp.uint32(math.prod(shape[1:]) % 2**32)
+    return jnp.asarray(layer).astype(jnp.uint32) * stride
+
+
 def _hashes(
-    words: Sequence[ArrayLike], shape: tuple[int, ...]
+    first: UInt32[Array, ""], *words: UInt32[Array, ""], shape: tuple[int, ...]
 ) -> UInt32[Array, "*shape"]:
-    """Returns hashes of the position of each entry with all of the words."""
-    first, *others = (mix_bits(jnp.asarray(word, jnp.uint32)) for word in words)
+    """Returns hashes of the position of each entry, counted from `first` on.
+
+    Args:
+      first: A position, of any size: what stands before it is another array's.
+      *words: Integers that are hashed with every position.
+      shape: Shape of the result.
+    """
     # Counted axis by axis, so that the count can be sharded, and from `first` on: XLA
     # would move a count that does not depend on the step out of a loop, and store it.
     count = jnp.broadcast_to(first, shape)
@@ -62,13 +89,13 @@ def _hashes(
         along = jax.lax.iota(jnp.uint32, size) * jnp.uint32(stride)
         count += jax.lax.broadcast_in_dim(along, shape, (axis,))
     bits = mix_bits(count)
-    for word in others:
-        bits = mix_bits(bits ^ word)
+    for word in words:
+        bits = mix_bits(bits ^ mix_bits(word))
     return bits
 
 
-def leaf_key(seed: int, count: Array, name: str) -> PRNGKeyArray:
-    """Returns the random key of one leaf at one step.
+def leaf_key(seed: int, count: Array, name: str, start: ArrayLike = 0) -> PRNGKeyArray:
+    """Returns the random key of one leaf at one step, for `uniform`.
 
     Keys follow from seed, step and name, so that no state holds one.
 
@@ -76,9 +103,11 @@ def leaf_key(seed: int, count: Array, name: str) -> PRNGKeyArray:
       seed: Seed of the run.
       count: Number of the step.
       name: Path of the leaf.
+      start: Position in the leaf of the first number to draw, see `start_of`.
     """
     # Composed, not derived, which would compile code for each leaf. The step is first,
     # so that hashes depend on it and are not moved out of a loop.
-    words = [count, jnp.uint32(zlib.crc32(f"{seed} {name}".encode()))]
-    data = jnp.stack([word.astype(jnp.uint32) for word in words])
+    first = mix_bits(count.astype(jnp.uint32)) + jnp.asarray(start, jnp.uint32)
+    word = jnp.uint32(zlib.crc32(f"{seed} {name}".encode()))
+    data = jnp.stack([first, word])
     return jax.random.wrap_key_data(data, impl="threefry2x32")

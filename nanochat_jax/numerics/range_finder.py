@@ -38,6 +38,7 @@ def range_basis(
     power_iterations: int = POWER_ITERATIONS,
     aligned: bool = True,
     form_gram: bool | None = None,
+    start: ArrayLike = 0,
 ) -> Float32[Array, "*batch m {rank}"]:
     """Returns an orthonormal basis near the leading column space of `x`.
 
@@ -63,6 +64,8 @@ def range_basis(
       form_gram: Whether to form `XXᵀ` first; if not given, where that takes fewer
         operations. If the columns of `x` are sharded, devices then add up one `m x m`
         matrix, else an `m x r` matrix for each product.
+      start: Position of the first number of the sketch: matrix `i` of a stack has the
+        numbers from `i * rank * m` on.
 
     Returns:
       The basis.
@@ -74,7 +77,7 @@ def range_basis(
     multiply = _products_with_gram(x, form_gram)
     # Not signs: a small matrix of signs can be singular, and rounding then decides the
     # basis.
-    sketch = symmetric(seed, (*x.shape[:-2], rank, x.shape[-2]))
+    sketch = symmetric(seed, (*x.shape[:-2], rank, x.shape[-2]), start)
     sketch /= math.sqrt(x.shape[-2])
     # Where `x` has less than full rank, the sketch fills up the basis.
     mend = lambda y: _unit(y) + _NOISE * sketch

@@ -10,9 +10,17 @@ memory     bytes of state and of the compiled update
 sharding   state and updates on a mesh of devices
 flops      operations of an update
 baselines  AdamW and GaLore as Optax has them
+backward/  training steps that update each layer in the backward pass
 """
 
 from nanochat_jax.optimizer import roles as roles
+from nanochat_jax.optimizer.backward import (
+    BackwardStep as BackwardStep,
+    StepReport as StepReport,
+    mean_over as mean_over,
+    sum_dtype as sum_dtype,
+    update_in_backward as update_in_backward,
+)
 from nanochat_jax.optimizer.baselines import build_adamw as build_adamw
 from nanochat_jax.optimizer.build import (
     build_optimizer as build_optimizer,

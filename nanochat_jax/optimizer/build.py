@@ -27,15 +27,19 @@ from nanochat_jax.optimizer.sharding import distribute, shardings_of
 from nanochat_jax.optimizer.storage import fallback_codecs, projects, state_codecs
 from nanochat_jax.transforms import (
     RandomizedSVD,
+    applying,
     clip_by_global_norm,
     galore,
     in_float32,
     momentum,
     orthogonalize,
     quantize_state,
+    round_updates,
     scale_by_shape,
     sequence,
+    split_master,
     stages,
+    widened,
 )
 
 # Rows of a quantised embedding that are decoded at a time, in float32: 2 MiB.
@@ -81,14 +85,19 @@ def build_optimizer(
     rule = Rule.of(config)
     if learning_rate is not None:
         rule = dataclasses.replace(rule, rate=learning_rate)
-    tx = assemble(config, rule, lambda tree: _require_known(roles, tree))
+    short = any(x.dtype == jnp.bfloat16 for x in jax.tree.leaves(params))
+    known = lambda tree: _require_known(roles, tree)
+    tx = assemble(config, rule, known, short)
     shardings = shardings_of(params)
     # `init` may be given the variables of `flax.nnx`, which shardings do not mirror.
     return tx if shardings is None else for_nnx(distribute(tx, shardings))
 
 
 def assemble(
-    config: OptimizerConfig, rule: Rule, settle: Callable[[optax.Params], Roles]
+    config: OptimizerConfig,
+    rule: Rule,
+    settle: Callable[[optax.Params], Roles],
+    short: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
     """Puts the transforms of a configuration together.
 
@@ -96,14 +105,13 @@ def assemble(
       config: Settings of the optimizer, except for the numbers in `rule`.
       rule: Rates, decays and betas.
       settle: Function from parameters to the role of each, by path.
+      short: Whether updates land on bfloat16 parameters as the configuration says.
     """
     optimizers = {
-        "matrix": matrix_optimizer(config, rule),
-        "embedding": _table_optimizer(config, rule),
-        "head": _table_optimizer(config, rule),
-        "vector": _quantized(
-            _fallback(config, rule, 0.0), fallback_codecs(config), config
-        ),
+        "matrix": matrix_optimizer(config, rule, short),
+        "embedding": _table_optimizer(config, rule, short),
+        "head": _table_optimizer(config, rule, short),
+        "vector": _landing(_vector_optimizer(config, rule), config, short),
     }
     clip = lambda by_label: stages(
         clip=clip_by_global_norm(config.grad_clip), by_label=by_label
@@ -113,13 +121,14 @@ def assemble(
 
 
 def matrix_optimizer(
-    config: OptimizerConfig, rule: Rule | None = None
+    config: OptimizerConfig, rule: Rule | None = None, short: bool = False
 ) -> optax.GradientTransformationExtraArgs:
     """Builds the Muon variant that `config` asks for, for trees of matrices only.
 
     Args:
       config: Settings of the optimizer.
       rule: Rates, decays and betas; from `config` if not given.
+      short: As for `assemble`.
     """
     rule = Rule.of(config) if rule is None else rule
     chain = stages(
@@ -128,7 +137,7 @@ def matrix_optimizer(
         decay=optax.add_decayed_weights(rule.decay),
         rate=optax.scale_by_learning_rate(rule.rate),
     )
-    return sequence(in_float32(chain), core_ndim=2)
+    return sequence(_landing(in_float32(chain), config, short), core_ndim=2)
 
 
 def _direction(config: OptimizerConfig, rule: Rule) -> optax.GradientTransformation:
@@ -184,16 +193,39 @@ def _quantized(
     return quantize_state(tx, codecs, min_size=config.quant_min_size, seed=config.seed)
 
 
+def _landing(
+    tx: optax.GradientTransformation, config: OptimizerConfig, short: bool
+) -> optax.GradientTransformation:
+    """Returns an optimizer whose updates land on the parameters as they should."""
+    links = {
+        "stochastic": lambda: round_updates(config.seed),
+        "split": lambda: split_master(config.master_bits),
+    }
+    if not short or config.weight_rounding not in links:
+        return applying(tx)
+    # Gradients are widened first, since updates come back in their type.
+    wide = optax.stateless(lambda updates, _: widened(updates))
+    return applying(
+        stages(wide=wide, update=tx, weights=links[config.weight_rounding]())
+    )
+
+
 def _table_optimizer(
-    config: OptimizerConfig, rule: Rule
+    config: OptimizerConfig, rule: Rule, short: bool
 ) -> optax.GradientTransformation:
     """Builds the optimizer of embeddings and head."""
     tx = _fallback(config, rule, rule.fallback_decay)
-    codecs = fallback_codecs(config)
-    if not codecs or not config.quantize_embeddings:
+    codecs = fallback_codecs(config) if config.quantize_embeddings else {}
+    tx = _landing(_quantized(tx, codecs, config), config, short)
+    if not codecs and not short:
         return tx
-    tx = _quantized(tx, codecs, config)
     return sequence(tx, max_bytes=_ROW_BYTES, core_ndim=1)
+
+
+def _vector_optimizer(
+    config: OptimizerConfig, rule: Rule
+) -> optax.GradientTransformation:
+    return _quantized(_fallback(config, rule, 0.0), fallback_codecs(config), config)
 
 
 def _fallback(

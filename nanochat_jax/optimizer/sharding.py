@@ -158,16 +158,18 @@ def distribute(
         updates: optax.Updates,
         state: optax.OptState,
         params: optax.Params | None = None,
+        whole: optax.Params | None = None,
         **extra_args: Any,
     ) -> tuple[optax.Updates, optax.OptState]:
         like = updates if params is None else params
         where = Placement.of(like, param_shardings)
         updates, state = tx.update(
-            updates, state, params, placement=where, **extra_args
+            updates, state, params, placement=where, whole=whole, **extra_args
         )
-        return _constrain(updates, known), place_state(state, like)
+        state = place_state(state, like if whole is None else whole)
+        return _constrain(updates, known), state
 
-    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+    return tx._replace(init=init_fn, update=update_fn)
 
 
 def shardings_of(params: optax.Params) -> Any:
@@ -212,9 +214,13 @@ def _named_sharding(x: Any) -> NamedSharding | None:
 
 
 def _constrain(tree: Any, shardings: Mapping[str, NamedSharding]) -> Any:
-    return jax.tree.map_with_path(
-        lambda path, x: placement.constrain(x, shardings[keystr(path)]), tree
-    )
+    """Returns a tree, or a part of one, with the shardings of its arrays by path."""
+
+    def place(path: KeyPath, x: Any) -> Any:
+        where = specs.fit(x.shape, shardings[keystr(path)])
+        return placement.constrain(x, where)
+
+    return jax.tree.map_with_path(place, tree)
 
 
 def _by_path(params: Any, param_shardings: Any) -> dict[str, NamedSharding]:

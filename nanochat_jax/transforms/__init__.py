@@ -10,7 +10,8 @@ share no state. Therefore:
     *wrapper*: `as_matrices(inner)`, `galore(inner)`, `quantize_state(inner)`.
 
 They nest with the mathematics inside, the space around it, then the view, and the
-storage outermost: `quantize_state(galore(chain(momentum, orthogonalize)))`.
+storage outermost: `quantize_state(galore(chain(momentum, orthogonalize)))`. The links
+of precision, `round_updates` and `split_master`, stand last in the chain.
 
 momentum       exponential average of gradients
 orthogonalize  Newton-Schulz on updates, and factors by shape
@@ -19,7 +20,9 @@ quantize       state in few bits; `plain_states` reads and converts such states
 galore/        a low-rank space of the gradient
 scheduling/    groups of leaves one after another, which bounds temporaries
 sharding/      the same transforms on a mesh of devices
-precision      float32 inside, whatever the type of gradients; `clip` by global norm
+applying       updates applied where they are made
+precision/     float32 inside, whatever the type of gradients; weights in bfloat16
+clip           gradients by the norm of all
 stages         a named chain with a plain dict for a state
 state_paths    parameter and field of a leaf of a state
 record         facts that transforms tell at `init`
@@ -27,6 +30,12 @@ checks         refusals of complex leaves and foreign states
 """
 
 from nanochat_jax.transforms import record as record
+from nanochat_jax.transforms.applying import (
+    AppliesUpdates as AppliesUpdates,
+    apply_gradients as apply_gradients,
+    apply_if as apply_if,
+    applying as applying,
+)
 from nanochat_jax.transforms.as_matrices import (
     as_matrices as as_matrices,
     is_axes as is_axes,
@@ -40,7 +49,10 @@ from nanochat_jax.transforms.axes import (
     as_axes as as_axes,
 )
 from nanochat_jax.transforms.checks import require_state as require_state
-from nanochat_jax.transforms.clip import clip_by_global_norm as clip_by_global_norm
+from nanochat_jax.transforms.clip import (
+    clip_by_global_norm as clip_by_global_norm,
+    sum_of_squares as sum_of_squares,
+)
 from nanochat_jax.transforms.galore import (
     Basis as Basis,
     GaloreState as GaloreState,
@@ -48,7 +60,6 @@ from nanochat_jax.transforms.galore import (
     Rank as Rank,
     check_rank as check_rank,
     galore as galore,
-    project_gradients as project_gradients,
     projection as projection,
     saves_bytes as saves_bytes,
 )
@@ -68,20 +79,33 @@ from nanochat_jax.transforms.plain_states import (
     quantization_error as quantization_error,
     quantize as quantize,
 )
-from nanochat_jax.transforms.precision import in_float32 as in_float32
+from nanochat_jax.transforms.precision import (
+    RoundUpdatesState as RoundUpdatesState,
+    SplitMasterState as SplitMasterState,
+    in_float32 as in_float32,
+    master_weights as master_weights,
+    round_updates as round_updates,
+    split_master as split_master,
+    split_weights as split_weights,
+    widened as widened,
+)
 from nanochat_jax.transforms.quantize import (
     QuantizeState as QuantizeState,
     quantize_state as quantize_state,
 )
 from nanochat_jax.transforms.scheduling import (
+    after as after,
     group_by_shape as group_by_shape,
     group_bytes as group_bytes,
+    run_after as run_after,
     sequence as sequence,
 )
 from nanochat_jax.transforms.sharding import (
     Placement as Placement,
+    from_bits as from_bits,
     placement as placement,
     specs as specs,
+    to_bits as to_bits,
 )
 from nanochat_jax.transforms.stages import stages as stages
 from nanochat_jax.transforms.state_paths import Place as Place, locate as locate

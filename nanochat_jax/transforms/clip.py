@@ -1,15 +1,19 @@
 """Clip gradients by the norm of all of them."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import optax
 from jax.typing import ArrayLike
-from jaxtyping import Array
+from jaxtyping import Array, Float
 
 from nanochat_jax.transforms import precision
 
 
-def clip_by_global_norm(max_norm: ArrayLike) -> optax.GradientTransformation:
+def clip_by_global_norm(
+    max_norm: ArrayLike,
+) -> optax.GradientTransformationExtraArgs:
     """Scales updates down to a norm of at most `max_norm`.
 
     It is `optax.clip_by_global_norm` with a norm in float32: the square of a float16
@@ -25,26 +29,54 @@ def clip_by_global_norm(max_norm: ArrayLike) -> optax.GradientTransformation:
       max_norm: Largest norm of all updates together.
 
     Returns:
-      A stateless transformation.
+      A stateless transformation. Its `update` takes the extra argument `norm`: the norm
+      of all updates, where those that are given are some of them.
     """
 
     def update_fn(
-        updates: optax.Updates, params: optax.Params | None = None
-    ) -> optax.Updates:
-        del params
-        wide = jax.tree.map(_wide, updates)
-        norm = optax.tree.norm(wide)
+        updates: optax.Updates,
+        state: Any,
+        params: optax.Params | None = None,
+        norm: Array | None = None,
+        **extra_args: Any,
+    ) -> tuple[optax.Updates, Any]:
+        del params, extra_args
+        if norm is None:
+            norm = jnp.sqrt(sum_of_squares(updates))
         within = norm < max_norm
         # Gradients of zeros are within.
         divisor = jnp.where(within, 1.0, norm)
 
-        def clip(x: Array) -> Array:
+        def scale(x: Array) -> Array:
             # Divided first, as Optax does, so that results agree to the last digit.
-            return jnp.where(within, x, (x / divisor) * jnp.asarray(max_norm, x.dtype))
+            x = _wide(x)
+            return (x / divisor) * jnp.asarray(max_norm, x.dtype)
 
-        return precision.cast_like(jax.tree.map(clip, wide), updates)
+        def clip(x: Array) -> Array:
+            if not _is_short(x):
+                return jnp.where(within, x, scale(x))
+            # A loop of one iteration or none, so that no float32 copy of all leaves is
+            # made for the norm and kept.
+            again = lambda _, x: scale(x).astype(x.dtype)
+            return jax.lax.fori_loop(0, 1 - within.astype(jnp.int32), again, x)
 
-    return optax.stateless(update_fn)
+        return precision.cast_like(jax.tree.map(clip, updates), updates), state
+
+    return optax.GradientTransformationExtraArgs(optax.init_empty_state, update_fn)
+
+
+def sum_of_squares(tree: optax.Updates) -> Float[Array, ""]:
+    """Returns the sum of the squares of all entries, in float32 at least.
+
+    Args:
+      tree: Real arrays.
+    """
+    squares = [jnp.sum(jnp.square(_wide(x))) for x in jax.tree.leaves(tree)]
+    return sum(squares, jnp.zeros([], jnp.float32))
+
+
+def _is_short(x: Array) -> bool:
+    return jnp.issubdtype(x.dtype, jnp.floating) and x.dtype.itemsize < 4
 
 
 def _wide(x: Array) -> Array:

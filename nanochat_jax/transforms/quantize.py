@@ -2,18 +2,20 @@
 
 import dataclasses
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 from jax.tree_util import KeyPath, keystr
+from jax.typing import ArrayLike
 from jaxtyping import Array, Int32
 
 from nanochat_jax.codecs import Codec, Quantized, is_quantized
 from nanochat_jax.numerics import hashing
 from nanochat_jax.transforms import checks, precision
+from nanochat_jax.transforms.scheduling import group_bytes
 from nanochat_jax.transforms.sharding import in_auto_mode, sharded_as
 from nanochat_jax.transforms.state_paths import Place, locate
 
@@ -74,8 +76,7 @@ def quantize_state(
 
     def init_fn(params: optax.Params) -> QuantizeState:
         checks.require_real(params, "quantize_state")
-        # Initial states are constants, which XLA would spend minutes folding encoded.
-        state = jax.lax.optimization_barrier(inner.init(params))
+        state = inner.init(params)
         places = locate(state, params)
         if jax.tree.leaves(params):
             _require_fields(places, codecs)
@@ -87,25 +88,26 @@ def quantize_state(
             # A leaf that another `quantize_state` inside has stored is left to it.
             if field is None or is_quantized(x) or not _is_large(x, min_size):
                 return x
-            return sharded_as(lambda x: encode(field, name, x, count), x)
+            first = lambda x, i: encode(field, name, x, count, i)
+            return sharded_as(_by_layers(first), x)
 
-        state = jax.tree.map_with_path(store, state, is_leaf=is_quantized)
-        return QuantizeState(count, state)
+        return QuantizeState(count, _over_leaves(store, state))
 
     def update_fn(
         updates: optax.Updates,
         state: Any,
         params: optax.Params | None = None,
+        layer: ArrayLike = 0,
         **extra_args: Any,
     ) -> tuple[optax.Updates, QuantizeState]:
         checks.require_state(state, QuantizeState, "quantize_state")
         fields = _stored_here(state.inner, updates, codecs)
-        over_leaves = functools.partial(jax.tree.map_with_path, is_leaf=is_quantized)
         decode = lambda path, x: x.decode() if keystr(path) in fields else x
         new_updates, new_inner = inner.update(
             precision.widened(updates),
-            over_leaves(decode, state.inner),
+            _over_leaves(decode, state.inner),
             params,
+            layer=layer,
             **extra_args,
         )
 
@@ -113,15 +115,17 @@ def quantize_state(
             name = keystr(path)
             if name not in fields:
                 return optax.tree.cast_like(new, old)
-            stored = encode(fields[name], name, new, state.count)
+            stored = encode(fields[name], name, new, state.count, layer)
             return dataclasses.replace(stored, dtype=old.dtype)
 
-        new_inner = over_leaves(store, state.inner, new_inner)
         count = jnp.asarray(optax.safe_increment(state.count))
-        new_updates = precision.cast_like(new_updates, updates)
-        return new_updates, QuantizeState(count, new_inner)
+        new_state = QuantizeState(count, _over_leaves(store, state.inner, new_inner))
+        return precision.cast_like(new_updates, updates), new_state
 
     return optax.GradientTransformationExtraArgs(init_fn, in_auto_mode(update_fn))
+
+
+_over_leaves = functools.partial(jax.tree.map_with_path, is_leaf=is_quantized)
 
 
 def _encode_leaf(
@@ -131,13 +135,36 @@ def _encode_leaf(
     name: str,
     x: Array,
     count: Array,
+    layer: ArrayLike = 0,
 ) -> Quantized:
-    """Returns a leaf of a field in stored form, after `count` steps."""
+    """Returns a leaf of a field, or entries from `layer` on of it, in stored form."""
     codec = codecs[field]
     # One key must not serve two random draws, here and in the wrapped transform.
     name = f"quantize_state{name}"
-    key = hashing.leaf_key(seed, count, name) if codec.needs_key else None
-    return _encode(codec, x, key)
+    if not codec.needs_key:
+        return _encode(codec, x, None)
+    start = hashing.start_of(layer, x.shape)
+    return _encode(codec, x, hashing.leaf_key(seed, count, name, start))
+
+
+def _by_layers(encode: Callable[[Array, ArrayLike], Quantized]) -> Callable[..., Any]:
+    """Returns a function that encodes an initial leaf, a large one by its first axis.
+
+    So a large leaf, which is constant, never exists in float32.
+    """
+
+    def layer_of(x: Array, i: ArrayLike) -> Quantized:
+        part = jax.lax.dynamic_slice_in_dim(x, i, 1)
+        return encode(jax.lax.optimization_barrier(part), i)
+
+    def encode_leaf(x: Array) -> Quantized:
+        if x.ndim < 3 or 4 * x.size <= group_bytes():
+            # XLA would spend minutes folding the codes of a constant.
+            return encode(jax.lax.optimization_barrier(x), 0)
+        parts = jax.lax.map(lambda i: layer_of(x, i), jnp.arange(len(x)))
+        return jax.tree.map(lambda y: y.reshape(-1, *y.shape[2:]), parts)
+
+    return encode_leaf
 
 
 def _is_large(x: Array, min_size: int) -> bool:

@@ -84,6 +84,26 @@ def test_losses_are_those_of_one_device(sizes, values):
 @pytest.mark.parametrize(
     "variant",
     [
+        pytest.param(name, marks=[] if name == "muon_8bit" else pytest.mark.slow)
+        for name in VARIANTS
+    ],
+)
+def test_updates_in_the_backward_pass_are_the_ordinary_ones(variant):
+    """Which works from the same state, and leaves one that is sharded alike."""
+    values = {**VARIANTS[variant], **SCANNED, "grad_clip": 0.0}
+    usual = prepare({"fsdp": 8}, **values)
+    run = prepare({"fsdp": 8}, **values, update_in_backward=True)
+    expected, wanted = train(usual, init_state(usual), 4)
+    state, seen = train(run, init_state(run), 4)
+    atol = 1e-3 if "galore" in variant else 1e-4
+    np.testing.assert_allclose(seen, wanted, atol=atol, rtol=0)
+    place = lambda tree: jax.tree.map(lambda x: (x.sharding, x.dtype), tree)
+    assert place(state) == place(expected)
+
+
+@pytest.mark.parametrize(
+    "variant",
+    [
         pytest.param(name, marks=[] if name == "galore_8bit" else pytest.mark.slow)
         for name in VARIANTS
     ],

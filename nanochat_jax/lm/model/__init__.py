@@ -9,6 +9,7 @@ loss                 cross-entropy in chunks of positions
 param_sharding       the mesh of devices, and the shardings of parameters
 roles                labels and matrix axes of the parameters, for the optimizer
 sampling             generation of tokens with a cache
+take_rows            rows of an embedding, with gradients in float32
 ternary              linear layers with weights of -1, 0 and 1
 """
 

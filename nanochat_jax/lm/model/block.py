@@ -18,6 +18,7 @@ from jaxtyping import Array, Float, Int
 
 from nanochat_jax.config import ModelConfig
 from nanochat_jax.lm.model.ternary import TernaryLinear
+from nanochat_jax.transforms import after, run_after
 
 Linear = Callable[..., nnx.Linear | TernaryLinear]
 
@@ -63,6 +64,7 @@ class Attention(nnx.Module):
         self.head_norm = norm(config, config.head_dim, rngs, use_scale=False)
         self.head_dim = config.head_dim
         self.rope_theta = config.rope_theta
+        self.saves_memory = config.param_dtype == "bfloat16"
 
     def __call__(
         self,
@@ -78,7 +80,8 @@ class Attention(nnx.Module):
         query = rotate(self.head_norm(query), positions, self.rope_theta)
         key = rotate(self.head_norm(key), positions, self.rope_theta)
         if cache is None:
-            y = jax.nn.dot_product_attention(query, key, value, is_causal=True)
+            attend = _attend_again if self.saves_memory else _attend
+            y = attend(query, key, value)
         else:
             put = lambda old, new: jax.lax.dynamic_update_slice_in_dim(
                 old, new, positions[0], axis=1
@@ -128,6 +131,26 @@ class Block(nnx.Module):
         y, cache = self.attention(self.attention_norm(x), positions, cache)
         x = x + y
         return x + self.ffn(self.ffn_norm(x)), cache
+
+
+@jax.custom_vjp
+def _attend_again(query: Array, key: Array, value: Array) -> Array:
+    """Returns causal attention that keeps no scores for the backward pass."""
+    return _attend(query, key, value)
+
+
+def _attend_forward(*inputs: Array) -> tuple[Array, tuple[Array, ...]]:
+    return _attend(*inputs), inputs
+
+
+def _attend_backward(inputs: tuple[Array, ...], g: Array) -> tuple[Array, ...]:
+    # Scores are computed again only when there is a gradient of them.
+    waiting = [x + after(jnp.int32(0), g).astype(x.dtype) for x in inputs]
+    return jax.vjp(_attend, *waiting)[1](g)
+
+
+_attend_again.defvjp(_attend_forward, _attend_backward)
+_attend = functools.partial(jax.nn.dot_product_attention, is_causal=True)
 
 
 def rotate(
@@ -191,5 +214,47 @@ def _linear(config: ModelConfig, rngs: nnx.Rngs) -> Linear:
 
 def _dot_rows(x: Array, kernel: Array, *_: Any, **options: Any) -> Array:
     """Returns `x @ kernel`, computed as one matrix product over all positions."""
-    rows = jax.lax.dot(x.reshape(-1, x.shape[-1]), kernel, **options)
+    rows: Any = _multiply(tuple(options.items()), x.reshape(-1, x.shape[-1]), kernel)
     return rows.reshape(*x.shape[:-1], -1)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _multiply(options: tuple, x: Array, kernel: Array) -> Array:
+    """Returns `x @ kernel`, whose gradient needs no transposed copy of the kernel's.
+
+    Processors multiply in float32. Of bfloat16 kernels they would make all float32
+    copies of a block before it starts, and keep them and all gradients to its end: each
+    product here waits for its input, and the next for it.
+    """
+    return jax.lax.dot(x, _after(kernel, x), **dict(options))
+
+
+def _multiply_forward(
+    options: tuple, x: Array, kernel: Array
+) -> tuple[Array, tuple[Array, Array]]:
+    return _multiply(options, x, kernel), (x, kernel)
+
+
+def _multiply_backward(
+    options: tuple, inputs: tuple[Array, Array], g: Array
+) -> tuple[Array, Array]:
+    x, kernel = inputs
+    multiply = lambda x, y, axis: jax.lax.dot_general(
+        x, y, (((axis,), (axis,)), ((), ())), **dict(options)
+    )
+    d_x = multiply(g, _after(kernel, g), 1).astype(x.dtype)
+    d_kernel_of = lambda x, g: multiply(x, g, 0).astype(kernel.dtype)
+    if kernel.dtype != jnp.bfloat16:
+        return d_x, d_kernel_of(x, g)
+    d_kernel = run_after(d_kernel_of, x, g, result=g)
+    return d_x + after(jnp.int32(0), d_kernel).astype(d_x.dtype), d_kernel
+
+
+def _after(kernel: Array, x: Array) -> Array:
+    """Returns a kernel, which if short is there only when `x` is."""
+    if kernel.dtype != jnp.bfloat16:
+        return kernel
+    return kernel + after(jnp.int32(0), x).astype(kernel.dtype)
+
+
+_multiply.defvjp(_multiply_forward, _multiply_backward)

@@ -8,7 +8,8 @@ Axes: B batch, S sequence, T cache, D model, L layers, K key and value heads, H 
 size, V vocabulary. The embedding and the head are padded from V to `table_size`.
 """
 
-from typing import Any, ClassVar, NamedTuple
+from collections.abc import Callable
+from typing import Any, ClassVar, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +22,9 @@ from nanochat_jax.lm.model import activation_sharding
 from nanochat_jax.lm.model.block import Block, LayerCache, TensorSplit, norm
 from nanochat_jax.lm.model.layer_stacking import Params, unstack_trees
 from nanochat_jax.lm.model.loss import cross_entropy
+from nanochat_jax.lm.model.take_rows import take_rows
+
+M = TypeVar("M", bound=nnx.Module)
 
 # Small, so that the first logits are near zero, with tied weights or without.
 _table_init = nnx.initializers.normal(0.02)
@@ -59,9 +63,10 @@ class GPT(nnx.Module):
             embedding_init=_table_init,
             rngs=rngs,
         )
+        _cast(self.embed, config)
         blocks = _stacked_blocks(config, rngs)
         self.blocks = blocks if config.scan_layers else nnx.List(_unstack(blocks))
-        self.final_norm = norm(config, config.dim, rngs)
+        self.final_norm = _cast(norm(config, config.dim, rngs), config)
         if not config.weight_tied:
             self.head = nnx.Linear(
                 config.dim,
@@ -71,6 +76,7 @@ class GPT(nnx.Module):
                 kernel_init=_table_init,
                 rngs=rngs,
             )
+            _cast(self.head, config)
 
     def __call__(self, tokens: Int[Array, "B S"]) -> Float32[Array, "B S V"]:
         """Returns the logits of the token after each of `tokens`."""
@@ -133,10 +139,10 @@ class GPT(nnx.Module):
         known = jnp.arange(logits.shape[-1]) < self.vocab_size
         return jnp.where(known[(None,) * (logits.ndim - 1)], logits, -jnp.inf)
 
-    def _look_up(self, tokens: Array) -> Array:
+    def look_up(self, tokens: Int[Array, "B S"]) -> Float[Array, "B S D"]:
+        """Returns the hidden states before the first block."""
         table = activation_sharding.divide_columns(self.embed.embedding[...])
-        # Cast after, so that gradients of a frequent token are summed in float32.
-        x = jnp.take(table, tokens, axis=0).astype(self.dtype)
+        x = take_rows(table, tokens).astype(self.dtype)
         return activation_sharding.columns_to_sequences(x)
 
     def _run_blocks(self, tokens: Array, positions: Array, caches: Any) -> Any:
@@ -156,7 +162,7 @@ class GPT(nnx.Module):
             policy = None if self.remat else kept
             # In a loop the compiler has nothing to reuse in place of recomputing.
             run = jax.checkpoint(run, policy=policy, prevent_cse=not self.scans)
-        x = self._look_up(tokens)
+        x = self.look_up(tokens)
         if self.scans:
             x, caches = jax.lax.scan(run, x, (nnx.state(blocks), caches))
             return self.final_norm(x), caches
@@ -177,7 +183,7 @@ def init(config: ModelConfig, seed: ArrayLike) -> tuple[nnx.GraphDef[GPT], Param
       seed: Seed of the parameters.
 
     Returns:
-      The static graph definition, and nested dicts of float32 arrays by path, such as
+      The static graph definition, and nested dicts of arrays by path, such as
       `params["blocks"][0]["attention"]["query"]["kernel"]`.
     """
     graphdef, state = nnx.split(GPT(config, rngs=nnx.Rngs(jax.random.key(seed))))
@@ -235,6 +241,36 @@ def next_token_loss(
     return model.mean_loss(model.features(batch[:, :-1]), batch[:, 1:])
 
 
+def as_functions(
+    graphdef: nnx.GraphDef[GPT], params: Params
+) -> tuple[Callable[..., Any], Callable[..., Any], Callable[..., Any]]:
+    """Returns the loss of a model as functions before, of and after its stacked blocks.
+
+    They are those of `update_in_backward`, for batches `[B, S + 1]`, and together
+    `next_token_loss`.
+
+    Args:
+      graphdef: Structure of the model, from `init`, with `scan_layers`.
+      params: Shapes of its parameters.
+    """
+    like = params["blocks"]
+    whole = lambda rest: nnx.merge(graphdef, {**rest, "blocks": like})
+    block_def = nnx.graphdef(nnx.merge(graphdef, params).blocks)
+
+    def embed(rest: Params, batch: Array) -> Array:
+        return whole(rest).look_up(batch[:, :-1])
+
+    def block(layer: Params, x: Array) -> Array:
+        y, _ = nnx.merge(block_def, layer)(x, jnp.arange(x.shape[1]))
+        return activation_sharding.divide_sequences(y)
+
+    def head(rest: Params, x: Array, batch: Array) -> Array:
+        model = whole(rest)
+        return model.mean_loss(model.final_norm(x), batch[:, 1:])
+
+    return embed, block, head
+
+
 def without_padding(config: ModelConfig, params: Params) -> Params:
     """Returns parameters with the padding of the vocabulary removed.
 
@@ -256,12 +292,19 @@ def _stacked_blocks(config: ModelConfig, rngs: nnx.Rngs) -> Block:
     each kernel.
     """
     make = nnx.scan(
-        lambda rngs: (rngs, Block(config, rngs=rngs)),
+        lambda rngs: (rngs, _cast(Block(config, rngs=rngs), config)),
         in_axes=nnx.Carry,
         out_axes=(nnx.Carry, 0),
         length=config.n_layers,
     )
     return make(rngs)[1]
+
+
+def _cast(module: M, config: ModelConfig) -> M:
+    """Returns a module with its parameters in the type of the configuration."""
+    cast = lambda x: x.astype(config.param_dtype)
+    nnx.update(module, jax.tree.map(cast, nnx.state(module)))
+    return module
 
 
 def _unstack(blocks: Block) -> list[Block]:

@@ -1,6 +1,9 @@
 """Plans: memory, operations and traffic of a run, before it is run.
 
 run_memory         bytes of a run, from the plans of its compiled programs
+step_parts         parts of the memory of a step, from shapes
+memory_limit       settings with which a step fits a limit, the cheapest first
+limit_summary      text and a table about these
 mesh_plan          bytes and traffic of a run on a mesh, from shapes alone
 step_traffic       collectives of loss and gradient, from shapes
 update_traffic     collectives of an update of the matrices, from shapes
@@ -12,6 +15,8 @@ variants           variants of the optimizer, by name
 
 from nanochat_jax.lm.planning import (
     breakdown as breakdown,
+    limit_summary as limit_summary,
+    memory_limit as memory_limit,
     mesh_plan as mesh_plan,
     optimizer_summary as optimizer_summary,
     run_memory as run_memory,

@@ -73,6 +73,11 @@ class ScalePlan:
             held[key] = held.get(key, 0) + (row.device_bytes or 0)
         return held
 
+    @property
+    def held_bytes(self) -> int:
+        """Bytes of parameters and state on a device."""
+        return bytes_per_device(self.params) + self.held.device_bytes
+
     def to_dict(self) -> dict[str, Any]:
         """Returns the plan as plain numbers."""
         held, config = self.device_bytes, self.config
@@ -185,8 +190,22 @@ def tables(plan: ScalePlan, others: dict[str, dict[str, float]]) -> Group:
     )
 
 
+def limit(plan: ScalePlan) -> dict[str, Any]:
+    """Returns the memory limit of a run, and whether its step fits.
+
+    Activations are in no plan on paper, so that it is known only of steps that do not
+    fit. `fits` is `None` for others, and nothing is tried in their place.
+
+    Args:
+      plan: Plan of a run with a limit.
+    """
+    most = plan.config.memory_limit_bytes or 0
+    fits = False if plan.held_bytes > most else None
+    return {"bytes": most, "fits": fits, "tried": []}
+
+
 def summary(plan: ScalePlan) -> str:
-    """Returns the operations of a step in words.
+    """Returns the operations of a step in words, and what is known about its limit.
 
     Args:
       plan: The plan.
@@ -196,7 +215,19 @@ def summary(plan: ScalePlan) -> str:
     return (
         f"{optimizer_summary.flops_summary(plan.config, plan.flops)}\n"
         f"Of Newton-Schulz the busiest device has {plan.busiest / 1e9:,.0f} GFLOP, "
-        f"{more:.2f} times an even share."
+        f"{more:.2f} times an even share.{_limit_summary(plan)}"
+    )
+
+
+def _limit_summary(plan: ScalePlan) -> str:
+    asked = plan.config.memory_limit
+    if asked is None:
+        return ""
+    if limit(plan)["fits"] is False:
+        return f"\n`memory_limit` {asked}: parameters and state alone are beyond it."
+    return (
+        f"\n`memory_limit` {asked}: parameters and state are within it; whether a step "
+        "is, `train`\ntells once it has compiled it on these devices."
     )
 
 

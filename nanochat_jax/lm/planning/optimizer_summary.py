@@ -27,12 +27,16 @@ def variant_title(config: Config) -> str:
     return f"GaLore 2 + {muon}" if config.use_galore else muon
 
 
-def optimizer_summary(config: Config, report: MemoryReport) -> str:
+def optimizer_summary(
+    config: Config, report: MemoryReport, *, labels: bool = True
+) -> str:
     """Returns the lines about the optimizer at the start of a run.
 
     Args:
       config: Settings of the run.
       report: Memory of its optimizer.
+      labels: Whether to say how the state of each label is stored; `group_table` does
+        too.
     """
     held = report.to_dict()
     matrix, total = held["matrix"], held["total"]
@@ -53,7 +57,7 @@ def optimizer_summary(config: Config, report: MemoryReport) -> str:
         *(
             f"  {label.capitalize() + ':':<18} {stored[label]}"
             for label in breakdown.LABELS[1:]
-            if stored[label]
+            if labels and stored[label]
         ),
     ]
     return "\n".join(lines)
@@ -151,21 +155,3 @@ def _galore_lines(config: Config, report: MemoryReport) -> list[str]:
             for name in breakdown.pattern_counts(report.full_rank)
         ),
     ]
-
-
-def accumulator_summary(config: Config, held: dict[str, int]) -> str:
-    """Returns the memory of the gradient accumulator in words.
-
-    Args:
-      config: Settings of the run.
-      held: Its bytes, from `run_memory.accumulator_bytes`.
-    """
-    line = f"Gradient accumulator: {megabytes(held['usual'])}"
-    if config.accumulates_low_rank:
-        return (
-            f"{line} in the low-rank space, {megabytes(held['refresh'])} on the steps "
-            "that change the bases."
-        )
-    if config.use_galore:
-        line += "; low-rank with `galore_residual` and `grad_clip` 0"
-    return f"{line}."

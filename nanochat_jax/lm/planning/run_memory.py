@@ -3,19 +3,21 @@
 import ctypes
 import gc
 import sys
-from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
-import optax
 
 from nanochat_jax.config import Config
 from nanochat_jax.lm.model import build_optimizer, gpt
 from nanochat_jax.lm.planning.optimizer_summary import megabytes
+from nanochat_jax.lm.planning.step_parts import (
+    StepParts,
+    accumulator_bytes as accumulator_bytes,
+    step_parts,
+)
 from nanochat_jax.lm.runtime import memory_in_use, tree_bytes
-from nanochat_jax.lm.training import Run, sum_dtype
+from nanochat_jax.lm.training import Run
 from nanochat_jax.optimizer import bytes_per_device, planned_bytes
-from nanochat_jax.transforms import project_gradients
 
 
 class RunPlan(NamedTuple):
@@ -36,6 +38,7 @@ class RunPlan(NamedTuple):
       process_bytes: On the CPU, resident memory of the process after compiling, with
         nothing allocated: Python, libraries and compiled code. Training comes on top of
         it. `None` on other devices.
+      parts: Parts of the step's memory, from shapes.
     """
 
     devices: int
@@ -48,6 +51,13 @@ class RunPlan(NamedTuple):
     peak_bytes: int
     checkpoint_bytes: int
     process_bytes: int | None
+    parts: StepParts
+
+    def to_dict(self) -> dict[str, int | None]:
+        """Returns the plan as plain numbers, without the parts of the step."""
+        numbers = self._asdict()
+        del numbers["parts"]
+        return numbers
 
 
 def abstract_run(config: Config) -> Run:
@@ -62,17 +72,15 @@ def abstract_run(config: Config) -> Run:
     return Run(config, graphdef, params, tx, absent, absent)
 
 
-def plan_run(run: Run, steps: Sequence[jax.stages.Compiled]) -> RunPlan:
+def plan_run(run: Run, step: jax.stages.Compiled) -> RunPlan:
     """Returns the memory that a run takes.
 
     Args:
       run: The run; its data is not looked at.
-      steps: Its compiled steps, from `compile_train_step` and, if there is one,
-        `compile_low_rank_step`. The one with the highest peak counts.
+      step: Its compiled step, from `compile_train_step`.
     """
-    plans = [planned_bytes(step) for step in steps]
-    planned = max(plans, key=lambda plan: plan["peak_bytes"])
-    state, batch = _arguments(steps[plans.index(planned)])
+    planned = planned_bytes(step)
+    state, batch = _arguments(step)
     init_bytes = _init_bytes(run)
     give_back_memory()
     return RunPlan(
@@ -86,23 +94,37 @@ def plan_run(run: Run, steps: Sequence[jax.stages.Compiled]) -> RunPlan:
         peak_bytes=max(planned["peak_bytes"], init_bytes),
         checkpoint_bytes=tree_bytes(state),
         process_bytes=memory_in_use() if jax.default_backend() == "cpu" else None,
+        parts=step_parts(run.config, state.params, state.opt_state),
     )
 
 
-def plan_summary(config: Config, plan: RunPlan) -> str:
-    """Returns in words what a run takes on a device, and its checkpoints on disk."""
-    parts = {
-        "parameters": plan.params_bytes,
-        "optimizer state": plan.opt_state_bytes,
-        "temporaries": plan.temp_bytes,
+def step_bytes(plan: RunPlan) -> dict[str, int]:
+    """Returns the memory of a step alone, on each device.
+
+    Args:
+      plan: Memory of the run.
+    """
+    return {
+        "weights_bytes": plan.params_bytes,
+        "state_bytes": plan.opt_state_bytes,
+        "temp_bytes": plan.temp_bytes,
+        "peak_bytes": plan.step_bytes,
     }
-    listed = [f"    {name} {megabytes(size)}" for name, size in parts.items()]
+
+
+def plan_summary(config: Config, plan: RunPlan) -> str:
+    """Returns in words what a run takes on a device, and its checkpoints on disk.
+
+    Args:
+      config: Settings of the run.
+      plan: Its memory.
+    """
     where = "" if plan.devices == 1 else f" on each of {plan.devices} devices"
     lines = [
         f"Peak memory: {megabytes(plan.peak_bytes)}{where}",
         f"  a compiled step of {config.tokens_per_step:,} tokens "
         f"{megabytes(plan.step_bytes)}:",
-        *listed,
+        *_listed(config, plan),
         f"  making the initial state {megabytes(plan.init_bytes)}",
     ]
     if plan.process_bytes is not None:
@@ -119,6 +141,28 @@ def plan_summary(config: Config, plan: RunPlan) -> str:
         f"on disk{kept}: {megabytes(most * plan.checkpoint_bytes)}"
     )
     return "\n".join(lines)
+
+
+def _listed(config: Config, plan: RunPlan) -> list[str]:
+    """Returns the lines about the parts of a step."""
+    parts = plan.parts
+    held = plan.params_bytes + plan.opt_state_bytes
+    rate = lambda size: f"{size / parts.params:.2f} bytes a parameter"
+    one = " of one layer or table" if config.update_in_backward else ""
+    other = "other " if parts.low_bits_bytes else ""
+    sizes = {
+        "    weights": plan.params_bytes,
+        "    low bits of the weights": parts.low_bits_bytes,
+        f"    {other}optimizer state": plan.opt_state_bytes - parts.low_bits_bytes,
+        "    temporaries, in part": plan.temp_bytes,
+        "      hidden states kept for the backward pass": parts.kept_bytes,
+        f"      gradients{one}": parts.gradient_bytes,
+        f"      their sums over microbatches{one}": parts.accumulator_bytes,
+    }
+    return [
+        *(f"{name} {megabytes(size)}" for name, size in sizes.items() if size),
+        f"    in all {rate(plan.step_bytes)}, weights and state {rate(held)}",
+    ]
 
 
 def give_back_memory() -> None:
@@ -148,29 +192,3 @@ def _init_bytes(run: Run) -> int:
     # Unused parameters are not arguments of the program but stay allocated.
     beside = tree_bytes(run.params) - second["argument_bytes"]
     return max(first["peak_bytes"], beside + second["peak_bytes"])
-
-
-def accumulator_bytes(
-    config: Config, tx: optax.GradientTransformation, params: optax.Params
-) -> dict[str, int]:
-    """Returns the bytes in which gradients are added up over microbatches.
-
-    Args:
-      config: Settings of the run.
-      tx: Its optimizer.
-      params: Shapes and types of its parameters.
-
-    Returns:
-      `refresh`, on steps that change GaLore's bases or if there are none, and `usual`,
-      on the others. Both are 0 without accumulation.
-    """
-    if config.grad_accum_steps == 1:
-        return {"refresh": 0, "usual": 0}
-    usual = params
-    if config.accumulates_low_rank:
-        state = jax.eval_shape(tx.init, params)
-        usual = jax.eval_shape(project_gradients, state, params)
-    count = lambda tree: sum(
-        x.size * sum_dtype(x).itemsize for x in jax.tree.leaves(tree)
-    )
-    return {"refresh": count(params), "usual": count(usual)}

@@ -15,7 +15,6 @@ resume           which settings may differ on resumption; states stored otherwis
 """
 
 from nanochat_jax.lm.training import resume as resume
-from nanochat_jax.lm.training.accumulate import sum_dtype as sum_dtype
 from nanochat_jax.lm.training.loop import fit as fit
 from nanochat_jax.lm.training.optimizer_share import (
     OptimizerShare as OptimizerShare,
@@ -33,7 +32,6 @@ from nanochat_jax.lm.training.run import (
 )
 from nanochat_jax.lm.training.step import (
     TrainState as TrainState,
-    compile_low_rank_step as compile_low_rank_step,
     compile_train_step as compile_train_step,
     init_state as init_state,
 )

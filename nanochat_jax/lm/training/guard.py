@@ -2,16 +2,17 @@
 
 A step is skipped if its loss or its gradient is not finite, or, if that is asked for,
 far above the usual. Then parameters and state of the optimizer stay as they are to the
-bit, and only the data moves on.
+bit, and only the data moves on. With `update_in_backward` the loss alone decides for
+the step, and a layer whose gradient is not finite is skipped by itself; the step counts
+as skipped then.
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import optax
 from jaxtyping import Array, Bool, Float32, Int32
 
 WINDOW = 128
@@ -59,11 +60,32 @@ def judge(
     Returns:
       Whether the step is taken, and the guard after it.
     """
+    take = _is_usual(guard, 0, loss, spike_skip)
+    take &= _is_usual(guard, 1, grad_norm, spike_skip)
+    return take, count(guard, take, loss, grad_norm)
+
+
+def judge_loss(guard: Guard, loss: Array, spike_skip: float = 0.0) -> Bool[Array, ""]:
+    """Decides by its loss alone whether a step is taken, before there is a gradient.
+
+    Args:
+      guard: Counts and statistics of the steps before.
+      loss: Loss of the step.
+      spike_skip: As for `judge`.
+    """
+    return _is_usual(guard, 0, loss, spike_skip)
+
+
+def count(guard: Guard, taken: Bool[Array, ""], loss: Array, grad_norm: Array) -> Guard:
+    """Returns the guard after a step.
+
+    Args:
+      guard: Counts and statistics of the steps before.
+      taken: Whether the step was taken, in full.
+      loss: Its loss.
+      grad_norm: Norm of its gradient.
+    """
     seen = jnp.stack([loss, grad_norm]).astype(jnp.float32)
-    take = jnp.isfinite(seen).all()
-    if spike_skip:
-        limit = guard.mean + spike_skip * jnp.sqrt(guard.variance)
-        take &= (seen <= limit).all() | (guard.taken < WINDOW)
     # The mean of all steps at first, then an exponential one.
     weight = 1 / jnp.minimum(guard.taken + 1, WINDOW).astype(jnp.float32)
     off = seen - guard.mean
@@ -77,42 +99,17 @@ def judge(
     passed = guard._replace(
         skipped=guard.skipped + 1, consecutive_skips=guard.consecutive_skips + 1
     )
-    return take, jax.tree.map(lambda x, y: jnp.where(take, x, y), after, passed)
+    return jax.tree.map(lambda x, y: jnp.where(taken, x, y), after, passed)
 
 
-def update_if(
-    take: Bool[Array, ""],
-    update: Callable[..., tuple[optax.Updates, optax.OptState]],
-    grads: optax.Updates,
-    opt_state: optax.OptState,
-    params: Any,
-) -> tuple[Any, optax.OptState]:
-    """Applies an update of the optimizer, or leaves everything as it is.
-
-    Args:
-      take: Whether to apply it.
-      update: Gradients, state and parameters to updates and state.
-      grads: Gradients; they are written over.
-      opt_state: State of the optimizer.
-      params: Parameters.
-
-    Returns:
-      The parameters and the state after it.
-    """
-
-    def once(_: Array, carry: Any) -> Any:
-        grads, opt_state, params = carry
-        updates, opt_state = update(grads, opt_state, params)
-        spent = jax.tree.map(
-            lambda g, u: u if u.shape == g.shape else g, grads, updates
-        )
-        return spent, opt_state, optax.apply_updates(params, updates)
-
-    # A loop of one iteration or none, in place of `lax.cond`: compilers update the
-    # carry of a loop in place, but plan a second copy of the gradients for a branch.
-    carry = (grads, opt_state, params)
-    _, opt_state, params = jax.lax.fori_loop(0, take.astype(jnp.int32), once, carry)
-    return params, opt_state
+def _is_usual(guard: Guard, i: int, value: Array, spike_skip: float) -> Bool[Array, ""]:
+    """Returns whether a loss, `i = 0`, or a norm, 1, is finite and no spike."""
+    value = value.astype(jnp.float32)
+    usual = jnp.isfinite(value)
+    if spike_skip:
+        limit = guard.mean[i] + spike_skip * jnp.sqrt(guard.variance[i])
+        usual &= (value <= limit) | (guard.taken < WINDOW)
+    return usual
 
 
 def check(values: Mapping[str, Any], step: int, most: int) -> int:

@@ -6,7 +6,6 @@ from collections.abc import Callable
 
 import jax
 
-from nanochat_jax.config import Config
 from nanochat_jax.lm.checkpoints import Checkpoints
 from nanochat_jax.lm.training import guard
 from nanochat_jax.lm.training.device_batches import feed
@@ -22,7 +21,6 @@ def fit(
     train_step: jax.stages.Compiled,
     reporter: Reporter,
     *,
-    low_rank_step: jax.stages.Compiled | None = None,
     checkpoints: Checkpoints | None = None,
     profiler: StepProfiler | None = None,
     stop: Callable[[int], bool] = lambda step: False,
@@ -34,8 +32,6 @@ def fit(
       state: Initial state; it is donated.
       train_step: The compiled step, from `compile_train_step`.
       reporter: Reporter of the run, from the step of `state` on.
-      low_rank_step: Compiled step for steps that change no basis, from
-        `compile_low_rank_step`.
       checkpoints: Checkpoints to save states to, if any.
       profiler: Tracer of some of the steps.
       stop: Function of the steps done, called after each step: whether to save and stop
@@ -51,20 +47,18 @@ def fit(
     config, first, share = run.config, int(state.step), reporter.share
     if first == 0:
         reporter.start(state.params)
-    skipped, previous = int(state.guard.skipped), None
+    previous = None
     with contextlib.closing(feed(run, first, config.total_steps)) as batches:
         for step, batch in batches:
             if profiler:
                 profiler.at(step)
             take_step = train_step
-            if low_rank_step and not changes_bases(config, state, step, skipped):
-                take_step = low_rank_step
             if share and share.wanted and due(step + 1, config.log_interval):
                 take_step = functools.partial(share.take, take_step)
             state, values = take_step(state, batch)
             if previous:
                 # One step stays in flight while the host looks at the one before.
-                skipped = guard.check(previous, step, config.max_skipped_steps)
+                guard.check(previous, step, config.max_skipped_steps)
             previous, done = values, step + 1
             reporter.step(done, state.params, values)
             stopping = stop(done) or done == config.total_steps
@@ -75,13 +69,3 @@ def fit(
     if previous:
         guard.check(previous, int(state.step), config.max_skipped_steps)
     return state
-
-
-def changes_bases(config: Config, state: TrainState, step: int, skipped: int) -> bool:
-    """Returns whether GaLore, which counts the steps taken, changes bases on a step.
-
-    Blocks on the previous step only if the answer depends on whether it was skipped.
-    """
-    if (step - skipped) % config.galore_update_freq > 1:
-        return False
-    return (step - int(state.guard.skipped)) % config.galore_update_freq == 0

@@ -1,12 +1,12 @@
 """The pure training step, its state, and their compilation.
 
-`mean_gradient` evaluates the microbatches one by one, `guard.judge` decides whether the
-step is taken, and `guard.update_if` then applies the update of the optimizer.
+The ordinary step takes the mean gradient over microbatches, `guard.judge` decides
+whether it is taken, and the update of the optimizer is then applied. The other one
+updates each layer in the backward pass.
 
 Axes: A microbatches, B sequences, S tokens of a sequence.
 """
 
-import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -21,8 +21,8 @@ from nanochat_jax.lm.model import activation_sharding, gpt
 from nanochat_jax.lm.training import guard
 from nanochat_jax.lm.training.accumulate import mean_gradient
 from nanochat_jax.lm.training.run import Run
-from nanochat_jax.optimizer import state_sharding
-from nanochat_jax.transforms import project_gradients
+from nanochat_jax.optimizer import state_sharding, update_in_backward
+from nanochat_jax.transforms import apply_if
 
 TrainStep = Callable[["TrainState", Array], tuple["TrainState", dict[str, Array]]]
 
@@ -32,7 +32,7 @@ class TrainState(NamedTuple):
 
     Attributes:
       step: Steps done, those that were skipped among them.
-      params: Parameters of the model, float32.
+      params: Parameters of the model.
       opt_state: State of the optimizer.
       guard: Counts of skipped steps, and running statistics of loss and norm.
     """
@@ -59,7 +59,6 @@ def make_train_step(
     tx: optax.GradientTransformationExtraArgs,
     *,
     spike_skip: float = 0.0,
-    low_rank: bool = False,
 ) -> TrainStep:
     """Returns the pure function of one step, to be jitted with its state donated.
 
@@ -71,8 +70,6 @@ def make_train_step(
       graphdef: Structure of the model.
       tx: The optimizer.
       spike_skip: As for `guard.judge`.
-      low_rank: For steps that change none of GaLore's bases: gradients are added up as
-        it projects them, and the norm is of these.
     """
     loss_fn = lambda params, batch: gpt.next_token_loss(graphdef, params, batch)
 
@@ -80,48 +77,84 @@ def make_train_step(
         state: TrainState, batch: Int32[Array, "A B S+1"]
     ) -> tuple[TrainState, dict[str, Array]]:
         step, params, opt_state, watched = state
-        extra: dict[str, Any] = {"projected": True} if low_rank else {}
-        project = lambda grads: (
-            project_gradients(opt_state, grads) if low_rank else grads
-        )
-        loss, grads = mean_gradient(loss_fn, params, batch, project)
+        loss, grads = mean_gradient(loss_fn, params, batch)
         norm = optax.tree.norm(grads)
         take, watched = guard.judge(watched, loss, norm, spike_skip)
-        update = functools.partial(tx.update, value=loss, **extra)
-        params, opt_state = guard.update_if(take, update, grads, opt_state, params)
-        metrics = {"loss": loss, "grad_norm": norm}
-        metrics |= {
-            "skipped": watched.skipped,
-            "consecutive_skips": watched.consecutive_skips,
-        }
-        return TrainState(step + 1, params, opt_state, watched), metrics
+        params, opt_state = apply_if(take, tx, grads, opt_state, params, value=loss)
+        after = TrainState(step + 1, params, opt_state, watched)
+        return after, _metrics(loss, norm, watched)
 
     return train_step
 
 
-def compile_train_step(run: Run, *, low_rank: bool = False) -> jax.stages.Compiled:
+def make_backward_step(
+    graphdef: nnx.GraphDef[gpt.GPT],
+    params: gpt.Params,
+    tx: optax.GradientTransformationExtraArgs,
+    *,
+    spike_skip: float = 0.0,
+    segment: int = 1,
+) -> TrainStep:
+    """Returns the step that updates each layer in the backward pass.
+
+    It is otherwise as that of `make_train_step`, with the same state.
+
+    Args:
+      graphdef: Structure of the model, with `scan_layers`.
+      params: Shapes of its parameters.
+      tx: The optimizer.
+      spike_skip: As for `guard.judge_loss`.
+      segment: As for `update_in_backward`.
+    """
+    _, update = update_in_backward(
+        *gpt.as_functions(graphdef, params), tx, segment=segment, microbatches=True
+    )
+
+    def train_step(
+        state: TrainState, batch: Int32[Array, "A B S+1"]
+    ) -> tuple[TrainState, dict[str, Array]]:
+        step, params, opt_state, watched = state
+        take = lambda loss: guard.judge_loss(watched, loss, spike_skip)
+        params, opt_state, report = update(params, opt_state, batch, take=take)
+        loss, norm = report.loss, report.grad_norm
+        counted = guard.count(watched, report.left_out == 0, loss, norm)
+        after = TrainState(step + 1, params, opt_state, counted)
+        return after, _metrics(loss, norm, counted)
+
+    return train_step
+
+
+def _metrics(loss: Array, norm: Array, watched: guard.Guard) -> dict[str, Array]:
+    return {
+        "loss": loss,
+        "grad_norm": norm,
+        "skipped": watched.skipped,
+        "consecutive_skips": watched.consecutive_skips,
+    }
+
+
+def compile_train_step(run: Run) -> jax.stages.Compiled:
     """Compiles the step of a run for its shapes, its state donated.
 
     Args:
       run: The run.
-      low_rank: As for `make_train_step`.
     """
-    spike_skip = run.config.spike_skip
-    step = make_train_step(
-        run.graphdef, run.tx, spike_skip=spike_skip, low_rank=low_rank
-    )
+    config = run.config
+    if config.update_in_backward:
+        step = make_backward_step(
+            run.graphdef,
+            run.params,
+            run.tx,
+            spike_skip=config.spike_skip,
+            segment=config.remat_segment,
+        )
+    else:
+        step = make_train_step(run.graphdef, run.tx, spike_skip=config.spike_skip)
     where = state_shardings(run)
     out = where and (where, where.step)  # metrics are whole on every device
     jitted = jax.jit(step, donate_argnums=0, out_shardings=out)
     with activation_sharding.using(run.mesh):
         return jitted.lower(abstract_state(run), _abstract_batch(run)).compile()
-
-
-def compile_low_rank_step(run: Run) -> jax.stages.Compiled | None:
-    """Compiles the step between two changes of bases, if it accumulates otherwise."""
-    if not run.config.accumulates_low_rank:
-        return None
-    return compile_train_step(run, low_rank=True)
 
 
 def abstract_state(run: Run) -> TrainState:

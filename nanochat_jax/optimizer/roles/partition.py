@@ -10,7 +10,13 @@ from jax.tree_util import KeyPath, keystr
 
 from nanochat_jax.interop import as_arrays
 from nanochat_jax.optimizer.roles.settle import Role
-from nanochat_jax.transforms import record, require_state, seen_by, sequence
+from nanochat_jax.transforms import (
+    AppliesUpdates,
+    record,
+    require_state,
+    seen_by,
+    sequence,
+)
 
 Roles = Mapping[str, Role]
 
@@ -38,7 +44,9 @@ def partition_by_role(
       notes: Function that returns notes on the optimizers, by label, for `describe`.
 
     Returns:
-      A transformation, from gradients to updates.
+      A transformation, from gradients to updates. Its `update` takes the extra
+      arguments `apply`, and `whole`: shapes of all parameters, where the tree that is
+      given is a part of theirs, so that roles are those of the whole.
 
     Raises:
       ValueError: At `update`, if a parameter that is not frozen has no gradient.
@@ -69,18 +77,26 @@ def partition_by_role(
         updates: optax.Updates,
         state: optax.OptState,
         params: optax.Params | None = None,
+        whole: optax.Params | None = None,
+        *,
+        apply: bool = False,
         **extra_args: Any,
     ) -> tuple[optax.Updates, optax.OptState]:
         grads, params = as_arrays(updates), as_arrays(params)
-        roles = settle(grads if params is None else params)
-        trained = _without_frozen(grads, roles)
+        known = grads if params is None else params
+        roles = settle(known if whole is None else as_arrays(whole))
+        trained, frozen = _without_frozen(grads, roles), grads
         if params is not None:
+            frozen = params if apply else grads
             params = _without_frozen(params, roles)
             _require_gradients(trained, params)
-        new, state = parts(trained, roles).update(trained, state, params, **extra_args)
-        return _with_frozen(updates, grads, new), state
+        new, state = parts(trained, roles).update(
+            trained, state, params, apply=apply, **extra_args
+        )
+        fill = (lambda p: p) if apply else _unchanged
+        return _with_frozen(updates, frozen, new, fill), state
 
-    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+    return AppliesUpdates(init_fn, update_fn)
 
 
 def _checked(
@@ -120,12 +136,14 @@ def _is_frozen(role: Role) -> bool:
     return role.label == "frozen"
 
 
-def _with_frozen(updates: Any, grads: Any, new: Any) -> Any:
-    """Returns new updates in the tree of the old ones, zeros for frozen parameters."""
+def _with_frozen(
+    updates: Any, frozen: Any, new: Any, fill: Callable[[Any], Any]
+) -> Any:
+    """Returns new updates in the tree of the old ones, filled up for frozen leaves."""
     found = {keystr(path): x for path, x in jax.tree.leaves_with_path(new)}
     leaves = [
-        found[keystr(path)] if keystr(path) in found else _unchanged(g)
-        for path, g in jax.tree.leaves_with_path(grads)
+        found[keystr(path)] if keystr(path) in found else fill(x)
+        for path, x in jax.tree.leaves_with_path(frozen)
     ]
     return jax.tree.structure(updates).unflatten(leaves)
 

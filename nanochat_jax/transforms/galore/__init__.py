@@ -5,13 +5,9 @@ basis         rules for when and how a basis is computed
 refresh       change of basis, and what it does to first moments
 projection    products with a basis; which leaves are projected
 complement    the part of a gradient outside the basis
-accumulation  gradients in the low-rank space
 """
 
 from nanochat_jax.transforms.galore import projection as projection
-from nanochat_jax.transforms.galore.accumulation import (
-    project_gradients as project_gradients,
-)
 from nanochat_jax.transforms.galore.basis import (
     Basis as Basis,
     RandomizedSVD as RandomizedSVD,

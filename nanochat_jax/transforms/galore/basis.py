@@ -61,7 +61,8 @@ class Basis(Protocol):
             usable.
           basis: Basis so far.
           momentum: First moment in the coordinates of the gradient, if there is one.
-          key: Random key, by seed of the rule, step and leaf.
+          key: Random key, by seed of the rule, step, leaf and place of the matrices
+            within it.
         """
         ...
 
@@ -123,10 +124,12 @@ class RandomizedSVD:
     ) -> Float[Array, "*batch short r"]:
         """Returns the leading left singular directions of the gradient."""
         del momentum
+        start, seed = jax.random.key_data(key)
         return range_basis(
             gradient,
             basis.shape[-1],
-            jax.random.key_data(key)[-1],
+            seed,
+            start=start,
             power_iterations=self.power_iterations,
             aligned=self.aligned,
             form_gram=self.form_gram,

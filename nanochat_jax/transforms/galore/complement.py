@@ -41,11 +41,6 @@ class Complement:
             return cls(1.0, optax.with_extra_args_support(given), scale)
         return cls(given, None, scale)
 
-    @property
-    def is_zero(self) -> bool:
-        """Whether the weight is known to be zero, and not traced."""
-        return isinstance(self.weight, int | float) and self.weight == 0
-
     def init(self, params: optax.Params, bases: Any) -> optax.OptState | None:
         """Returns the state of the transform for the parameters that are projected.
 
@@ -70,7 +65,7 @@ class Complement:
         """Returns `scale·P·inner + weight·(I - PPᵀ)tx((I - PPᵀ)G)`, and a state.
 
         Args:
-          whole: Gradients `G`, or arrays of their shapes if the weight is zero.
+          whole: Gradients `G`.
           low: Projected gradients `PᵀG`.
           inner: Updates of the wrapped transform.
           bases: Bases `P`, `None` for leaves that are not projected.

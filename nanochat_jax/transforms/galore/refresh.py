@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import NamedSharding
 from jax.tree_util import keystr
+from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, UInt32
 
 from nanochat_jax.numerics import hashing
@@ -51,13 +52,13 @@ class Leaf(NamedTuple):
     Attributes:
       gradient: Its gradient.
       due: Whether its basis is to be computed.
-      seed: Last word of its random key.
+      key: Words of its random key: position of its first number, and seed.
       now: Its basis and moments so far.
     """
 
     gradient: Float[Array, "*batch m n"]
     due: Bool[Array, ""]
-    seed: UInt32[Array, ""]
+    key: UInt32[Array, "2"]
     now: Coordinates
 
 
@@ -67,6 +68,7 @@ def change_bases(
     updates: Any,
     state: Any,
     placement: Placement,
+    layer: ArrayLike = 0,
 ) -> Any:
     """Returns the state of `galore` with the bases renewed of leaves that are due.
 
@@ -78,6 +80,7 @@ def change_bases(
       updates: Gradients.
       state: State of `galore`.
       placement: Shardings of the parameters.
+      layer: Index on their first axis of the first of the matrices given.
     """
     flat, treedef = jax.tree.flatten_with_path(updates)
     bases = treedef.flatten_up_to(state.basis)
@@ -103,7 +106,10 @@ def change_bases(
                     f"an array of shape {jnp.shape(is_due)}."
                 )
             due = (state.count == 0) | is_due
-            leaves[i] = Leaf(g, due, _seed_of(rule, state.count, name), now)
+            sketch = (*g.shape[:-2], bases[i].shape[-1], bases[i].shape[-2])
+            start = hashing.start_of(layer, sketch)
+            key = jnp.stack([start, _seed_of(rule, state.count, name)])
+            leaves[i] = Leaf(g, due, key, now)
     shardings = [placement.sharding(*leaf) for leaf in flat]
     for group in _alike(leaves, shardings):
         renewed = _renew([leaves[i] for i in group], rule, shardings[group[0]])
@@ -198,7 +204,7 @@ def _in_new_basis(
         projection.short_first(placing.split_long(x, sharding)),
         now.basis,
         projection.short_first(wholes[0]) if wholes else None,
-        _key(leaf.seed),
+        jax.random.wrap_key_data(leaf.key, impl="threefry2x32"),
     ).astype(now.basis.dtype)
     if new.shape != now.basis.shape:
         raise ValueError(
@@ -217,11 +223,6 @@ def _in_new_basis(
     ]
     moved = [x.astype(m.dtype) for x, m in zip(moved, now.moments, strict=True)]
     return Coordinates(new, tuple(moved), tuple(complements))
-
-
-def _key(seed: Array) -> Array:
-    data = jnp.stack([jnp.zeros_like(seed), seed])
-    return jax.random.wrap_key_data(data, impl="threefry2x32")
 
 
 def _whole_moments(leaf: Leaf) -> list[Array]:

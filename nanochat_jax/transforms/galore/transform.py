@@ -71,10 +71,6 @@ def galore(
     `inner` sees no parameters and works in float32. Weight decay, and scales that
     depend on a parameter's shape, belong outside.
 
-    Without complement the update depends on `PᵀG` only, except where a basis changes.
-    So between two changes `update` takes gradients that `project_gradients` has
-    projected, with `projected=True` and the parameters, which give the shapes.
-
     Example:
       >>> plain = galore(optax.chain(momentum(), orthogonalize()), rank=64)
       >>> joint = optax.chain(galore(momentum(), 64, complement=1.0), orthogonalize())
@@ -109,8 +105,7 @@ def galore(
       TypeError: If the rank is not a Python number, or another argument of the wrong
         kind; at `init`, if a leaf is complex.
       ValueError: If the rank is out of range; at `init`, if `inner` stores a field of
-        `reproject` quantised; at `update`, if `projected` gradients will not do, or
-        `inner` asks for parameters.
+        `reproject` quantised; at `update`, if `inner` asks for parameters.
     """
     projection.check_rank(rank)
     checks.require_rule(basis, complement, project)
@@ -130,31 +125,24 @@ def galore(
         updates: optax.Updates,
         state: Any,
         params: optax.Params | None = None,
-        *,
-        projected: bool = False,
         placement: Placement = NOWHERE,
+        layer: ArrayLike = 0,
         **extra_args: Any,
     ) -> tuple[optax.Updates, GaloreState]:
         checks.require_state(state, GaloreState, "galore")
-        if projected:
-            _require_no_complement(outside, params)
-        else:
-            state = change_bases(basis, reproject, updates, state, placement)
-        whole: Any = params if projected else updates
+        state = change_bases(basis, reproject, updates, state, placement, layer)
+        extra_args["layer"] = layer
         bases = jax.tree.map_with_path(
             lambda path, g, p: placing.beside(p, g, placement.sharding(path, g)),
-            whole,
+            updates,
             state.basis,
         )
-        if projected:
-            low_rank = optax.tree.cast(updates, jnp.float32)
-        else:
-            low_rank = jax.tree.map(projection.project, updates, bases)
+        low_rank = jax.tree.map(projection.project, updates, bases)
         new, inner_state = checks.update_without_params(
             inner, low_rank, state.inner, "inner", extra_args
         )
         new, complement_state = outside.combine(
-            whole, low_rank, new, bases, state.complement, extra_args
+            updates, low_rank, new, bases, state.complement, extra_args
         )
         count = jnp.asarray(optax.safe_increment(state.count))
         state = GaloreState(count, state.basis, inner_state, complement_state)
@@ -174,15 +162,6 @@ def _first_basis(
     return jnp.broadcast_to(
         jnp.eye(short, r, dtype=jnp.float32), (*x.shape[:-2], short, r)
     )
-
-
-def _require_no_complement(outside: Complement, params: optax.Params | None) -> None:
-    if not outside.is_zero or params is None:
-        raise ValueError(
-            "`galore` takes `projected` gradients without `complement` and with "
-            f"`params`, got complement={outside.weight}, params "
-            f"{'absent' if params is None else 'given'}. Give it the whole gradients."
-        )
 
 
 def _require_plain(

@@ -6,6 +6,10 @@ rows      a few rows of a large array at a time
 barrier   work that waits for other work
 """
 
+from nanochat_jax.transforms.scheduling.barrier import (
+    after as after,
+    run_after as run_after,
+)
 from nanochat_jax.transforms.scheduling.groups import (
     group_by_shape as group_by_shape,
     group_bytes as group_bytes,

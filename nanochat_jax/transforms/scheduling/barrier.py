@@ -6,6 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
+from jaxtyping import Array
 
 from nanochat_jax.transforms.sharding import varying_axes
 
@@ -37,20 +38,70 @@ def in_turn(
     # its trip count, 1, depends on the result, so that it is not unrolled.
     updates, state, params = inputs
     step = jax.jit(step)  # traced once, for the shapes of its results and for the loop
-    first = jax.tree.leaves((updates, ()) if result is None else result)
-    seen = sum(x.ravel()[0].astype(jnp.float32) for x in first if x.size)
-    times = jnp.where(seen > jnp.inf, 0, 1)
+    times = 1 - _zero_after((updates, ()) if result is None else result)
     # Results are written over the inputs, unless `step` changes shape or type.
     results = jax.eval_shape(step, *inputs)[0]
     in_place = layouts(results) == layouts(updates)
     start = updates if in_place else optax.tree.zeros_like(results)
-    take = lambda carried: carried if in_place else updates
-    _, *new = jax.lax.while_loop(
-        lambda carry: carry[0] < times,
-        lambda carry: (carry[0] + 1, *step(take(carry[1]), carry[2], params)),
-        (0, start, state),
-    )
+
+    def once(carry: Any) -> Any:
+        # Carried on behind a barrier, or the compiler would widen all parameters of all
+        # groups before the first.
+        turn, carried, state, kept = jax.lax.optimization_barrier(carry)
+        new = step(carried if in_place else kept[1], state, kept[0])
+        return (turn + 1, *new, kept)
+
+    kept = (params, None if in_place else updates)
+    carry = (0, start, state, kept)
+    _, *new, _ = jax.lax.while_loop(lambda carry: carry[0] < times, once, carry)
     return tuple(new), result
+
+
+def run_after(f: Callable[..., Any], *args: Any, result: Any, devices: int = 1) -> Any:
+    """Returns `f(*args)`, none of which is begun before `result` is there.
+
+    Otherwise a compiler may prepare arguments long before, such as a table in float32.
+
+    Args:
+      f: Function of arrays.
+      *args: Its arguments.
+      result: Arrays to wait for.
+      devices: As for `in_turn`.
+    """
+    if _BARRIER_HOLDS or devices > 1 or varying_axes(args):
+        return f(*jax.lax.optimization_barrier((args, result))[0])
+    zero = _zero_after(result)
+    start = jax.tree.map(
+        lambda x: jnp.full(x.shape, zero, x.dtype), jax.eval_shape(f, *args)
+    )
+
+    def once(_: Array, carry: Any) -> Any:
+        args, _ = jax.lax.optimization_barrier(carry)
+        return args, f(*args)
+
+    return jax.lax.fori_loop(0, 1 - zero, once, (args, start))[1]
+
+
+def after(index: Array, result: Any, devices: int = 1) -> Array:
+    """Returns an integer that is known only after some work is done.
+
+    Args:
+      index: The integer, such as the first index of a loop.
+      result: Arrays to wait for.
+      devices: As for `in_turn`.
+    """
+    if _BARRIER_HOLDS or devices > 1 or varying_axes(result):
+        return jax.lax.optimization_barrier((index, result))[0]
+    return index + _zero_after(result)
+
+
+def _zero_after(result: Any) -> Array:
+    """Returns the integer 0, worked out from entries of arrays."""
+    numbers = (
+        x for x in jax.tree.leaves(result) if jnp.issubdtype(x.dtype, jnp.number)
+    )
+    first = (x[(0,) * x.ndim] for x in numbers if x.size)
+    return jnp.where(sum(x.astype(jnp.float32) for x in first) > jnp.inf, 1, 0)
 
 
 def layouts(tree: Any) -> list[tuple[tuple[int, ...], Any]]:

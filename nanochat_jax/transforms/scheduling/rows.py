@@ -6,6 +6,7 @@ from typing import Any
 import jax
 from jax import lax
 from jax.tree_util import keystr
+from jax.typing import ArrayLike
 from jaxtyping import Array
 
 from nanochat_jax.codecs import is_quantized
@@ -39,15 +40,20 @@ def by_rows(work: Callable[[Array], Array], x: Array, max_bytes: int) -> Array:
 
 
 def update_by_rows(
-    step: Step, updates: Any, state: Any, params: Any, max_bytes: int
+    step_from: Callable[[ArrayLike], Step],
+    updates: Any,
+    state: Any,
+    params: Any,
+    max_bytes: int,
 ) -> tuple[Any, Any]:
-    """Returns `step(updates, state, params)`, worked out a few rows at a time.
+    """Returns `step_from(0)(updates, state, params)`, worked out a few rows at a time.
 
     Rows are entries of the first axis. They are written over those they came from, so
     that nothing of full size is added to updates and state.
 
     Args:
-      step: The `update` of a transform that treats each row by itself.
+      step_from: Function from the index of the first row that is passed to the `update`
+        of a transform that treats each row by itself.
       updates: A tree with one leaf, `[n, *row]`.
       state: Its state; arrays that belong to the leaf have `n` rows too.
       params: A tree like `updates`, or `None`.
@@ -58,8 +64,10 @@ def update_by_rows(
     """
     [leaf] = jax.tree.leaves(updates)
     rows = _rows_at_a_time(leaf, max_bytes) if leaf.ndim > 1 else 0
-    if not 0 < rows < leaf.shape[0] or not _keeps_layout(step, updates, state, params):
-        return step(updates, state, params)
+    whole_step = step_from(0)
+    in_place = _keeps_layout(whole_step, updates, state, params)
+    if not 0 < rows < leaf.shape[0] or not in_place:
+        return whole_step(updates, state, params)
     before, treedef = jax.tree.flatten((updates, state, params))
     owned = _owned((updates, state, params), updates)
     written = jax.tree.structure((updates, state))
@@ -73,7 +81,8 @@ def update_by_rows(
             for x, old, mine in zip([*done, *params_bits], before, owned, strict=True)
         ]
         # A read fused with the write over it would cost a copy of the whole leaf.
-        part = lax.optimization_barrier(in_turn(step, treedef.unflatten(inputs))[0])
+        part = in_turn(step_from(start), treedef.unflatten(inputs))[0]
+        part = lax.optimization_barrier(part)
         return [
             lax.dynamic_update_slice_in_dim(x, to_bits(new), start, 0) if mine else new
             for x, new, mine in zip(done, jax.tree.leaves(part), owned, strict=False)

@@ -1,14 +1,16 @@
 """Run a transform on one group of leaves after another, to bound its temporaries."""
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import optax
 from jax.tree_util import keystr
+from jax.typing import ArrayLike
 
 from nanochat_jax.codecs import is_quantized
-from nanochat_jax.transforms.scheduling.barrier import Step, in_turn
+from nanochat_jax.transforms.scheduling.barrier import in_turn
 from nanochat_jax.transforms.scheduling.groups import (
     group_by_shape,
     group_bytes,
@@ -72,6 +74,7 @@ def sequence(
         state: optax.OptState,
         params: optax.Params | None = None,
         placement: Placement = NOWHERE,
+        layer: ArrayLike = 0,
         **extra_args: Any,
     ) -> tuple[optax.Updates, optax.OptState]:
         flat, treedef = jax.tree.flatten_with_path(updates)
@@ -79,10 +82,12 @@ def sequence(
         most = group_bytes() if max_bytes is None else max_bytes
         rows = piece_bytes() if max_bytes is None else max_bytes
         groups = group_by_shape(leaves, most, devices=placement.devices)
-        step = functools.partial(inner.update, placement=placement, **extra_args)
+        step = functools.partial(
+            inner.update, placement=placement, layer=layer, **extra_args
+        )
         alone = placement.devices == 1 and not varying_axes(updates)
         if core_ndim is not None and alone:
-            step = functools.partial(_by_rows, step, rows, core_ndim)
+            step = functools.partial(_by_rows, step, layer, rows, core_ndim)
         if len(groups) < 2:
             return step(updates, state, params)
         weights = None if params is None else treedef.flatten_up_to(params)
@@ -114,13 +119,18 @@ def sequence(
 
 
 def _by_rows(
-    step: Step, max_bytes: int, core_ndim: int, *inputs: Any
+    step: Callable[..., tuple[Any, Any]],
+    layer: ArrayLike,
+    max_bytes: int,
+    core_ndim: int,
+    *inputs: Any,
 ) -> tuple[Any, Any]:
     """Returns `step(*inputs)`, a few rows at a time if there is but one leaf."""
     leaves = jax.tree.leaves(inputs[0])
     if len(leaves) != 1 or leaves[0].ndim <= core_ndim:
         return step(*inputs)
-    return update_by_rows(step, *inputs, max_bytes=max_bytes)
+    from_row = lambda row: functools.partial(step, layer=layer + row)
+    return update_by_rows(from_row, *inputs, max_bytes=max_bytes)
 
 
 def _owners(state: optax.OptState, updates: optax.Updates) -> list[str | None]:

@@ -149,6 +149,8 @@ def _take_apart(x: Array, rows: Names, columns: Names) -> Array:
 
 def _exchange(x: Array, names: Names, *, split: int, concat: int) -> Array:
     """Splits one axis over devices and puts the parts of another together."""
+    # Zeros known to the compiler get a layout that its all-to-all refuses.
+    x = lax.optimization_barrier(x)
     return _on_bits(
         lambda x: lax.all_to_all(x, names, split, concat, tiled=True), x, names
     )

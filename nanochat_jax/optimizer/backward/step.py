@@ -1,0 +1,324 @@
+"""A training step that updates each layer in the backward pass."""
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Bool, Float32, Int32
+
+from nanochat_jax.optimizer.backward import passes
+from nanochat_jax.optimizer.backward.by_part import by_part
+from nanochat_jax.optimizer.backward.layout import layout_of
+from nanochat_jax.optimizer.backward.stacked import Stacked, number_of_layers
+from nanochat_jax.optimizer.backward.updates import PartUpdates, Tally
+from nanochat_jax.transforms import (
+    AppliesUpdates,
+    after,
+    from_bits,
+    group_by_shape,
+    group_bytes,
+    run_after,
+)
+
+
+class StepReport(NamedTuple):
+    """Facts about a step.
+
+    Attributes:
+      loss: Mean loss over microbatches.
+      grad_norm: Norm of the mean gradient, before clipping.
+      left_out: Parts that were not updated, for gradients that are not finite: layers,
+        leaves of the head, and leaves of the embedding. All of them if the step was
+        not taken.
+    """
+
+    loss: Float32[Array, ""]
+    grad_norm: Float32[Array, ""]
+    left_out: Int32[Array, ""]
+
+
+class BackwardStep(NamedTuple):
+    """A training step as two pure functions.
+
+    Attributes:
+      init: Function from parameters to the state of the optimizer.
+      step: Function of parameters, state and batch, to the new parameters, the new
+        state and a `StepReport`. Jit it with `donate_argnums=(0, 1)`. It takes the
+        keyword `take`, a function from the loss to whether the step is taken, by
+        default if it is finite.
+    """
+
+    init: Callable[[Any], optax.OptState]
+    step: Callable[..., tuple[Any, optax.OptState, StepReport]]
+
+
+def update_in_backward(
+    embed: Callable[[Any, Any], Any],
+    block: Callable[[Any, Any], Any],
+    head: Callable[[Any, Any, Any], Array],
+    tx: optax.GradientTransformation,
+    rest_tx: optax.GradientTransformation | None = None,
+    *,
+    stack: str = "blocks",
+    segment: int = 1,
+    microbatches: bool = False,
+) -> BackwardStep:
+    """Returns a training step that updates each layer as soon as it has its gradient.
+
+    The forward pass keeps the hidden states before each layer. The backward pass goes
+    from the last layer to the first: it recomputes the layer, takes its gradient,
+    updates its parameters and its part of the state in place, and forgets the gradient.
+    So gradients, float32 copies and updates of one layer are in memory at a time, as in
+    LOMO (Lv et al. 2023) and in GaLore's per-layer updates (Zhao et al. 2024, section
+    4.3), and for any transformation.
+
+    Parameters are a dict of the blocks, stacked `[L, ...]`, and of the rest. The state
+    is that of `tx.init`, and updates are those of `tx.update`, so that a run may change
+    from one kind of step to the other. `tx` must treat every layer, and every leaf, by
+    itself: what is computed from all leaves, such as the global norm by which a clip
+    divides, is here computed from the leaves that are updated together, those of one
+    layer, of the head or of the embedding. Transformations are told the index of the
+    layer by the extra argument `layer`.
+
+    A step whose loss is not finite is not taken. Where gradients of a part are not
+    finite, that part keeps parameters and state to the bit.
+
+    Example:
+      >>> embed = lambda rest, batch: batch["x"] @ rest["in"]
+      >>> block = lambda layer, x: x + jnp.tanh(x @ layer["kernel"])
+      >>> head = lambda rest, x, batch: jnp.mean((x @ rest["out"] - batch["y"]) ** 2)
+      >>> tx = optax.chain(momentum(), orthogonalize(), optax.scale(-0.02))
+      >>> init, step = update_in_backward(embed, block, head, tx, optax.adam(1e-3))
+      >>> params = {"blocks": {"kernel": jnp.ones((6, 16, 16)) / 16}}
+      >>> params |= {"in": jnp.ones((8, 16)), "out": jnp.ones((16, 4))}
+      >>> batch = {"x": jnp.ones((32, 8)), "y": jnp.ones((32, 4))}
+      >>> step = jax.jit(step, donate_argnums=(0, 1))
+      >>> params, state, report = step(params, init(params), batch)
+      >>> int(report.left_out)
+      0
+
+    Args:
+      embed: Function of the parameters outside the stack, a dict, and a batch, to the
+        hidden states before the first layer, any tree of arrays.
+      block: Function of the parameters of one layer and the hidden states before it, to
+        those after it.
+      head: Function of the parameters outside the stack, the last hidden states and the
+        batch, to the loss.
+      tx: Optimizer of all parameters, or of the stack if there is a second one.
+      rest_tx: Optimizer of the parameters outside the stack.
+      stack: Key of the stacked blocks.
+      segment: Layers of a segment. Hidden states are kept before each segment, and
+        before each layer of one segment at a time; more than 1 takes one more forward
+        pass.
+      microbatches: Whether the leaves of a batch have an axis of microbatches before
+        all others. All of them go through a layer before the next, and gradients of one
+        layer at a time are added up, in float32.
+
+    Returns:
+      The functions `init` and `step`.
+
+    Raises:
+      ValueError: If `segment` does not divide the layers; if leaves of the stack differ
+        in their first axis; if the state has no entry for each layer.
+    """
+    if rest_tx is not None:
+        tx = by_part(tx, rest_tx, stack)
+    model = passes.Model(embed, block, head)
+
+    def step(
+        params: dict[str, Any],
+        state: optax.OptState,
+        batch: Any,
+        *,
+        take: Callable[[Array], Bool[Array, ""]] = jnp.isfinite,
+    ) -> tuple[dict[str, Any], optax.OptState, StepReport]:
+        if stack not in params:
+            raise ValueError(
+                f"`stack` is {stack!r}, which parameters lack. They have {[*params]}."
+            )
+        items = batch if microbatches else jax.tree.map(lambda x: x[None], batch)
+        layers = number_of_layers(params[stack], stack)
+        if layers % segment:
+            raise ValueError(
+                f"`segment` must divide the number of layers, {layers}, got {segment}."
+            )
+        return _step(model, tx, stack, segment, params, state, items, take)
+
+    return BackwardStep(tx.init, step)
+
+
+def _step(
+    model: passes.Model,
+    tx: optax.GradientTransformation,
+    stack: str,
+    segment: int,
+    params: dict[str, Any],
+    state: optax.OptState,
+    batch: Any,
+    take: Callable[[Array], Array],
+) -> tuple[dict[str, Any], optax.OptState, StepReport]:
+    """Returns parameters, state and report after a step over microbatches."""
+    rest = {key: x for key, x in params.items() if key != stack}
+    x = passes.each(lambda item: model.embed(rest, item), batch)
+    blocks = Stacked.of(params[stack])
+    first, hidden = jax.tree.map(lambda x: x[0], (batch, x))
+    one = jax.eval_shape(lambda: jax.tree.map(lambda x: x[0], params[stack]))
+    passes.check(model, rest, one, hidden, first)
+    by_embed, by_head = _readers(model, rest, hidden, first)
+    x, kept = passes.forward(model.block, blocks, x, segment)
+    read = passes.only(rest, by_head)
+    head = functools.partial(passes.head_gradients, model.head)
+    loss, head_grads, dx = run_after(head, rest, read, x, batch, result=x)
+
+    updates = _updates(tx, stack, params, state, take(loss), loss)
+    updates = updates.with_marker(updates.tree(head_grads))
+    # What the embedding does not read, a head of its own, has all of its gradient.
+    early = jax.tree.map(lambda read: not read, by_embed)
+    grads = updates.tree(passes.only(head_grads, early))
+    params, nodes, tally = updates.of_leaves(
+        updates.tally, grads, updates.nodes, params
+    )
+    loop = _Loop(model.block, updates, stack, segment)
+    dx, params, nodes, tally = loop.run(kept, dx, params, nodes, tally)
+
+    read = passes.only(rest, by_embed)
+    embed_grads = passes.embed_gradients(model.embed, rest, read, batch, dx)
+    both = lambda g, h: g if h is None else g + h
+    grads = updates.tree(
+        jax.tree.map(both, embed_grads, passes.only(head_grads, by_embed))
+    )
+    params, nodes, tally = updates.of_leaves(tally, grads, nodes, params)
+    report = StepReport(loss, jnp.sqrt(tally.squares), tally.left_out)
+    return params, updates.state(nodes, tally), report
+
+
+class _Loop(NamedTuple):
+    """The backward pass, which updates a layer at a time.
+
+    Attributes:
+      block: As in `passes.Model`.
+      updates: The updates of the step.
+      stack: Key of the stacked blocks.
+      segment: Layers of a segment.
+    """
+
+    block: Callable[[Any, Any], Any]
+    updates: PartUpdates
+    stack: str
+    segment: int
+
+    def run(
+        self, kept: Any, dx: Any, params: Any, nodes: list[Any], tally: Tally
+    ) -> tuple[Any, Any, list[Any], Tally]:
+        """Returns gradients of the first hidden states, parameters, state and tally.
+
+        Args:
+          kept: Hidden states before each segment.
+          dx: Gradients of the last hidden states.
+          params: Parameters.
+          nodes: Nodes of the state.
+          tally: Tally of the parts before.
+        """
+        layout, blocks = self.updates.layout, Stacked.of(params[self.stack])
+        state = Stacked.of(layout.of_stack(nodes), layout.stack_axes)
+        segments = blocks.layers // self.segment
+
+        def go_back(i: Array, carry: Any) -> Any:
+            turn = segments - 1 - i
+            start = turn * self.segment
+            dx, blocks, *others = carry
+            x = jax.tree.map(lambda x, dx: from_bits(x[turn], dx.dtype), kept, dx)
+            xs = jax.tree.map(lambda x: x[None], x)
+            if self.segment > 1:
+                (blocks, _), xs = passes.inputs_of(
+                    self.block, blocks, x, start, self.segment
+                )
+            carry = (dx, blocks, *others)
+            for j in reversed(range(self.segment)):
+                x = jax.tree.map(lambda x, j=j: x[j], xs)
+                carry = self.layer(start + j, x, *carry)
+            return carry
+
+        # The head is updated first, so that its gradient is not kept.
+        begin = after(jnp.int32(0), (tally, params, nodes))
+        dx, blocks, state, tally = jax.lax.fori_loop(
+            begin, segments, go_back, (dx, blocks, state, tally)
+        )
+        nodes = [x if y is None else y for x, y in zip(nodes, state.tree, strict=True)]
+        return dx, {**params, self.stack: blocks.tree}, nodes, tally
+
+    def layer(
+        self,
+        layer: Array,
+        x: Any,
+        dx: Any,
+        blocks: Stacked,
+        state: Stacked,
+        tally: Tally,
+    ) -> tuple[Any, Stacked, Stacked, Tally]:
+        """Returns the carry of the loop after the update of a layer."""
+        # Read apart from what is written back, or compilers copy all layers.
+        read = lambda *part: jax.lax.optimization_barrier(part[0].part(*part[1:]))
+        one = jax.tree.map(lambda x: x[0], read(blocks, layer))
+        grads, dx = passes.layer_gradients(self.block, one, x, dx)
+        take, norm, tally = self.updates.judge(tally, grads)
+        leaves, treedef = jax.tree.flatten(jax.tree.map(lambda g: g[None], grads))
+        names = self.updates.names(self.stack)
+        owners = self.updates.layout.stack_owners
+        tree = lambda blocks: self.updates.tree({self.stack: blocks})
+        done: Any = (leaves, dx)
+        # A group of leaves at a time, read once more when its turn has come.
+        groups = [list(range(len(leaves)))]
+        if isinstance(self.updates.tx, AppliesUpdates):
+            groups = group_by_shape(leaves, group_bytes())
+        for group in groups:
+            mine = [i in group for i in range(len(leaves))]
+            chosen = {names[i] for i in group}
+            late = after(layer, done)
+            entries = read(state, late, [owner in chosen for owner in owners])
+            params, nodes, tally = self.updates.apply(
+                tally,
+                take,
+                tree(
+                    treedef.unflatten(
+                        g if i in group else None for i, g in enumerate(leaves)
+                    )
+                ),
+                [x if jax.tree.leaves(x) else None for x in entries],
+                tree(read(blocks, late, mine)),
+                layer=layer,
+                norm=norm,
+            )
+            done = (params, nodes)
+            blocks = blocks.replaced(layer, params[self.stack])
+            new = [x if y is None else y for x, y in zip(entries, nodes, strict=True)]
+            state = state.replaced(layer, new)
+        return dx, blocks, state, tally
+
+
+def _updates(
+    tx: optax.GradientTransformation,
+    stack: str,
+    params: dict[str, Any],
+    state: optax.OptState,
+    take: Array,
+    loss: Array,
+) -> PartUpdates:
+    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), params)
+    layout = layout_of(tx, shapes, stack)
+    nodes = layout.treedef.flatten_up_to(state)
+    return PartUpdates(tx, shapes, layout, nodes, take, loss)
+
+
+def _readers(model: passes.Model, rest: Any, x: Any, batch: Any) -> tuple[Any, Any]:
+    """Returns which parameters embedding and head read.
+
+    One that neither reads counts to the embedding: its gradient is zero.
+    """
+    by_head = passes.readers(lambda rest: model.head(rest, x, batch), rest)
+    by_embed = passes.readers(lambda rest: model.embed(rest, batch), rest)
+    late = lambda embed, head: embed or not head
+    return jax.tree.map(late, by_embed, by_head), by_head
