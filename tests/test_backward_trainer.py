@@ -131,7 +131,6 @@ def test_a_loss_that_is_not_finite_is_skipped_and_counted():
     ("values", "said"),
     [
         ({"scan_layers": False}, "Set `scan_layers` to true"),
-        ({"measure_optimizer": True}, "Set one of them to false"),
         ({"remat_segment": 3}, "must divide `n_layers`, 2, got 3"),
     ],
 )

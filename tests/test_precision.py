@@ -14,6 +14,7 @@ from orbax.checkpoint import v1 as ocp
 
 import helpers
 import nanochat_jax as nj
+from nanochat_jax import optimizer
 from nanochat_jax.transforms import (
     SplitMasterState,
     master_weights,
@@ -512,3 +513,22 @@ def test_a_state_of_parameters_in_other_types_is_refused_with_the_leaves():
         with pytest.raises(ValueError, match=message):
             tx.update(given_, tx.init(held), given_)
     assert isinstance(tx.init(mixed()), SplitMasterState)
+
+
+@pytest.mark.parametrize(
+    ("rounding", "moved"), [("stochastic", True), ("split", True), ("nearest", False)]
+)
+def test_baselines_land_as_the_configuration_says(rounding, moved):
+    """A step of 1e-4 is a twentieth of what rounding to nearest keeps of a 1."""
+    config = nj.OptimizerConfig(
+        lr=1e-4, weight_rounding=rounding, schedule="cosine", total_steps=1000
+    )
+    params = {"kernel": jnp.ones((8, 16), jnp.bfloat16)}
+    tx = optimizer.build_adamw(config, params)
+    step = jax.jit(tx.update)
+    state, weights = tx.init(params), params
+    for _ in range(40):
+        updates, state = step(params, state, weights)
+        weights = optax.apply_updates(weights, updates)
+    assert weights["kernel"].dtype == jnp.bfloat16
+    assert bool((weights["kernel"] != 1).any()) == moved

@@ -253,7 +253,11 @@ def _fit(
         display = stack.enter_context(
             make_display(config.total_steps, start_step=first, console=console)
         )
-        share = OptimizerShare(run) if config.measure_optimizer else None
+        share = None
+        if config.measure_optimizer and config.update_in_backward:
+            tell("The optimizer's share is not measured: it works within the passes.")
+        elif config.measure_optimizer:
+            share = OptimizerShare(run)
         state = fit(
             run,
             state,

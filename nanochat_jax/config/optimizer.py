@@ -115,8 +115,10 @@ class OptimizerConfig(Settings):
     galore_rest_bits: Literal[0, 2, 4, 32] = _low_rank(0)
     galore_rest_momentum: float = _low_rank(0.8)
     projector_bits: Literal[32, 8, 4] | None = _low_rank(None, affects="storage")
-    weight_rounding: Literal["stochastic", "split", "nearest"] = _muon("stochastic")
-    master_bits: Literal[8, 16] = _muon(8)
+    weight_rounding: Literal["stochastic", "split", "nearest"] = _muon(
+        "stochastic", adamw=True
+    )
+    master_bits: Literal[8, 16] = _muon(8, adamw=True)
     adam_betas: tuple[float, float] = _fallback((0.9, 0.95), adamw=True)
     lion_betas: tuple[float, float] = _fallback((0.9, 0.99))
     seed: int = setting(0, group="Random numbers", least=0)

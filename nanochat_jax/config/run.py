@@ -52,7 +52,8 @@ class Config(OptimizerConfig, ModelConfig):
       log_interval: Steps between two lines of metrics.
       measure_optimizer: Whether the optimizer's share of a step is measured, at the
         first five lines of metrics. It takes the time of six more passes and of
-        compiling one, and changes no number.
+        compiling one, and changes no number. Not with `update_in_backward`, where the
+        optimizer has no time of its own.
       eval_interval: Steps between two evaluations, besides those at the start and at
         the end; 0 for only these two.
       eval_batches: Batches of an evaluation, spread evenly over the held-out tokens.
@@ -111,11 +112,6 @@ class Config(OptimizerConfig, ModelConfig):
                 self.scan_layers or not self.update_in_backward,
                 "`update_in_backward` goes through stacked blocks. Set `scan_layers` "
                 "to true.",
-            ),
-            (
-                not (self.measure_optimizer and self.update_in_backward),
-                "`measure_optimizer` times the optimizer apart from the passes, which "
-                "`update_in_backward` joins. Set one of them to false.",
             ),
             (
                 self.n_layers % max(self.remat_segment, 1) == 0,

@@ -8,8 +8,10 @@ import optax
 import optax.contrib
 
 from nanochat_jax.config import OptimizerConfig
+from nanochat_jax.optimizer.build import has_short, landing
 from nanochat_jax.optimizer.roles import label_params
 from nanochat_jax.optimizer.rule import schedule
+from nanochat_jax.transforms import in_float32
 
 
 def build_adamw(
@@ -56,7 +58,10 @@ def build_adamw(
         },
         label_params(params),
     )
-    if not config.grad_clip:
-        return by_label
-    clip = optax.clip_by_global_norm(config.grad_clip)
-    return optax.named_chain(("clip", clip), ("by_label", by_label))
+    tx = by_label
+    if config.grad_clip:
+        clip = optax.clip_by_global_norm(config.grad_clip)
+        tx = optax.named_chain(("clip", clip), ("by_label", by_label))
+    if not has_short(params):
+        return tx
+    return landing(in_float32(tx), config, short=True)

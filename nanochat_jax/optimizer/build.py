@@ -85,9 +85,8 @@ def build_optimizer(
     rule = Rule.of(config)
     if learning_rate is not None:
         rule = dataclasses.replace(rule, rate=learning_rate)
-    short = any(x.dtype == jnp.bfloat16 for x in jax.tree.leaves(params))
     known = lambda tree: _require_known(roles, tree)
-    tx = assemble(config, rule, known, short)
+    tx = assemble(config, rule, known, has_short(params))
     shardings = shardings_of(params)
     # `init` may be given the variables of `flax.nnx`, which shardings do not mirror.
     return tx if shardings is None else for_nnx(distribute(tx, shardings))
@@ -111,7 +110,7 @@ def assemble(
         "matrix": matrix_optimizer(config, rule, short),
         "embedding": _table_optimizer(config, rule, short),
         "head": _table_optimizer(config, rule, short),
-        "vector": _landing(_vector_optimizer(config, rule), config, short),
+        "vector": landing(_vector_optimizer(config, rule), config, short),
     }
     clip = lambda by_label: stages(
         clip=clip_by_global_norm(config.grad_clip), by_label=by_label
@@ -137,7 +136,7 @@ def matrix_optimizer(
         decay=optax.add_decayed_weights(rule.decay),
         rate=optax.scale_by_learning_rate(rule.rate),
     )
-    return sequence(_landing(in_float32(chain), config, short), core_ndim=2)
+    return sequence(landing(in_float32(chain), config, short), core_ndim=2)
 
 
 def _direction(config: OptimizerConfig, rule: Rule) -> optax.GradientTransformation:
@@ -193,10 +192,21 @@ def _quantized(
     return quantize_state(tx, codecs, min_size=config.quant_min_size, seed=config.seed)
 
 
-def _landing(
+def has_short(params: optax.Params) -> bool:
+    """Returns whether parameters are bfloat16, any of them."""
+    return any(x.dtype == jnp.bfloat16 for x in jax.tree.leaves(params))
+
+
+def landing(
     tx: optax.GradientTransformation, config: OptimizerConfig, short: bool
-) -> optax.GradientTransformation:
-    """Returns an optimizer whose updates land on the parameters as they should."""
+) -> optax.GradientTransformationExtraArgs:
+    """Returns an optimizer whose updates land on parameters as a configuration says.
+
+    Args:
+      tx: The optimizer.
+      config: Settings of the optimizer.
+      short: Whether parameters are bfloat16.
+    """
     links = {
         "stochastic": lambda: round_updates(config.seed),
         "split": lambda: split_master(config.master_bits),
@@ -216,7 +226,7 @@ def _table_optimizer(
     """Builds the optimizer of embeddings and head."""
     tx = _fallback(config, rule, rule.fallback_decay)
     codecs = fallback_codecs(config) if config.quantize_embeddings else {}
-    tx = _landing(_quantized(tx, codecs, config), config, short)
+    tx = landing(_quantized(tx, codecs, config), config, short)
     if not codecs and not short:
         return tx
     return sequence(tx, max_bytes=_ROW_BYTES, core_ndim=1)

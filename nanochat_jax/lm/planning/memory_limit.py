@@ -203,7 +203,6 @@ def relaxed(config: Config) -> list[Config]:
             "update_in_backward": True,
             "scan_layers": True,
             "remat": config.remat,  # it recomputes by itself
-            "measure_optimizer": False,
         },
         {
             "batch_size": 1,
