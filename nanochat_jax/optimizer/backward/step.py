@@ -122,7 +122,8 @@ def update_in_backward(
 
     Raises:
       ValueError: If `segment` does not divide the layers; if leaves of the stack differ
-        in their first axis; if the state has no entry for each layer.
+        in their first axis; if the state has no entry for each layer, as that of
+        `optax.adafactor`, which has placeholders.
     """
     if rest_tx is not None:
         tx = by_part(tx, rest_tx, stack)
