@@ -3,6 +3,7 @@
 activation_sharding  shardings of batches and activations
 block                attention, feed-forward layer, and the block made of them
 flops                operations of training, counted from the shape
+functions            the loss as functions around the stacked blocks
 gpt                  the model, and pure functions of its parameters
 layer_stacking       parameters of stacked blocks, one by one
 loss                 cross-entropy in chunks of positions
@@ -21,6 +22,7 @@ from nanochat_jax.lm.model import (
 from nanochat_jax.lm.model.flops import (
     count_flops_per_token as count_flops_per_token,
 )
+from nanochat_jax.lm.model.functions import as_functions as as_functions
 from nanochat_jax.lm.model.gpt import (
     Params as Params,
 )

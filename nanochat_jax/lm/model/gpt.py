@@ -8,7 +8,6 @@ Axes: B batch, S sequence, T cache, D model, L layers, K key and value heads, H 
 size, V vocabulary. The embedding and the head are padded from V to `table_size`.
 """
 
-from collections.abc import Callable
 from typing import Any, ClassVar, NamedTuple, TypeVar
 
 import jax
@@ -239,36 +238,6 @@ def next_token_loss(
     """
     model = nnx.merge(graphdef, params)
     return model.mean_loss(model.features(batch[:, :-1]), batch[:, 1:])
-
-
-def as_functions(
-    graphdef: nnx.GraphDef[GPT], params: Params
-) -> tuple[Callable[..., Any], Callable[..., Any], Callable[..., Any]]:
-    """Returns the loss of a model as functions before, of and after its stacked blocks.
-
-    They are those of `update_in_backward`, for batches `[B, S + 1]`, and together
-    `next_token_loss`.
-
-    Args:
-      graphdef: Structure of the model, from `init`, with `scan_layers`.
-      params: Shapes of its parameters.
-    """
-    like = params["blocks"]
-    whole = lambda rest: nnx.merge(graphdef, {**rest, "blocks": like})
-    block_def = nnx.graphdef(nnx.merge(graphdef, params).blocks)
-
-    def embed(rest: Params, batch: Array) -> Array:
-        return whole(rest).look_up(batch[:, :-1])
-
-    def block(layer: Params, x: Array) -> Array:
-        y, _ = nnx.merge(block_def, layer)(x, jnp.arange(x.shape[1]))
-        return activation_sharding.divide_sequences(y)
-
-    def head(rest: Params, x: Array, batch: Array) -> Array:
-        model = whole(rest)
-        return model.mean_loss(model.final_norm(x), batch[:, 1:])
-
-    return embed, block, head
 
 
 def without_padding(config: ModelConfig, params: Params) -> Params:

@@ -17,7 +17,7 @@ from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Int32
 
-from nanochat_jax.lm.model import activation_sharding, gpt
+from nanochat_jax.lm.model import activation_sharding, as_functions, gpt
 from nanochat_jax.lm.training import guard
 from nanochat_jax.lm.training.accumulate import mean_gradient
 from nanochat_jax.lm.training.run import Run
@@ -107,7 +107,7 @@ def make_backward_step(
       segment: As for `update_in_backward`.
     """
     _, update = update_in_backward(
-        *gpt.as_functions(graphdef, params), tx, segment=segment, microbatches=True
+        *as_functions(graphdef, params), tx, segment=segment, microbatches=True
     )
 
     def train_step(

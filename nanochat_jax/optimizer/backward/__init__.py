@@ -1,6 +1,7 @@
 """Training steps that update each layer in the backward pass.
 
 step          `update_in_backward`
+loop          the backward pass, which updates a layer at a time
 passes        forward and backward pass, a layer at a time
 updates       updates of one part of the parameters after another
 layout        arrays of a state that belong to a layer

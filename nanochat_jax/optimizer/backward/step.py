@@ -12,16 +12,10 @@ from jaxtyping import Array, Bool, Float32, Int32
 from nanochat_jax.optimizer.backward import passes
 from nanochat_jax.optimizer.backward.by_part import by_part
 from nanochat_jax.optimizer.backward.layout import layout_of
+from nanochat_jax.optimizer.backward.loop import Loop
 from nanochat_jax.optimizer.backward.stacked import Stacked, number_of_layers
-from nanochat_jax.optimizer.backward.updates import PartUpdates, Tally
-from nanochat_jax.transforms import (
-    AppliesUpdates,
-    after,
-    from_bits,
-    group_by_shape,
-    group_bytes,
-    run_after,
-)
+from nanochat_jax.optimizer.backward.updates import PartUpdates
+from nanochat_jax.transforms import run_after
 
 
 class StepReport(NamedTuple):
@@ -182,7 +176,7 @@ def _step(
     params, nodes, tally = updates.of_leaves(
         updates.tally, grads, updates.nodes, params
     )
-    loop = _Loop(model.block, updates, stack, segment)
+    loop = Loop(model.block, updates, stack, segment)
     dx, params, nodes, tally = loop.run(kept, dx, params, nodes, tally)
 
     read = passes.only(rest, by_embed)
@@ -194,110 +188,6 @@ def _step(
     params, nodes, tally = updates.of_leaves(tally, grads, nodes, params)
     report = StepReport(loss, jnp.sqrt(tally.squares), tally.left_out)
     return params, updates.state(nodes, tally), report
-
-
-class _Loop(NamedTuple):
-    """The backward pass, which updates a layer at a time.
-
-    Attributes:
-      block: As in `passes.Model`.
-      updates: The updates of the step.
-      stack: Key of the stacked blocks.
-      segment: Layers of a segment.
-    """
-
-    block: Callable[[Any, Any], Any]
-    updates: PartUpdates
-    stack: str
-    segment: int
-
-    def run(
-        self, kept: Any, dx: Any, params: Any, nodes: list[Any], tally: Tally
-    ) -> tuple[Any, Any, list[Any], Tally]:
-        """Returns gradients of the first hidden states, parameters, state and tally.
-
-        Args:
-          kept: Hidden states before each segment.
-          dx: Gradients of the last hidden states.
-          params: Parameters.
-          nodes: Nodes of the state.
-          tally: Tally of the parts before.
-        """
-        layout, blocks = self.updates.layout, Stacked.of(params[self.stack])
-        state = Stacked.of(layout.of_stack(nodes), layout.stack_axes)
-        segments = blocks.layers // self.segment
-
-        def go_back(i: Array, carry: Any) -> Any:
-            turn = segments - 1 - i
-            start = turn * self.segment
-            dx, blocks, *others = carry
-            x = jax.tree.map(lambda x, dx: from_bits(x[turn], dx.dtype), kept, dx)
-            xs = jax.tree.map(lambda x: x[None], x)
-            if self.segment > 1:
-                (blocks, _), xs = passes.inputs_of(
-                    self.block, blocks, x, start, self.segment
-                )
-            carry = (dx, blocks, *others)
-            for j in reversed(range(self.segment)):
-                x = jax.tree.map(lambda x, j=j: x[j], xs)
-                carry = self.layer(start + j, x, *carry)
-            return carry
-
-        # The head is updated first, so that its gradient is not kept.
-        begin = after(jnp.int32(0), (tally, params, nodes))
-        dx, blocks, state, tally = jax.lax.fori_loop(
-            begin, segments, go_back, (dx, blocks, state, tally)
-        )
-        nodes = [x if y is None else y for x, y in zip(nodes, state.tree, strict=True)]
-        return dx, {**params, self.stack: blocks.tree}, nodes, tally
-
-    def layer(
-        self,
-        layer: Array,
-        x: Any,
-        dx: Any,
-        blocks: Stacked,
-        state: Stacked,
-        tally: Tally,
-    ) -> tuple[Any, Stacked, Stacked, Tally]:
-        """Returns the carry of the loop after the update of a layer."""
-        # Read apart from what is written back, or compilers copy all layers.
-        read = lambda *part: jax.lax.optimization_barrier(part[0].part(*part[1:]))
-        one = jax.tree.map(lambda x: x[0], read(blocks, layer))
-        grads, dx = passes.layer_gradients(self.block, one, x, dx)
-        take, norm, tally = self.updates.judge(tally, grads)
-        leaves, treedef = jax.tree.flatten(jax.tree.map(lambda g: g[None], grads))
-        names = self.updates.names(self.stack)
-        owners = self.updates.layout.stack_owners
-        tree = lambda blocks: self.updates.tree({self.stack: blocks})
-        done: Any = (leaves, dx)
-        # A group of leaves at a time, read once more when its turn has come.
-        groups = [list(range(len(leaves)))]
-        if isinstance(self.updates.tx, AppliesUpdates):
-            groups = group_by_shape(leaves, group_bytes())
-        for group in groups:
-            mine = [i in group for i in range(len(leaves))]
-            chosen = {names[i] for i in group}
-            late = after(layer, done)
-            entries = read(state, late, [owner in chosen for owner in owners])
-            params, nodes, tally = self.updates.apply(
-                tally,
-                take,
-                tree(
-                    treedef.unflatten(
-                        g if i in group else None for i, g in enumerate(leaves)
-                    )
-                ),
-                [x if jax.tree.leaves(x) else None for x in entries],
-                tree(read(blocks, late, mine)),
-                layer=layer,
-                norm=norm,
-            )
-            done = (params, nodes)
-            blocks = blocks.replaced(layer, params[self.stack])
-            new = [x if y is None else y for x, y in zip(entries, nodes, strict=True)]
-            state = state.replaced(layer, new)
-        return dx, blocks, state, tally
 
 
 def _updates(

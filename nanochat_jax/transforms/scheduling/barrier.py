@@ -57,7 +57,7 @@ def in_turn(
     return tuple(new), result
 
 
-def run_after(f: Callable[..., Any], *args: Any, result: Any, devices: int = 1) -> Any:
+def run_after(f: Callable[..., Any], *args: Any, result: Any) -> Any:
     """Returns `f(*args)`, none of which is begun before `result` is there.
 
     Otherwise a compiler may prepare arguments long before, such as a table in float32.
@@ -66,9 +66,8 @@ def run_after(f: Callable[..., Any], *args: Any, result: Any, devices: int = 1) 
       f: Function of arrays.
       *args: Its arguments.
       result: Arrays to wait for.
-      devices: As for `in_turn`.
     """
-    if _BARRIER_HOLDS or devices > 1 or varying_axes(args):
+    if _BARRIER_HOLDS or varying_axes(args):
         return f(*jax.lax.optimization_barrier((args, result))[0])
     zero = _zero_after(result)
     start = jax.tree.map(
@@ -82,15 +81,14 @@ def run_after(f: Callable[..., Any], *args: Any, result: Any, devices: int = 1) 
     return jax.lax.fori_loop(0, 1 - zero, once, (args, start))[1]
 
 
-def after(index: Array, result: Any, devices: int = 1) -> Array:
+def after(index: Array, result: Any) -> Array:
     """Returns an integer that is known only after some work is done.
 
     Args:
       index: The integer, such as the first index of a loop.
       result: Arrays to wait for.
-      devices: As for `in_turn`.
     """
-    if _BARRIER_HOLDS or devices > 1 or varying_axes(result):
+    if _BARRIER_HOLDS or varying_axes(result):
         return jax.lax.optimization_barrier((index, result))[0]
     return index + _zero_after(result)
 
