@@ -105,8 +105,9 @@ def built(params, **kwargs):
 
 def called(params):
     return nj.muon(
-        0.005, bits=8, min_size=1, grad_clip=0.0, matrix_axes=axes, labels=kinds(params)
-    )
+        0.005, bits=8, min_size=1, ns_dtype="float32", matrix_axes=axes,
+        labels=kinds(params),
+    )  # fmt: skip
 
 
 BITS = {"use_8bit_optim": True}

@@ -10,20 +10,17 @@ import numpy as np
 import optax
 import pytest
 
-from nanochat_jax.lm.model import gpt
+from nanochat_jax.lm.model import gpt, table
 from nanochat_jax.lm.model.loss import cross_entropy
+from nanochat_jax.lm.model.table import ReadOut
 from nanochat_jax.optimizer.memory import planned_bytes
 from tiny import MODEL
 
 BATCH, DIM, VOCAB = 2, 8, 61
 
 
-def tied(table, x):
-    return (x @ table.T.astype(x.dtype)).astype(jnp.float32)
-
-
-def untied(kernel, x):
-    return (x @ kernel.astype(x.dtype)).astype(jnp.float32)
+tied = ReadOut(axis=0, vocab_size=VOCAB)
+untied = ReadOut(axis=1, vocab_size=VOCAB)
 
 
 def example(length, head=tied):
@@ -35,7 +32,8 @@ def example(length, head=tied):
 
 
 def plain(head, weights, x, labels):
-    logits = head(weights, x)
+    weights = weights.astype(x.dtype)
+    logits = (x @ (weights if head is untied else weights.T)).astype(jnp.float32)
     return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
 
 
@@ -63,7 +61,7 @@ def assert_near(got, expected):
 )
 def test_loss_and_gradients_in_chunks_are_those_at_once(head, length, chunk):
     args = example(length, head)
-    chunked = functools.partial(cross_entropy, head, chunk=chunk)
+    chunked = functools.partial(cross_entropy, head.loss, chunk=chunk)
     got = loss_and_grads(chunked, *args)
     assert_near(got, loss_and_grads(functools.partial(plain, head), *args))
     np.testing.assert_allclose(chunked(*args), got[0], rtol=1e-6)
@@ -71,7 +69,7 @@ def test_loss_and_gradients_in_chunks_are_those_at_once(head, length, chunk):
 
 def test_the_gradient_is_scaled_by_what_follows():
     weights, x, labels = example(17)
-    chunked = lambda *args: 3 * cross_entropy(tied, *args, labels, 8) ** 2
+    chunked = lambda *args: 3 * cross_entropy(tied.loss, *args, labels, 8) ** 2
     full = lambda *args: 3 * plain(tied, *args, labels) ** 2
     assert_near(loss_and_grads(chunked, weights, x), loss_and_grads(full, weights, x))
 
@@ -79,7 +77,7 @@ def test_the_gradient_is_scaled_by_what_follows():
 def test_gradients_have_the_types_of_what_they_are_of():
     weights, x, labels = example(16)
     x = x.astype(jnp.bfloat16)
-    chunked = lambda *args: cross_entropy(tied, *args, labels, 8)
+    chunked = lambda *args: cross_entropy(tied.loss, *args, labels, 8)
     loss, grads = loss_and_grads(chunked, weights, x)
     assert [g.dtype for g in grads] == [jnp.float32, jnp.bfloat16]
     full = loss_and_grads(lambda *args: plain(tied, *args, labels), weights, x)
@@ -88,7 +86,56 @@ def test_gradients_have_the_types_of_what_they_are_of():
 
 def test_a_label_beyond_the_vocabulary_shows_as_nan():
     weights, x, labels = example(17)
-    assert jnp.isnan(cross_entropy(tied, weights, x, labels.at[0, 0].set(VOCAB), 8))
+    assert jnp.isnan(
+        cross_entropy(tied.loss, weights, x, labels.at[0, 0].set(VOCAB), 8)
+    )
+
+
+@pytest.mark.parametrize("head", [tied, untied])
+@pytest.mark.parametrize("padding", [0, 3])
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_a_short_table_is_read_in_pieces_with_the_same_result(
+    monkeypatch, head, padding, dtype
+):
+    head = head._replace(vocab_size=VOCAB - padding)
+    weights, x, labels = example(16, tied if head.axis == 0 else untied)
+    weights, x = weights.astype(jnp.bfloat16), x.astype(dtype)
+    labels = jnp.where(labels < VOCAB - padding, labels, -1)
+    run = lambda: (
+        head.logits(weights, x),
+        *jax.value_and_grad(head.loss, (0, 1))(weights, x, labels),
+    )
+    whole = run()
+    monkeypatch.setattr(table, "group_bytes", lambda: 4 * DIM * 7)
+    pieces = str(jax.make_jaxpr(head.logits)(weights, x))
+    assert "while" in pieces or "scan" in pieces
+    assert f"f32[{VOCAB},{DIM}]" not in pieces
+    exact = dtype == jnp.float32
+    chex.assert_trees_all_close(
+        run(), whole, rtol=1e-5 if exact else 0.03, atol=1e-5 if exact else 0.03
+    )
+
+
+def test_labels_below_zero_are_not_predicted():
+    weights, x, labels = example(17)
+    some = labels.at[:, ::3].set(~labels[:, ::3])
+    kept = some >= 0
+    assert 0 < kept.sum() < kept.size
+    got = loss_and_grads(
+        lambda *args: cross_entropy(tied.loss, *args, some, 8), weights, x
+    )
+    losses = optax.softmax_cross_entropy_with_integer_labels(x @ weights.T, labels)
+    np.testing.assert_allclose(got[0], losses[kept].mean(), rtol=1e-6)
+    np.testing.assert_array_equal(got[1][1][~kept], 0)
+
+
+def test_a_model_reads_complements_and_does_not_predict_them():
+    graphdef, params, batch = example_model()
+    marked = batch.at[:, :5].set(~batch[:, :5])
+    logits = gpt.apply(graphdef, params, batch[:, :-1])
+    losses = optax.softmax_cross_entropy_with_integer_labels(logits, batch[:, 1:])
+    got = gpt.next_token_loss(graphdef, params, marked)
+    np.testing.assert_allclose(got, losses[:, 4:].mean(), rtol=1e-5)
 
 
 def test_logits_never_stand_in_full():
@@ -107,7 +154,7 @@ def test_chunks_take_less_memory():
     labels = jax.ShapeDtypeStruct((rows, length), jnp.int32)
 
     def temporaries(chunk):
-        loss = functools.partial(cross_entropy, tied, chunk=chunk)
+        loss = functools.partial(cross_entropy, ReadOut(0, vocab).loss, chunk=chunk)
         step = jax.jit(jax.value_and_grad(loss, (0, 1)))
         return planned_bytes(step.lower(weights, x, labels).compile())["temp_bytes"]
 
@@ -117,7 +164,7 @@ def test_chunks_take_less_memory():
 
 def test_evaluation_reads_out_once_and_training_three_times():
     weights, x, labels = example(16)
-    loss = lambda *args: cross_entropy(tied, *args, labels, 8)
+    loss = lambda *args: cross_entropy(tied.loss, *args, labels, 8)
     count = lambda f: str(jax.make_jaxpr(f)(weights, x)).count("dot_general")
     assert count(loss) == 1
     assert count(jax.grad(loss, (0, 1))) == 3  # nothing is recomputed

@@ -327,9 +327,9 @@ def test_sums_over_chunks_and_microbatches_are_not_in_a_short_type():
     batch = jnp.zeros((count, 1, 2), jnp.int32)
     _, mean = mean_gradient(loss, weights, batch)
     np.testing.assert_array_equal(mean.astype(jnp.float32), 1.0)
-    head = lambda weights, x: x * weights.astype(jnp.float32)[None, None]
+    summed = lambda w, x, _: jnp.sum(x * w.astype(jnp.float32)[None, None])
     x, labels = jnp.ones((1, count, 2)), jnp.zeros((1, count), jnp.int32)
-    grad = jax.grad(lambda w, chunk: cross_entropy(head, w, x, labels, chunk))
+    grad = jax.grad(lambda w, chunk: cross_entropy(summed, w, x, labels, chunk))
     whole, chunks = (grad(weights, c).astype(jnp.float32) for c in (0, 1))
     np.testing.assert_allclose(chunks, whole, rtol=0.01)
 

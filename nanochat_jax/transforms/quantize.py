@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -15,7 +16,7 @@ from jaxtyping import Array, Int32
 from nanochat_jax.codecs import Codec, Quantized, is_quantized
 from nanochat_jax.numerics import hashing
 from nanochat_jax.transforms import checks, precision
-from nanochat_jax.transforms.scheduling import group_bytes
+from nanochat_jax.transforms.scheduling import group_bytes, rows_at_a_time
 from nanochat_jax.transforms.sharding import in_auto_mode, sharded_as
 from nanochat_jax.transforms.state_paths import Place, locate
 
@@ -89,7 +90,7 @@ def quantize_state(
             if field is None or is_quantized(x) or not _is_large(x, min_size):
                 return x
             first = lambda x, i: encode(field, name, x, count, i)
-            return sharded_as(_by_layers(first), x)
+            return sharded_as(_by_rows(first), x)
 
         return QuantizeState(count, _over_leaves(store, state))
 
@@ -147,21 +148,24 @@ def _encode_leaf(
     return _encode(codec, x, hashing.leaf_key(seed, count, name, start))
 
 
-def _by_layers(encode: Callable[[Array, ArrayLike], Quantized]) -> Callable[..., Any]:
+def _by_rows(encode: Callable[[Array, ArrayLike], Quantized]) -> Callable[..., Any]:
     """Returns a function that encodes an initial leaf, a large one by its first axis.
 
     So a large leaf, which is constant, never exists in float32.
     """
 
-    def layer_of(x: Array, i: ArrayLike) -> Quantized:
-        part = jax.lax.dynamic_slice_in_dim(x, i, 1)
-        return encode(jax.lax.optimization_barrier(part), i)
-
     def encode_leaf(x: Array) -> Quantized:
-        if x.ndim < 3 or 4 * x.size <= group_bytes():
+        most = rows_at_a_time(x, group_bytes()) if x.ndim > 1 else len(x)
+        rows = math.gcd(len(x), most)
+
+        def encode_part(start: ArrayLike) -> Quantized:
+            part = jax.lax.dynamic_slice_in_dim(x, start, rows)
             # XLA would spend minutes folding the codes of a constant.
-            return encode(jax.lax.optimization_barrier(x), 0)
-        parts = jax.lax.map(lambda i: layer_of(x, i), jnp.arange(len(x)))
+            return encode(jax.lax.optimization_barrier(part), start)
+
+        if rows == len(x):
+            return encode_part(0)
+        parts = jax.lax.map(encode_part, jnp.arange(0, len(x), rows))
         return jax.tree.map(lambda y: y.reshape(-1, *y.shape[2:]), parts)
 
     return encode_leaf

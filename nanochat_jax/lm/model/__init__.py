@@ -9,8 +9,9 @@ layer_stacking       parameters of stacked blocks, one by one
 loss                 cross-entropy in chunks of positions
 param_sharding       the mesh of devices, and the shardings of parameters
 roles                labels and matrix axes of the parameters, for the optimizer
+rotary               rotary positions of queries and keys
 sampling             generation of tokens with a cache
-take_rows            rows of an embedding, with gradients in float32
+table                look-up and read-out, in pieces of the vocabulary
 ternary              linear layers with weights of -1, 0 and 1
 """
 

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 import jax
 import numpy as np
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
+from jax.typing import DTypeLike
 from jaxtyping import Array
 
 from nanochat_jax.config import MESH_AXES, schema
@@ -92,6 +93,11 @@ def using(mesh: Mesh | None) -> Iterator[None]:
         yield
 
 
+def is_used() -> bool:
+    """Returns whether a mesh is in use."""
+    return _mesh_in_use() is not None
+
+
 def divide_sequences(x: Array) -> Array:
     """Divides activations by sequences over the mesh in use, if any.
 
@@ -137,17 +143,18 @@ def columns_to_sequences(x: Array) -> Array:
     return divide_sequences(x)
 
 
-def gather_columns(table: Array) -> Array:
+def gather_columns(table: Array, dtype: DTypeLike) -> Array:
     """Gathers a table over `fsdp`, to multiply by.
 
     Args:
       table: Embeddings, `[V, D]`.
+      dtype: Type in which it is sent.
     """
     mesh = _mesh_in_use()
     if mesh is None:
         return table
     rows = PartitionSpec(_tensor_rows(table, mesh))
-    return jax.lax.with_sharding_constraint(table, rows)
+    return jax.lax.with_sharding_constraint(table.astype(dtype), rows)
 
 
 def _mesh_in_use() -> AbstractMesh | None:

@@ -74,8 +74,8 @@ class Attention(nnx.Module):
     ) -> tuple[Float[Array, "B S D"], LayerCache | None]:
         """Returns the attention output, and the cache with `x` added to it."""
         query, key, value = (
-            linear(x).reshape(*x.shape[:-1], -1, self.head_dim)
-            for linear in (self.query, self.key, self.value)
+            y.reshape(*x.shape[:-1], -1, self.head_dim)
+            for y in _apply(x, self.query, self.key, self.value)
         )
         query = rotate(self.head_norm(query), positions, self.rope_theta)
         key = rotate(self.head_norm(key), positions, self.rope_theta)
@@ -109,7 +109,8 @@ class FeedForward(nnx.Module):
 
     def __call__(self, x: Float[Array, "B S D"]) -> Float[Array, "B S D"]:
         """Returns the output of the layer at each position."""
-        return self.down(jax.nn.silu(self.gate(x)) * self.up(x))
+        gate, up = _apply(x, self.gate, self.up)
+        return self.down(jax.nn.silu(gate) * up)
 
 
 class Block(nnx.Module):
@@ -212,42 +213,68 @@ def _linear(config: ModelConfig, rngs: nnx.Rngs) -> Linear:
     )
 
 
+def _apply(x: Array, *linears: nnx.Linear | TernaryLinear) -> list[Array]:
+    """Returns the results of linear layers of one input."""
+    plain = [linear for linear in linears if isinstance(linear, nnx.Linear)]
+    if len(plain) < len(linears):
+        return [linear(x) for linear in linears]
+    dtype = plain[0].dtype
+    kernels = [linear.kernel[...].astype(dtype) for linear in plain]
+    return _multiply_rows(x.astype(dtype), kernels)
+
+
 def _dot_rows(x: Array, kernel: Array, *_: Any, **options: Any) -> Array:
     """Returns `x @ kernel`, computed as one matrix product over all positions."""
-    rows: Any = _multiply(tuple(options.items()), x.reshape(-1, x.shape[-1]), kernel)
-    return rows.reshape(*x.shape[:-1], -1)
+    return _multiply_rows(x, [kernel], **options)[0]
+
+
+def _multiply_rows(x: Array, kernels: list[Array], **options: Any) -> list[Array]:
+    rows: Any = _multiply(
+        tuple(options.items()), x.reshape(-1, x.shape[-1]), tuple(kernels)
+    )
+    return [y.reshape(*x.shape[:-1], -1) for y in rows]
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _multiply(options: tuple, x: Array, kernel: Array) -> Array:
-    """Returns `x @ kernel`, whose gradient needs no transposed copy of the kernel's.
+def _multiply(
+    options: tuple, x: Array, kernels: tuple[Array, ...]
+) -> tuple[Array, ...]:
+    """Returns `x @ kernel` of each, without transposed copies in the gradients.
 
     Processors multiply in float32. Of bfloat16 kernels they would make all float32
     copies of a block before it starts, and keep them and all gradients to its end: each
     product here waits for its input, and the next for it.
     """
-    return jax.lax.dot(x, _after(kernel, x), **dict(options))
+    return tuple(jax.lax.dot(x, _after(y, x), **dict(options)) for y in kernels)
 
 
 def _multiply_forward(
-    options: tuple, x: Array, kernel: Array
-) -> tuple[Array, tuple[Array, Array]]:
-    return _multiply(options, x, kernel), (x, kernel)
+    options: tuple, x: Array, kernels: tuple[Array, ...]
+) -> tuple[tuple[Array, ...], tuple[Array, tuple[Array, ...]]]:
+    return _multiply(options, x, kernels), (x, kernels)
 
 
 def _multiply_backward(
-    options: tuple, inputs: tuple[Array, Array], g: Array
-) -> tuple[Array, Array]:
-    x, kernel = inputs
+    options: tuple,
+    inputs: tuple[Array, tuple[Array, ...]],
+    grads: tuple[Array, ...],
+) -> tuple[Array, tuple[Array, ...]]:
+    x, kernels = inputs
     multiply = lambda x, y, axis: jax.lax.dot_general(
         x, y, (((axis,), (axis,)), ((), ())), **dict(options)
     )
-    d_x = multiply(g, _after(kernel, g), 1).astype(x.dtype)
-    d_kernel_of = lambda x, g: multiply(x, g, 0).astype(kernel.dtype)
-    if kernel.dtype != jnp.bfloat16:
-        return d_x, d_kernel_of(x, g)
-    d_kernel = run_after(d_kernel_of, x, g, result=g)
-    return d_x + after(jnp.int32(0), d_kernel).astype(d_x.dtype), d_kernel
+    d_x, d_kernels = jnp.zeros_like(x), []
+    for kernel, g in zip(kernels, grads, strict=True):
+        d_kernel_of = lambda x, g, y=kernel: multiply(x, g, 0).astype(y.dtype)
+        if kernel.dtype != jnp.bfloat16:
+            d_x += multiply(g, kernel, 1).astype(x.dtype)
+            d_kernels.append(d_kernel_of(x, g))
+            continue
+        g += after(jnp.int32(0), d_x).astype(g.dtype)
+        d_kernel = run_after(d_kernel_of, x, g, result=g)
+        d_kernels.append(d_kernel)
+        d_x += multiply(g, _after(kernel, d_kernel), 1).astype(x.dtype)
+    return d_x, tuple(d_kernels)
 
 
 def _after(kernel: Array, x: Array) -> Array:

@@ -21,7 +21,7 @@ from nanochat_jax.lm.model import activation_sharding
 from nanochat_jax.lm.model.block import Block, LayerCache, TensorSplit, norm
 from nanochat_jax.lm.model.layer_stacking import Params, unstack_trees
 from nanochat_jax.lm.model.loss import cross_entropy
-from nanochat_jax.lm.model.take_rows import take_rows
+from nanochat_jax.lm.model.table import ReadOut, take_rows
 
 M = TypeVar("M", bound=nnx.Module)
 
@@ -105,7 +105,8 @@ class GPT(nnx.Module):
 
     def logits(self, x: Float[Array, "*batch D"]) -> Float32[Array, "*batch V"]:
         """Returns the logits of hidden states."""
-        return self._read_out(self._table, x)[..., : self.vocab_size]
+        table = self._gathered(self._table, x)
+        return self._read_out.logits(table, x)[..., : self.vocab_size]
 
     def mean_loss(
         self, x: Float[Array, "B S D"], labels: Int[Array, "B S"]
@@ -114,9 +115,12 @@ class GPT(nnx.Module):
 
         Args:
           x: Hidden states, from `features`.
-          labels: Token ids.
+          labels: Token ids; those below zero are not predicted.
         """
-        return cross_entropy(self._read_out, self._table, x, labels, self.loss_chunk)
+        summed = lambda table, x, labels: self._read_out.loss(
+            self._gathered(table, x), x, labels
+        )
+        return cross_entropy(summed, self._table, x, labels, self.loss_chunk)
 
     @property
     def scans(self) -> bool:
@@ -127,21 +131,18 @@ class GPT(nnx.Module):
     def _table(self) -> Array:
         return (self.embed.embedding if self.weight_tied else self.head.kernel)[...]
 
-    def _read_out(self, table: Array, x: Array) -> Array:
-        table = table.astype(x.dtype)
-        if self.weight_tied:
-            table = activation_sharding.gather_columns(table).T
-        logits = jnp.dot(x, table).astype(jnp.float32)
-        if logits.shape[-1] == self.vocab_size:
-            return logits
-        # Masked, since slicing would move the logits between devices.
-        known = jnp.arange(logits.shape[-1]) < self.vocab_size
-        return jnp.where(known[(None,) * (logits.ndim - 1)], logits, -jnp.inf)
+    def _gathered(self, table: Array, x: Array) -> Array:
+        gather = lambda table: activation_sharding.gather_columns(table, x.dtype)
+        return gather(table) if self.weight_tied else table
+
+    @property
+    def _read_out(self) -> ReadOut:
+        return ReadOut(0 if self.weight_tied else 1, self.vocab_size)
 
     def look_up(self, tokens: Int[Array, "B S"]) -> Float[Array, "B S D"]:
-        """Returns the hidden states before the first block."""
+        """Returns the hidden states before the first block, of ids or complements."""
         table = activation_sharding.divide_columns(self.embed.embedding[...])
-        x = take_rows(table, tokens).astype(self.dtype)
+        x = take_rows(table, jnp.maximum(tokens, ~tokens)).astype(self.dtype)
         return activation_sharding.columns_to_sequences(x)
 
     def _run_blocks(self, tokens: Array, positions: Array, caches: Any) -> Any:
@@ -231,10 +232,10 @@ def next_token_loss(
       graphdef: Structure of the model, from `init`.
       params: Its parameters.
       batch: Token ids `[B, S + 1]`. The first of a row is only read, the last only
-        predicted.
+        predicted; a token that is not predicted is given as its complement, `~id`.
 
     Returns:
-      The mean over B times S predictions.
+      The mean over all predictions.
     """
     model = nnx.merge(graphdef, params)
     return model.mean_loss(model.features(batch[:, :-1]), batch[:, 1:])

@@ -14,55 +14,49 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import optax
 from jaxtyping import Array, Float, Float32, Int
 
-Head = Callable[[Array, Array], Array]
-"""Maps weights and features `[*batch, D]` to float32 logits `[*batch, V]`."""
+Loss = Callable[[Array, Array, Array], Array]
+"""Maps weights, features `[*batch, D]` and labels `[*batch]` to their summed loss."""
 
-_PADDING = -1
+_NOT_PREDICTED = -1
 
 
 def cross_entropy(
-    head: Head,
+    loss: Loss,
     weights: Float[Array, "..."],
     x: Float[Array, "B S D"],
     labels: Int[Array, "B S"],
     chunk: int = 0,
 ) -> Float32[Array, ""]:
-    """Returns the mean cross-entropy, in nats, of labels under the logits of `head`.
+    """Returns the mean loss of labels.
 
     Example:
-      >>> head = lambda weights, x: x @ weights
+      >>> loss = lambda weights, x, labels: jnp.sum(x @ weights)
       >>> x, labels = jnp.ones((2, 6, 4)), jnp.zeros((2, 6), jnp.int32)
-      >>> float(cross_entropy(head, jnp.zeros((4, 1)), x, labels, chunk=8))
+      >>> float(cross_entropy(loss, jnp.zeros((4, 1)), x, labels, chunk=8))
       0.0
 
     Args:
-      head: Function from features to logits, position by position.
+      loss: Function to the sum of the losses of labels.
       weights: Its weights.
       x: Features.
-      labels: Index of the correct logit at each position.
+      labels: Index of the correct logit at each position; those below zero are not
+        predicted.
       chunk: Most pairs of sequence and position whose logits exist at a time, at least
         one position of all sequences; 0 for all.
 
     Returns:
-      The mean over B times S labels. Its gradient is that of the plain mean, summed in
-      another order. With more than one chunk it has no forward-mode derivative.
+      The mean over labels that are predicted. Its gradient is that of the plain mean,
+      summed in another order. With more than one chunk it has no forward-mode
+      derivative.
     """
     chunks = _count_chunks(labels.shape, chunk)
-    mean = functools.partial(_summed, head, 1 / labels.size)
+    scale = 1 / jnp.maximum(jnp.sum(labels >= 0), 1).astype(jnp.float32)
     if chunks == 1:
-        return mean(weights, x, labels)
-    return _in_chunks(
-        mean, weights, _split(x, chunks), _split(labels, chunks, fill=_PADDING)
-    )
-
-
-def _summed(head: Head, scale: float, weights: Array, x: Array, labels: Array) -> Array:
-    """Returns `scale` times the sum over labels, without padding."""
-    losses = optax.softmax_cross_entropy_with_integer_labels(head(weights, x), labels)
-    return jnp.sum(jnp.where(labels == _PADDING, 0, losses)) * scale
+        return loss(weights, x, labels) * scale
+    parts = _split(x, chunks), _split(labels, chunks, fill=_NOT_PREDICTED)
+    return _in_chunks(loss, weights, *parts, scale)
 
 
 def _count_chunks(shape: tuple[int, ...], chunk: int) -> int:
@@ -86,21 +80,24 @@ def _split(x: Array, chunks: int, fill: int = 0) -> Array:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _in_chunks(
-    loss: Callable[..., Array],
+    loss: Loss,
     weights: Float[Array, "..."],
     x: Float[Array, "C B P D"],
     labels: Int[Array, "C B P"],
+    scale: Float32[Array, ""],
 ) -> Float32[Array, ""]:
-    """Returns the sum of `loss` over chunks."""
-    add = lambda total, chunk: (total + loss(weights, *chunk), None)
+    """Returns the sum of `scale` times `loss` over chunks."""
+    add = lambda total, chunk: (total + loss(weights, *chunk) * scale, None)
     return jax.lax.scan(add, jnp.zeros([], jnp.float32), (x, labels))[0]
 
 
 def _forward(
-    loss: Callable[..., Array], weights: Array, x: Array, labels: Array
+    loss: Loss, weights: Array, x: Array, labels: Array, scale: Array
 ) -> tuple[Array, Any]:
+    evaluate = jax.value_and_grad(lambda *args: loss(*args) * scale, (0, 1))
+
     def add(totals: Any, chunk: Any) -> tuple[Any, Array]:
-        value, (d_weights, d_x) = jax.value_and_grad(loss, (0, 1))(weights, *chunk)
+        value, (d_weights, d_x) = evaluate(weights, *chunk)
         total, d_total = totals
         return (total + value, d_total + d_weights.astype(d_total.dtype)), d_x
 
@@ -112,10 +109,10 @@ def _forward(
 
 
 def _backward(
-    loss: Callable[..., Array], gradients: tuple[Array, Array], g: Array
-) -> tuple[Array, Array, None]:
-    d_weights, d_x = gradients
-    return (g * d_weights).astype(d_weights.dtype), (g * d_x).astype(d_x.dtype), None
+    loss: Loss, gradients: tuple[Array, Array], g: Array
+) -> tuple[Array, Array, None, None]:
+    d_weights, d_x = ((g * x).astype(x.dtype) for x in gradients)
+    return d_weights, d_x, None, None
 
 
 _in_chunks.defvjp(_forward, _backward)

@@ -28,4 +28,4 @@ def mean_gradient(
       batch: The microbatches.
     """
     evaluate = jax.value_and_grad(loss_fn)
-    return mean_over(lambda microbatch: (evaluate(params, microbatch), ()), batch)[0]
+    return mean_over(lambda *args: (evaluate(*args), ()), params, batch)[0]

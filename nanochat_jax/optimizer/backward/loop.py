@@ -16,6 +16,7 @@ from nanochat_jax.transforms import (
     from_bits,
     group_by_shape,
     group_bytes,
+    to_bits,
 )
 
 
@@ -55,16 +56,20 @@ class Loop(NamedTuple):
             start = turn * self.segment
             dx, blocks, *others = carry
             x = jax.tree.map(lambda x, dx: from_bits(x[turn], dx.dtype), kept, dx)
-            xs = jax.tree.map(lambda x: x[None], x)
-            if self.segment > 1:
-                (blocks, _), xs = passes.inputs_of(
-                    self.block, blocks, x, start, self.segment
-                )
+            if self.segment == 1:
+                return self.layer(start, x, *carry)
+            (blocks, _), xs = passes.inputs_of(
+                self.block, blocks, x, start, self.segment
+            )
+            bits = jax.tree.map(to_bits, xs)
+
+            def go_back_one(i: Array, carry: Any) -> Any:
+                j = self.segment - 1 - i
+                x = jax.tree.map(lambda b, x: from_bits(b[j], x.dtype), bits, xs)
+                return self.layer(start + j, x, *carry)
+
             carry = (dx, blocks, *others)
-            for j in reversed(range(self.segment)):
-                x = jax.tree.map(lambda x, j=j: x[j], xs)
-                carry = self.layer(start + j, x, *carry)
-            return carry
+            return jax.lax.fori_loop(0, self.segment, go_back_one, carry)
 
         # The head is updated first, so that its gradient is not kept.
         begin = after(jnp.int32(0), (tally, params, nodes))

@@ -70,9 +70,9 @@ def check(model: Model, rest: Any, layer: Any, x: Any, batch: Any) -> None:
         raise ValueError(f"`head` must return one number, got shape {jnp.shape(loss)}.")
 
 
-def each(f: Callable[[Any], Any], items: Any) -> Any:
-    """Returns the results of `f` for the microbatches, `[A, ...]`, one at a time."""
-    return mean_over(lambda item: ((), f(item)), items)[1]
+def each(f: Callable[[Any, Any], Any], params: Any, items: Any) -> Any:
+    """Returns `f(params, item)` for the microbatches, `[A, ...]`, one at a time."""
+    return mean_over(lambda params, item: ((), f(params, item)), params, items)[1]
 
 
 def forward(
@@ -114,7 +114,7 @@ def inputs_of(
     def through(carry: Any, i: Any) -> tuple[Any, Any]:
         blocks, x = carry
         layer, blocks = blocks.read(start + i)
-        return (blocks, each(lambda x: block(layer, x), x)), x
+        return (blocks, each(block, layer, x)), x
 
     if segment == 1:
         carry, x = through((blocks, x), 0)
@@ -123,26 +123,26 @@ def inputs_of(
 
 
 def head_gradients(
-    head: Callable[[Any, Any, Any], jax.Array], rest: Any, read: Any, x: Any, batch: Any
+    head: Callable[[Any, Any, Any], jax.Array], like: Any, read: Any, x: Any, batch: Any
 ) -> tuple[jax.Array, Any, Any]:
     """Returns mean loss, mean gradients of leaves, and gradients of hidden states.
 
     Args:
       head: As in `Model`.
-      rest: Parameters outside the stack.
+      like: Shapes of the parameters outside the stack.
       read: Those of them that it reads, others absent.
       x: Last hidden states.
       batch: Microbatches.
     """
 
-    def evaluate(item: Any) -> tuple[Any, Any]:
+    def evaluate(read: Any, item: Any) -> tuple[Any, Any]:
         x, batch = item
-        loss_of = lambda read, x: head(merged(rest, read), x, batch)
+        loss_of = lambda read, x: head(filled(like, read), x, batch)
         loss, pull = jax.vjp(loss_of, read, x)
         grads, dx = pull(jnp.ones_like(loss))
         return (loss, grads), dx
 
-    (loss, grads), dx = mean_over(evaluate, (x, batch))
+    (loss, grads), dx = mean_over(evaluate, read, (x, batch))
     return loss, grads, dx
 
 
@@ -158,50 +158,64 @@ def layer_gradients(
       dx: Gradients of those after it.
     """
 
-    def evaluate(item: Any) -> tuple[Any, Any]:
+    def evaluate(params: Any, item: Any) -> tuple[Any, Any]:
         x, dx = item
         return jax.vjp(block, params, x)[1](dx)
 
-    return mean_over(evaluate, (x, dx))
+    return mean_over(evaluate, params, (x, dx))
 
 
 def embed_gradients(
-    embed: Callable[[Any, Any], Any], rest: Any, read: Any, batch: Any, dx: Any
+    embed: Callable[[Any, Any], Any], like: Any, read: Any, batch: Any, dx: Any
 ) -> Any:
     """Returns the mean gradients of leaves by way of the first hidden states.
 
     Args:
       embed: As in `Model`.
-      rest: Parameters outside the stack.
+      like: Shapes of the parameters outside the stack.
       read: Those of them that it reads, others absent.
       batch: Microbatches.
       dx: Gradients of the first hidden states.
     """
 
-    def evaluate(item: Any) -> tuple[Any, Any]:
+    def evaluate(read: Any, item: Any) -> tuple[Any, Any]:
         batch, dx = item
-        first = lambda read: embed(merged(rest, read), batch)
+        first = lambda read: embed(filled(like, read), batch)
         return jax.vjp(first, read)[1](dx)[0], ()
 
-    return mean_over(evaluate, (batch, dx))[0]
+    return mean_over(evaluate, read, (batch, dx))[0]
 
 
-def readers(f: Callable[[Any], Any], tree: Any) -> Any:
+def readers(f: Callable[..., Any], tree: Any, *others: Any) -> Any:
     """Returns a tree with whether a function of it reads a leaf.
 
     Args:
       f: The function; it is traced.
-      tree: Its argument.
+      tree: Its first argument.
+      *others: Its further arguments.
     """
-    jaxpr = jax.make_jaxpr(f)(tree).jaxpr
+    jaxpr = jax.make_jaxpr(f)(tree, *others).jaxpr
     read = {id(v) for eqn in jaxpr.eqns for v in eqn.invars}
     read |= {id(v) for v in jaxpr.outvars}
-    return jax.tree.structure(tree).unflatten(id(v) in read for v in jaxpr.invars)
+    treedef = jax.tree.structure(tree)
+    leaves = jaxpr.invars[: treedef.num_leaves]
+    return treedef.unflatten(id(v) in read for v in leaves)
 
 
 def only(tree: Any, mask: Any) -> Any:
     """Returns a tree with the leaves that a mask chooses, others absent."""
     return jax.tree.map(lambda chosen, x: x if chosen else None, mask, tree)
+
+
+def filled(like: Any, part: Any) -> Any:
+    """Returns a part of a tree with zeros for its absent leaves, which nothing reads.
+
+    Args:
+      like: Shapes of the tree.
+      part: The part.
+    """
+    fill = lambda x, like: jnp.zeros(like.shape, like.dtype) if x is None else x
+    return jax.tree.map(fill, part, like, is_leaf=lambda x: x is None)
 
 
 def merged(tree: Any, part: Any) -> Any:

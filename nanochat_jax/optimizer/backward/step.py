@@ -13,6 +13,7 @@ from nanochat_jax.optimizer.backward import passes
 from nanochat_jax.optimizer.backward.by_part import by_part
 from nanochat_jax.optimizer.backward.layout import layout_of
 from nanochat_jax.optimizer.backward.loop import Loop
+from nanochat_jax.optimizer.backward.microbatches import plus
 from nanochat_jax.optimizer.backward.stacked import Stacked, number_of_layers
 from nanochat_jax.optimizer.backward.updates import PartUpdates
 from nanochat_jax.transforms import run_after
@@ -157,16 +158,19 @@ def _step(
 ) -> tuple[dict[str, Any], optax.OptState, StepReport]:
     """Returns parameters, state and report after a step over microbatches."""
     rest = {key: x for key, x in params.items() if key != stack}
-    x = passes.each(lambda item: model.embed(rest, item), batch)
     blocks = Stacked.of(params[stack])
-    first, hidden = jax.tree.map(lambda x: x[0], (batch, x))
-    one = jax.eval_shape(lambda: jax.tree.map(lambda x: x[0], params[stack]))
+    like, first, one = jax.eval_shape(
+        lambda: (rest, *jax.tree.map(lambda x: x[0], (batch, params[stack])))
+    )
+    hidden = jax.eval_shape(model.embed, rest, first)
     passes.check(model, rest, one, hidden, first)
     by_embed, by_head = _readers(model, rest, hidden, first)
+    embed = lambda read, item: model.embed(passes.filled(like, read), item)
+    x = passes.each(embed, passes.only(rest, by_embed), batch)
     x, kept = passes.forward(model.block, blocks, x, segment)
     read = passes.only(rest, by_head)
-    head = functools.partial(passes.head_gradients, model.head)
-    loss, head_grads, dx = run_after(head, rest, read, x, batch, result=x)
+    head = functools.partial(passes.head_gradients, model.head, like)
+    loss, head_grads, dx = run_after(head, read, x, batch, result=x)
 
     updates = _updates(tx, stack, params, state, take(loss), loss)
     updates = updates.with_marker(updates.tree(head_grads))
@@ -180,8 +184,8 @@ def _step(
     dx, params, nodes, tally = loop.run(kept, dx, params, nodes, tally)
 
     read = passes.only(rest, by_embed)
-    embed_grads = passes.embed_gradients(model.embed, rest, read, batch, dx)
-    both = lambda g, h: g if h is None else g + h
+    embed_grads = passes.embed_gradients(model.embed, like, read, batch, dx)
+    both = lambda g, h: g if h is None else plus(g, h)
     grads = updates.tree(
         jax.tree.map(both, embed_grads, passes.only(head_grads, by_embed))
     )
@@ -209,7 +213,7 @@ def _readers(model: passes.Model, rest: Any, x: Any, batch: Any) -> tuple[Any, A
 
     One that neither reads counts to the embedding: its gradient is zero.
     """
-    by_head = passes.readers(lambda rest: model.head(rest, x, batch), rest)
-    by_embed = passes.readers(lambda rest: model.embed(rest, batch), rest)
+    by_head = passes.readers(model.head, rest, x, batch)
+    by_embed = passes.readers(model.embed, rest, batch)
     late = lambda embed, head: embed or not head
     return jax.tree.map(late, by_embed, by_head), by_head

@@ -15,5 +15,9 @@ from nanochat_jax.transforms.scheduling.groups import (
     group_bytes as group_bytes,
     piece_bytes as piece_bytes,
 )
-from nanochat_jax.transforms.scheduling.rows import by_rows as by_rows
+from nanochat_jax.transforms.scheduling.rows import (
+    by_rows as by_rows,
+    in_pieces as in_pieces,
+    rows_at_a_time as rows_at_a_time,
+)
 from nanochat_jax.transforms.scheduling.sequence import sequence as sequence

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array
 
-from nanochat_jax.transforms.sharding import varying_axes
+from nanochat_jax.transforms.sharding import from_bits, to_bits, varying_axes
 
 Step = Callable[[Any, Any, Any], tuple[Any, Any]]
 """An `update` of a transform: updates, state and params to updates and state."""
@@ -70,25 +70,31 @@ def run_after(f: Callable[..., Any], *args: Any, result: Any) -> Any:
     if _BARRIER_HOLDS or varying_axes(args):
         return f(*jax.lax.optimization_barrier((args, result))[0])
     zero = _zero_after(result)
+    like = jax.eval_shape(f, *args)
+    # As bits, or short results would be copied to and from the carry.
+    bits_of = lambda *args: jax.tree.map(to_bits, f(*args))
     start = jax.tree.map(
-        lambda x: jnp.full(x.shape, zero, x.dtype), jax.eval_shape(f, *args)
+        lambda x: jnp.full(x.shape, zero, x.dtype), jax.eval_shape(bits_of, *args)
     )
 
     def once(_: Array, carry: Any) -> Any:
         args, _ = jax.lax.optimization_barrier(carry)
-        return args, f(*args)
+        return args, bits_of(*args)
 
-    return jax.lax.fori_loop(0, 1 - zero, once, (args, start))[1]
+    _, bits = jax.lax.fori_loop(0, 1 - zero, once, (args, start))
+    return jax.tree.map(lambda bits, x: from_bits(bits, x.dtype), bits, like)
 
 
 def after(index: Array, result: Any) -> Array:
     """Returns an integer that is known only after some work is done.
 
+    A barrier would not do: compilers see a constant through it.
+
     Args:
       index: The integer, such as the first index of a loop.
       result: Arrays to wait for.
     """
-    if _BARRIER_HOLDS or varying_axes(result):
+    if varying_axes(result):
         return jax.lax.optimization_barrier((index, result))[0]
     return index + _zero_after(result)
 

@@ -15,28 +15,35 @@ from nanochat_jax.transforms.sharding import from_bits, to_bits
 from nanochat_jax.transforms.state_paths import locate
 
 
-def by_rows(work: Callable[[Array], Array], x: Array, max_bytes: int) -> Array:
-    """Returns `work(x)`, worked out a few rows at a time.
+def by_rows(
+    work: Callable[..., Array], x: Array, *others: Array, max_bytes: int
+) -> Array:
+    """Returns `work(x, *others)`, worked out a few rows at a time and written over `x`.
 
     So temporaries are as large as a few rows need.
 
     Args:
       work: Function that treats each row, each entry of the first axis, by itself, and
-        keeps shape and type.
+        keeps shape and type of its first argument.
       x: `[n, *row]`.
+      *others: Further arguments, `[n, *row]`.
       max_bytes: Most bytes of the rows at a time, counted in float32.
     """
-    rows = _rows_at_a_time(x, max_bytes)
-    if rows == len(x):
-        return work(x)
+    rows = rows_at_a_time(x, max_bytes) if x.ndim else 0
+    if x.ndim == 0 or rows == len(x):
+        return work(x, *others)
+    kept = [to_bits(y) for y in others]
 
     def write(start: Array | int, count: int, bits: Array) -> Array:
-        part = from_bits(lax.dynamic_slice_in_dim(bits, start, count), x.dtype)
+        parts = [
+            from_bits(lax.dynamic_slice_in_dim(y_bits, start, count), y.dtype)
+            for y_bits, y in zip([bits, *kept], [x, *others], strict=True)
+        ]
         # A read fused with the write over it would cost a copy of the whole.
-        part = work(lax.optimization_barrier(part))
+        part = work(*lax.optimization_barrier(parts))
         return lax.dynamic_update_slice_in_dim(bits, to_bits(part), start, 0)
 
-    return from_bits(_in_pieces(write, len(x), rows, to_bits(x)), x.dtype)
+    return from_bits(in_pieces(write, len(x), rows, to_bits(x)), x.dtype)
 
 
 def update_by_rows(
@@ -63,7 +70,7 @@ def update_by_rows(
       Updates and state.
     """
     [leaf] = jax.tree.leaves(updates)
-    rows = _rows_at_a_time(leaf, max_bytes) if leaf.ndim > 1 else 0
+    rows = rows_at_a_time(leaf, max_bytes) if leaf.ndim > 1 else 0
     whole_step = step_from(0)
     in_place = _keeps_layout(whole_step, updates, state, params)
     if not 0 < rows < leaf.shape[0] or not in_place:
@@ -90,31 +97,44 @@ def update_by_rows(
 
     whole = [to_bits(x) for x in before]
     done, params_bits = whole[: written.num_leaves], whole[written.num_leaves :]
-    done = _in_pieces(work, leaf.shape[0], rows, done)
+    done = in_pieces(work, leaf.shape[0], rows, done)
     return written.unflatten(
         from_bits(x, old.dtype) for x, old in zip(done, before, strict=False)
     )
 
 
-def _rows_at_a_time(x: Array, max_bytes: int) -> int:
-    """Returns the number of rows to work on at a time: as many as fit.
-
-    Fewer, down to half, if they divide all rows: a rest is compiled apart.
-    """
-    fitting = max(1, max_bytes * len(x) // (4 * max(x.size, 1)))
-    if fitting >= len(x):
-        return len(x)
-    dividing = max(i for i in range(1, fitting + 1) if len(x) % i == 0)
-    return dividing if 2 * dividing >= fitting else fitting
-
-
-def _in_pieces(
+def in_pieces(
     write: Callable[[Array | int, int, Any], Any], size: int, rows: int, done: Any
 ) -> Any:
-    """Returns `done` after `write(start, count, done)` for each few of `size` rows."""
+    """Returns `done` after `write(start, count, done)` for each few of `size` rows.
+
+    Args:
+      write: Function of the first row of a piece, its number of rows and `done`.
+      size: Number of rows.
+      rows: Rows of a piece; the last may have fewer.
+      done: What is passed from one piece to the next.
+    """
     pieces, rest = divmod(size, rows)
     done = lax.fori_loop(0, pieces, lambda i, done: write(i * rows, rows, done), done)
     return write(pieces * rows, rest, done) if rest else done
+
+
+def rows_at_a_time(x: Array, max_bytes: int, axis: int = 0) -> int:
+    """Returns the number of rows to work on at a time: as many as fit.
+
+    Fewer, down to half, if they divide all rows: a rest is compiled apart.
+
+    Args:
+      x: The array.
+      max_bytes: Most bytes of the rows at a time, counted in float32.
+      axis: Axis of which each entry is a row.
+    """
+    size = x.shape[axis]
+    fitting = max(1, max_bytes * size // (4 * max(x.size, 1)))
+    if fitting >= size:
+        return size
+    dividing = max(i for i in range(1, fitting + 1) if size % i == 0)
+    return dividing if 2 * dividing >= fitting else fitting
 
 
 def _keeps_layout(step: Step, updates: Any, state: Any, params: Any) -> bool:
