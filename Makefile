@@ -4,7 +4,7 @@ BIN := .venv/bin
 VERSION := $(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])')
 READY := .venv/ready-$(VERSION)
 
-.PHONY: help demo test test-all test-peers test-models check fix bench clean
+.PHONY: help demo test test-all test-peers test-models test-huggingface check fix bench clean
 
 help:  ## Lists the targets
 	@grep -hE '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 12
@@ -32,6 +32,9 @@ test-peers: $(READY)  ## Installs bitsandbytes and galore-torch, and compares wi
 
 test-models: $(READY)  ## Installs real JAX packages, and checks the trees of their models
 	$(BIN)/python tests/models/run.py
+
+test-huggingface: $(READY)  ## Installs transformers, and compares models with it
+	$(BIN)/python tests/huggingface/run.py
 
 check: $(READY)  ## Checks formatting, lints and types
 	$(BIN)/ruff format --check .

@@ -20,7 +20,7 @@ class Attention(nn.Module):
         linear = lambda: nn.Linear(config.dim, config.dim, bias=False)
         self.query, self.key, self.value = linear(), linear(), linear()
         self.out = linear()
-        self.head_dim = config.head_dim
+        self.head_dim = config.head_size
 
     def forward(self, x, cos, sin):
         heads = lambda linear: linear(x).unflatten(-1, (-1, self.head_dim))
@@ -100,7 +100,7 @@ def norm(x):
 
 
 def rotary_angles(config):
-    half = config.head_dim // 2
+    half = config.head_size // 2
     frequencies = config.rope_theta ** (-torch.arange(half) / half)
     return torch.outer(torch.arange(config.max_seq_len), frequencies)
 

@@ -7,6 +7,7 @@ anything else.
 import argparse
 import contextlib
 import functools
+import itertools
 import logging
 import operator
 import os
@@ -23,17 +24,28 @@ from nanochat_jax.commands import (
     Doctor,
     Export,
     Generate,
+    Import,
     Plan,
     Plot,
     PrepareData,
     Train,
+    derived_settings,
     help,
     tables,
     usage_errors,
 )
 
 # Flags from which defaults of others are derived, and their types.
-_DECIDING = {"depth": int, "model": str, "fallback": str, "mesh": tables.parse_table}
+_DECIDING = {
+    "depth": int,
+    "model": str,
+    "fallback": str,
+    "mesh": tables.parse_table,
+    "init_from": str,
+}
+
+# Flags of several values that may also be given several times.
+_REPEATED = ("--data-path", "--freeze")
 
 COMMANDS = {
     "train": Train,
@@ -42,6 +54,7 @@ COMMANDS = {
     "plot": Plot,
     "prepare-data": PrepareData,
     "generate": Generate,
+    "import": Import,
     "export": Export,
     "doctor": Doctor,
 }
@@ -82,14 +95,16 @@ def main(args: Sequence[str] | None = None) -> int:
 def _defaults(args: Sequence[str]) -> dict[str, Any]:
     """Returns the default settings of commands, by name.
 
-    Flags override the file, and both override `--depth` and `--model`.
+    Flags override the file, and both override `--depth`, `--model` and the model to
+    start from.
     """
-    file, flags = _before(args)
+    file, flags, resumed = _before(args)
+    derive = functools.partial(derived_settings, resumed=resumed)
     names = [name for name in ("train", "plan", "compare") if name in args]
     return {
-        name: COMMANDS[name].from_toml(file, **flags)
+        name: COMMANDS[name].from_toml(file, derive=derive, **flags)
         if file
-        else COMMANDS[name].from_values(flags, "flags")
+        else COMMANDS[name].from_values(flags, "flags", derive)
         for name in names
     }
 
@@ -102,10 +117,32 @@ def _parse(args: Sequence[str]) -> Any:
         kinds.append(Annotated[kind, tyro.conf.subcommand(name, **given)])
     return tyro.cli(
         functools.reduce(operator.or_, kinds),
-        args=args,
+        args=_gathered(args),
         prog="nanochat-jax",
         registry=tables.REGISTRY,
     )
+
+
+def _gathered(args: Sequence[str]) -> list[str]:
+    """Returns arguments with the values of each repeated flag behind one of them.
+
+    tyro takes several values behind a flag, but of a repeated flag only the last.
+    """
+    values: dict[str, list[str]] = {flag: [] for flag in _REPEATED}
+    others: list[str] = []
+    into = others
+    for arg in args:
+        flag, given, value = arg.partition("=")
+        if not arg.startswith("-"):
+            into.append(arg)
+            continue
+        into = values.get(flag.replace("_", "-"), others)
+        if into is others:
+            others.append(arg)
+        elif given:
+            into.append(value)
+    found = [[flag, *paths] for flag, paths in values.items() if paths]
+    return [*others, *itertools.chain.from_iterable(found)]
 
 
 def _show_help(args: Sequence[str]) -> None:
@@ -119,11 +156,13 @@ def _show_help(args: Sequence[str]) -> None:
     help.show_command(console, name, COMMANDS[name], default, full=full)
 
 
-def _before(args: Sequence[str]) -> tuple[str | None, dict[str, Any]]:
-    """Returns the file of settings, and the flags that derive defaults."""
+def _before(
+    args: Sequence[str],
+) -> tuple[str | None, dict[str, Any], str | None]:
+    """Returns the file of settings, flags that derive defaults, and `--resume`."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    for name in ("config-file", *_DECIDING):
-        parser.add_argument(f"--{name}", f"--{name.replace('-', '_')}", dest=name)
+    for name in ("config_file", "resume", *_DECIDING):
+        parser.add_argument(f"--{name.replace('_', '-')}", f"--{name}", dest=name)
     backward = ("--update-in-backward", "--update_in_backward")
     parser.add_argument(*backward, dest="update_in_backward", action="store_true")
     given = vars(parser.parse_known_args(args)[0])
@@ -134,7 +173,7 @@ def _before(args: Sequence[str]) -> tuple[str | None, dict[str, Any]]:
             flags[key] = read(flags[key])
     if given["update_in_backward"]:
         flags["update_in_backward"] = True
-    return given["config-file"], flags
+    return given["config_file"], flags, given["resume"]
 
 
 def _show_warning(message: Warning | str, *_: object) -> None:

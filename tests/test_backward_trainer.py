@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from nanochat_jax.lm.checkpoints.store import Checkpoints
+from nanochat_jax.lm.model import count_predictions, next_token_loss
 from nanochat_jax.lm.training import resume
 from nanochat_jax.lm.training.run import make_run, train_batches
 from nanochat_jax.lm.training.step import (
@@ -52,6 +53,22 @@ def take_steps(in_backward, steps, state=None, **values):
         state, metrics = step(state, batches(int(state.step)))
         seen.append((float(metrics["loss"]), float(metrics["grad_norm"])))
     return state, np.array(seen)
+
+
+@pytest.mark.parametrize("in_backward", [False, True])
+def test_a_loss_is_the_mean_over_all_predictions_of_a_step(in_backward):
+    """Also where the microbatches have unlike numbers of them."""
+    run, step = prepared(in_backward, **VARIANTS["both, untied"])
+    state = init_state(run)
+    batch = jnp.asarray(train_batches(run.config, run.corpus)(0))
+    batch = batch.at[0, :, 3:].set(~batch[0, :, 3:])
+    losses = [
+        next_token_loss(run.graphdef, state.params, part) * count_predictions(part)
+        for part in batch
+    ]
+    expected = sum(losses) / count_predictions(batch)
+    assert count_predictions(batch[0]) < count_predictions(batch[1]) / 4
+    np.testing.assert_allclose(step(state, batch)[1]["loss"], expected, rtol=1e-5)
 
 
 @pytest.mark.parametrize(

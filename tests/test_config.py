@@ -106,7 +106,7 @@ def test_a_file_of_the_parent_project_loads_with_one_warning(cls, write):
     assert config.galore_update_freq == 100
     assert config.variant == "galore_8bit"
     if cls is Config:
-        assert (config.dim, config.kv_heads, config.head_dim) == (768, 4, 64)
+        assert (config.dim, config.kv_heads, config.head_size) == (768, 4, 64)
         assert config.ffn_dim == 2064
         assert config.tokens_per_step == 4 * 8 * 512
 
@@ -202,7 +202,7 @@ def test_a_value_that_is_not_allowed_names_file_and_key(cls, line, said, write):
         ("sample_interval = -1", "`sample_interval` must be at least 0, got -1"),
         ("keep_checkpoint_every = 0", "`keep_checkpoint_every` must be at least 1"),
         ("keep_checkpoint_every = 750", "of `checkpoint_interval`, got 750 and 500"),
-        ("dataset = 'web'", "must be one of ['stdlib', 'text', 'tokens', 'synthetic']"),
+        ("dataset = 'web'", "must be one of ['stdlib', 'text', 'tokens', 'jsonl', 'pa"),
         ("data_path = ['a', 3]", "`data_path` must be of type str, got 3 (int)"),
     ],
 )

@@ -49,6 +49,7 @@ OPTIMIZER_KEYS = {
     "galore_residual": 0.5, "galore_rest_bits": 4, "galore_rest_momentum": 0.5,
     "projector_bits": 8, "weight_rounding": "split", "master_bits": 16,
     "adam_betas": (0.5, 0.95), "lion_betas": (0.5, 0.99), "seed": 1,
+    "freeze": ("embed",),
 }  # fmt: skip
 
 RUN = Config(
@@ -60,19 +61,23 @@ RUN = Config(
 RUN_KEYS = {
     "dim": 64, "n_layers": 2, "n_heads": 2, "n_kv_heads": 2, "ffn_mult": 3.0,
     "vocab_size": 48, "pad_vocab_to": 64, "max_seq_len": 32, "weight_tied": False,
+    "head_dim": 16, "qk_norm": "gain", "norm_eps": 1e-5,
+    "rope_scaling": (2.0, 1.0, 4.0, 8.0),
     "rope_theta": 500.0, "compute_dtype": "bfloat16", "param_dtype": "bfloat16",
     "remat": True, "scan_layers": True, "loss_chunk": 0, "ternary": False,
-    "group_size": 16, "dataset": "synthetic", "token_dtype": "uint16", "batch_size": 4,
+    "group_size": 16, "dataset": "synthetic", "token_dtype": "int32", "batch_size": 4,
     "grad_accum_steps": 2, "seq_len": 8, "mesh": {"data": 1},
     "update_in_backward": True, "remat_segment": 2, "log_interval": 1,
     "eval_interval": 2, "eval_batches": 3, "max_skipped_steps": 2, "spike_skip": 5.0,
 }  # fmt: skip
-# Only the command asks for it; test_train_command.py holds the metric that it adds.
-ELSEWHERE = {"measure_optimizer": True}
+# Only the command asks for these: test_train_command.py holds the metric that the first
+# adds, and test_import.py the state with which a run starts.
+ELSEWHERE = {"measure_optimizer": True, "init_from": "models/a"}
 WITHOUT_EFFECT = {
     "checkpoint_interval": 100, "keep_last_checkpoints": 1,
     "keep_checkpoint_every": 1000, "sample_interval": 1, "sample_tokens": 5,
     "sample_prompt": "x", "data_path": "copy", "tokenizer": None,
+    "token_format": "raw", "end_token": None, "text_field": "messages",
     "memory_limit": "24GB",
 }  # fmt: skip
 

@@ -18,6 +18,7 @@ from nanochat_jax.lm.data import (
     tokenizer,
 )
 from nanochat_jax.lm.data.batches import Batches, eval_batches
+from nanochat_jax.lm.data.end_token import END_OF_TEXT
 
 BYTES = tokenizer.ByteTokenizer()
 
@@ -32,7 +33,7 @@ def load(name, *paths, vocab_size=256, **kwargs):
     return corpus.load_corpus(name, paths, **kwargs)
 
 
-def trained_tokenizer(path, special_tokens=(tokenizer.END_OF_TEXT,)):
+def trained_tokenizer(path, special_tokens=(END_OF_TEXT,), end_token=None):
     model = tokenizers.Tokenizer(tokenizers.models.BPE())
     model.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
     model.decoder = tokenizers.decoders.ByteLevel()
@@ -45,7 +46,7 @@ def trained_tokenizer(path, special_tokens=(tokenizer.END_OF_TEXT,)):
     model.train_from_iterator(["the cat sat on the mat, the cat did"] * 20, trainer)
     model.enable_truncation(4)  # must not cut what the trainer encodes
     model.save(str(path))
-    return tokenizer.load_tokenizer(path)
+    return tokenizer.load_tokenizer(path, end_token)
 
 
 def write_texts(folder, texts):
@@ -84,9 +85,64 @@ def test_trained_tokenizer_round_trip(tmp_path, text):
 
 def test_trained_tokenizer_separator(tmp_path):
     with_token = trained_tokenizer(tmp_path / "a.json")
-    assert with_token.decode([with_token.separator]) == tokenizer.END_OF_TEXT
+    assert with_token.decode([with_token.separator]) == END_OF_TEXT
     without = trained_tokenizer(tmp_path / "b.json", special_tokens=())
     assert without.decode([without.separator]) == "\0"
+
+
+SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<unk>")
+
+
+@pytest.mark.parametrize(
+    ("special", "config", "said", "end"),
+    [
+        (SPECIAL, None, None, "<|endoftext|>"),
+        (SPECIAL, {"eos_token": "<|im_end|>"}, None, "<|im_end|>"),
+        (SPECIAL, {"eos_token": "<|im_end|>"}, "<unk>", "<unk>"),
+        (SPECIAL, {"eos_token": None}, None, "<|endoftext|>"),
+        (SPECIAL[1:], None, None, "<|im_end|>"),
+        (("<s>", "</s>"), {}, None, "</s>"),
+        (("<s>", "</s>"), {"eos_token": {"content": "<s>"}}, None, "<s>"),
+        (("<|end_of_text|>", "<|eot_id|>"), None, None, "<|end_of_text|>"),
+    ],
+)
+def test_a_document_ends_in_the_end_token_of_its_tokenizer(
+    tmp_path, special, config, said, end
+):
+    path = tmp_path / "tokenizer.json"
+    if config is not None:
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    trained_tokenizer(path, special, end_token=end)
+    wrapped = tokenizer.load_tokenizer(path, said)
+    assert wrapped.decode([wrapped.separator]) == end
+    assert corpus.encode_documents(["cat"], wrapped)[-1] == wrapped.separator
+
+
+@pytest.mark.parametrize(
+    ("special", "config", "said", "message"),
+    [
+        (("</s>", "<eos>"), None, None, "several tokens may end a document: </s>, <eo"),
+        (("<unk>", "<pad>"), None, None, "its special tokens are <pad>, <unk>"),
+        (SPECIAL, {"eos_token": "</s>"}, None, "has no token </s> to end"),
+        (SPECIAL, None, "<|end|>", "has no token <|end|>"),
+        (SPECIAL, [], None, "tokenizer_config.json: cannot be read"),
+    ],
+)
+def test_an_end_token_that_is_not_known_is_asked_for(
+    tmp_path, special, config, said, message
+):
+    path = tmp_path / "tokenizer.json"
+    trained_tokenizer(path, special, end_token=special[0])
+    if config is not None:
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=r"tokenizer.*json: ") as error:
+        tokenizer.load_tokenizer(path, said)
+    assert message in str(error.value)
+
+
+def test_bytes_have_no_end_token_to_choose():
+    with pytest.raises(ValueError, match="`end_token` is for a `tokenizer`"):
+        tokenizer.load_tokenizer(None, "</s>")
 
 
 @pytest.mark.parametrize("content", [None, b"{}", b"\xff\xfe", b"not json"])
@@ -152,8 +208,8 @@ def test_text_corpus_with_trained_tokenizer(tmp_path):
     text = "the cat sat on the mät. " * 50
     folder = write_texts(tmp_path / "in", [text, text])
     loaded = load("text", folder, tokenizer=wrapped, vocab_size=320)
-    kept = wrapped.decode(loaded.train).replace(tokenizer.END_OF_TEXT, "")
-    held_out = wrapped.decode(loaded.val).replace(tokenizer.END_OF_TEXT, "")
+    kept = wrapped.decode(loaded.train).replace(END_OF_TEXT, "")
+    held_out = wrapped.decode(loaded.val).replace(END_OF_TEXT, "")
     assert kept + held_out == text + text
     assert loaded.bytes_per_token is not None
     in_bytes = len(held_out.encode()) + 1  # and the separator
@@ -181,7 +237,7 @@ def test_empty_folder_is_refused(tmp_path):
     [
         ("stdlib", ["x"], "data_path"),
         ("text", [], "data_path"),
-        ("tokens", ["x", "y"], "one file"),
+        ("tokens", ["x", "y"], "x: no such file.*\ny: no such"),
         ("tokens", ["missing.bin"], "no such file"),
         ("wiki", [], "must be one of"),
     ],
@@ -253,7 +309,7 @@ def test_id_out_of_range_names_position_and_id(at, bad, chunk):
     tokens = np.zeros(100, np.uint32)
     tokens[at] = bad
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(token_file, "CHECK_CHUNK", chunk)
+        patch.setattr(token_file.checks, "CHECK_CHUNK", chunk)
         with pytest.raises(ValueError, match=rf"file: token {at} .*id {bad},.* 49\."):
             token_file.check_ids(tokens, 50, "file")
         token_file.check_ids(tokens, bad + 1, "file")

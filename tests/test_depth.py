@@ -18,7 +18,7 @@ DEPTHS = st.integers(1, 64)
 @given(DEPTHS)
 def test_every_depth_gives_a_model(depth):
     config = Config(**derive(depth))
-    assert config.n_layers == depth and config.head_dim == 64
+    assert config.n_layers == depth and config.head_size == 64
     assert config.dim == 64 * config.n_layers
     sequences = config.batch_size * config.grad_accum_steps
     assert math.log2(sequences).is_integer() and config.batch_size <= 8

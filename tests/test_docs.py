@@ -17,7 +17,8 @@ import pytest
 
 import nanochat_jax as nj
 from nanochat_jax import cli
-from nanochat_jax.config import Config
+from nanochat_jax.config import Config, ModelConfig
+from nanochat_jax.lm import huggingface
 from nanochat_jax.lm.model import gpt
 
 ROOT = Path(__file__).parents[1]
@@ -87,7 +88,8 @@ def table_rows():
 
 
 @pytest.mark.parametrize(("module", "text"), list(docstring_examples()))
-def test_a_docstring_example_prints_what_it_shows(module, text):
+def test_a_docstring_example_prints_what_it_shows(module, text, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     public = {name: getattr(nj, name) for name in vars(nj) if name[0] != "_"}
     names = public | {"jax": jax, "jnp": jnp, "optax": optax}
     names |= vars(importlib.import_module(module))
@@ -118,13 +120,23 @@ def test_the_make_targets_of_the_readme_exist(args):
     assert {word for word in args if "=" not in word} <= targets
 
 
+def published():
+    """Writes a small model in the place of the one that the README names."""
+    config = ModelConfig(dim=16, n_layers=1, n_heads=2, max_seq_len=1024)
+    params = gpt.init(config, 0)[1]
+    huggingface.write_folder("Qwen3-0.6B", config, params, tokenizer=None)
+
+
 @pytest.mark.parametrize("args", readme_commands("nanochat-jax"))
-def test_the_commands_of_the_readme_parse(args, monkeypatch):
+def test_the_commands_of_the_readme_parse(args, monkeypatch, tmp_path):
     for command in vars(cli).values():
         if inspect.isclass(command) and hasattr(command, "run"):
             monkeypatch.setattr(command, "run", lambda self: None)
     monkeypatch.setattr(warnings, "showwarning", warnings.showwarning)
-    monkeypatch.chdir(ROOT)
+    (tmp_path / "configs").symlink_to(ROOT / "configs")
+    monkeypatch.chdir(tmp_path)
+    if "Qwen3-0.6B" in args:
+        published()
     try:
         code = cli.main(args)
     except SystemExit as stop:  # as after `--help`

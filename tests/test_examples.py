@@ -13,6 +13,7 @@ import jax
 import pytest
 
 from nanochat_jax import cli
+from nanochat_jax.lm import huggingface
 
 FILES = sorted((Path(__file__).parents[1] / "examples").glob("*.py"))
 
@@ -113,6 +114,18 @@ def test_lora_learns_with_state_for_its_adapters_only(capsys):
     assert "up/kernel" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(
+    ("bits", "most"), [("8", 0.3), pytest.param("4", 0.25, marks=pytest.mark.slow)]
+)
+def test_finetune_hf_learns_and_writes_a_folder_that_is_a_model(bits, most, tmp_path):
+    [path] = [path for path in FILES if path.stem == "finetune_hf"]
+    args = ["--bits", bits, "--output", str(tmp_path / "out")]
+    result = runpy.run_path(str(path))["main"](args)
+    assert result["last_loss"] < 0.7 * result["first_loss"]
+    assert result["state"] < most * result["adamw"]
+    assert huggingface.read_config(tmp_path / "out").qk_norm == "gain"
+
+
 def test_multi_device_learns_the_same_on_eight_devices_with_an_eighth_on_each():
     [path] = [path for path in FILES if path.stem == "multi_device"]
     env = os.environ | {"PYTHONPATH": str(path.parents[1])}
@@ -144,9 +157,9 @@ def test_slurm_starts_a_run_and_goes_on_with_one(tmp_path):
         )
         program, *args = done.stdout.splitlines()
         assert program == "nanochat-jax"
-        return cli._parse(args)
+        return args
 
-    first = start()
+    first = cli._parse(start())
     assert (first.checkpoint_dir, first.resume) == (str(folder), None)
     assert first.mesh == {"data": 4, "fsdp": 8} and first.coordinator is None
     asked = re.findall(
@@ -155,7 +168,7 @@ def test_slurm_starts_a_run_and_goes_on_with_one(tmp_path):
     assert math.prod(map(int, asked)) == math.prod(first.mesh.values())
     assert first.batch_size % math.prod(first.mesh.values()) == 0
     (folder / "500").mkdir(parents=True)
-    assert start().resume == str(folder)
+    assert start()[-2:] == ["--resume", str(folder)]
 
 
 def read(path):

@@ -24,7 +24,8 @@ FLOORS = {
     5: ("experiments", "commands", "cli", "__main__"),
 }
 ROOMS = (
-    "runtime", "model", "data", "checkpoints", "tracking", "training", "planning",
+    "runtime", "model", "data", "huggingface", "checkpoints", "tracking", "training",
+    "planning",
 )  # fmt: skip
 MOST_FILES = 14
 FLOOR = {name: floor for floor, names in FLOORS.items() for name in names}

@@ -10,7 +10,7 @@ import numpy as np
 import optax
 import pytest
 
-from nanochat_jax.lm.model import gpt, table
+from nanochat_jax.lm.model import gpt, next_token_loss, table
 from nanochat_jax.lm.model.loss import cross_entropy
 from nanochat_jax.lm.model.table import ReadOut
 from nanochat_jax.optimizer.memory import planned_bytes
@@ -134,7 +134,7 @@ def test_a_model_reads_complements_and_does_not_predict_them():
     marked = batch.at[:, :5].set(~batch[:, :5])
     logits = gpt.apply(graphdef, params, batch[:, :-1])
     losses = optax.softmax_cross_entropy_with_integer_labels(logits, batch[:, 1:])
-    got = gpt.next_token_loss(graphdef, params, marked)
+    got = next_token_loss(graphdef, params, marked)
     np.testing.assert_allclose(got, losses[:, 4:].mean(), rtol=1e-5)
 
 
@@ -177,7 +177,7 @@ def test_the_model_gives_the_same_loss_for_any_chunk(weight_tied):
         graphdef, params, batch = example_model(
             loss_chunk=chunk, weight_tied=weight_tied
         )
-        loss = functools.partial(gpt.next_token_loss, graphdef)
+        loss = functools.partial(next_token_loss, graphdef)
         results.append(jax.jit(jax.value_and_grad(loss))(params, batch))
     assert_near(*results)
 
@@ -189,5 +189,5 @@ def example_model(**kwargs):
 
 
 def lowered(graphdef, params, batch):
-    loss = functools.partial(gpt.next_token_loss, graphdef)
+    loss = functools.partial(next_token_loss, graphdef)
     return jax.jit(jax.value_and_grad(loss)).lower(params, batch)

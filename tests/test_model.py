@@ -16,7 +16,7 @@ from jax.tree_util import keystr
 
 from nanochat_jax import label_params
 from nanochat_jax.config import ModelConfig
-from nanochat_jax.lm.model import block, gpt, param_sharding
+from nanochat_jax.lm.model import block, gpt, next_token_loss, param_sharding
 from nanochat_jax.lm.model.flops import count_flops_per_token
 from nanochat_jax.lm.model.loss import cross_entropy
 from nanochat_jax.lm.model.sampling import _next_token, generate, sample
@@ -49,7 +49,7 @@ def logits_of(config=MODEL):
 
 @functools.cache
 def loss_and_grads_of(config=MODEL):
-    loss = functools.partial(gpt.next_token_loss, initial(config)[0])
+    loss = functools.partial(next_token_loss, initial(config)[0])
     return jax.jit(jax.value_and_grad(loss))
 
 
@@ -108,7 +108,7 @@ def shapes_by_label(params):
 @pytest.mark.parametrize("config", [MODEL, UNTIED], ids=["tied", "untied"])
 def test_parameter_count(config):
     d, f, v, layers = config.dim, config.ffn_dim, config.vocab_size, config.n_layers
-    grouped = config.kv_heads * config.head_dim
+    grouped = config.kv_heads * config.head_size
     block = 2 * d * d + 2 * d * grouped + 3 * d * f + 2 * d
     expected = layers * block + d + v * d * (1 if config.weight_tied else 2)
     _, params = initial(config)
@@ -142,28 +142,36 @@ def test_a_kernel_whose_module_declares_no_sharding_is_refused():
 # Forward pass
 
 
-def reference_logits(params, tokens):
+def reference_logits(params, tokens, config=MODEL):
     """The documented model for one sequence, in plain NumPy and float64."""
     params = jax.tree.map(lambda x: np.asarray(x, np.float64), params)
-    rms = lambda x: x / np.sqrt((x**2).mean(axis=-1, keepdims=True) + 1e-6)
-    half, group = MODEL.head_dim // 2, MODEL.n_heads // MODEL.kv_heads
-    turn = np.exp(
-        1j * np.outer(np.arange(len(tokens)), 10_000.0 ** (-np.arange(half) / half))
-    )
+    rms = lambda x: x / np.sqrt((x**2).mean(axis=-1, keepdims=True) + config.norm_eps)
+    half, group = config.head_size // 2, config.n_heads // config.kv_heads
+    speeds = 10_000.0 ** (-np.arange(half) / half)
+    if config.rope_scaling:
+        factor, low, high, length = config.rope_scaling
+        for i, turns in enumerate(speeds * length / (2 * np.pi)):
+            slow = min(max((high - turns) / (high - low), 0), 1)
+            speeds[i] *= slow / factor + 1 - slow
+    turn = np.exp(1j * np.outer(np.arange(len(tokens)), speeds))
 
-    def rotated(x):
-        z = (rms(x)[:, :half] + 1j * rms(x)[:, half:]) * turn
+    def rotated(x, gain):
+        x = x if config.qk_norm == "none" else rms(x) * gain
+        z = (x[:, :half] + 1j * x[:, half:]) * turn
         return np.concatenate([z.real, z.imag], axis=-1)
 
     def attention(x, p):
         columns = lambda name, head: np.split(
-            x @ p[name]["kernel"], p[name]["kernel"].shape[1] // MODEL.head_dim, axis=1
+            x @ p[name]["kernel"],
+            p[name]["kernel"].shape[1] // config.head_size,
+            axis=1,
         )[head]
+        gain = lambda name: p[name]["scale"] if name in p else 1
         heads = []
-        for head in range(MODEL.n_heads):
-            query = rotated(columns("query", head))
-            key = rotated(columns("key", head // group))
-            scores = np.exp(query @ key.T / np.sqrt(MODEL.head_dim))
+        for head in range(config.n_heads):
+            query = rotated(columns("query", head), gain("query_norm"))
+            key = rotated(columns("key", head // group), gain("key_norm"))
+            scores = np.exp(query @ key.T / np.sqrt(config.head_size))
             weights = np.tril(scores) / np.tril(scores).sum(axis=1, keepdims=True)
             heads.append(weights @ columns("value", head // group))
         return np.concatenate(heads, axis=1) @ p["out"]["kernel"]
@@ -186,6 +194,36 @@ def reference_logits(params, tokens):
 def test_logits_are_those_of_the_reference(config):
     params = built(config)[1]
     expected = [reference_logits(params, row) for row in np.asarray(token_ids())]
+    np.testing.assert_allclose(
+        logits_of(config)(params, token_ids()), expected, atol=1e-3
+    )
+
+
+# Models of others: heads of a size of their own, gains, another norm and rotation.
+PUBLISHED = dataclasses.replace(
+    MODEL,
+    head_dim=12,
+    qk_norm="gain",
+    norm_eps=1e-2,
+    rope_scaling=(8.0, 1.0, 4.0, 64.0),
+    n_layers=1,
+)
+WITHOUT = dataclasses.replace(PUBLISHED, qk_norm="none")
+
+
+@pytest.mark.parametrize("config", [PUBLISHED, WITHOUT], ids=["gain", "none"])
+def test_published_shapes_are_those_of_the_reference(config):
+    params = built(config)[1]
+    names = ["query_norm", "key_norm"] if config.qk_norm == "gain" else []
+    assert {*names} == params["blocks"][0]["attention"].keys() & {
+        "query_norm",
+        "key_norm",
+    }
+    labels = label_params(params)["blocks"][0]["attention"]
+    assert all(labels[name] == {"scale": "vector"} for name in names)
+    expected = [
+        reference_logits(params, row, config) for row in np.asarray(token_ids())
+    ]
     np.testing.assert_allclose(
         logits_of(config)(params, token_ids()), expected, atol=1e-3
     )
@@ -232,7 +270,7 @@ def test_grouped_heads_are_repeated_heads():
             keystr(path, simple=True, separator=".").split(".")
         ):
             return x
-        heads = x.reshape(MODEL.dim, MODEL.kv_heads, MODEL.head_dim)
+        heads = x.reshape(MODEL.dim, MODEL.kv_heads, MODEL.head_size)
         return jnp.repeat(heads, groups, axis=1).reshape(MODEL.dim, -1)
 
     full_params = jax.tree.map_with_path(repeat, grouped_params)

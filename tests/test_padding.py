@@ -10,7 +10,7 @@ import pytest
 
 import tiny
 from nanochat_jax.lm.checkpoints import weights_file
-from nanochat_jax.lm.model import gpt
+from nanochat_jax.lm.model import gpt, next_token_loss
 from nanochat_jax.lm.model.sampling import generate
 
 CONFIG = dataclasses.replace(tiny.MODEL, n_layers=1, vocab_size=37, pad_vocab_to=32)
@@ -46,7 +46,7 @@ def test_losses_and_gradients_are_those_without(values):
 
 
 def loss_and_grads(graphdef, params):
-    loss = lambda params: gpt.next_token_loss(graphdef, params, jnp.asarray(TOKENS))
+    loss = lambda params: next_token_loss(graphdef, params, jnp.asarray(TOKENS))
     return jax.jit(jax.value_and_grad(loss))(params)
 
 

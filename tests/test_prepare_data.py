@@ -9,8 +9,8 @@ import pytest
 
 from nanochat_jax import cli
 from nanochat_jax.lm.data import bpe, corpus, dataset_folder, documents, token_file
+from nanochat_jax.lm.data.end_token import END_OF_TEXT
 from nanochat_jax.lm.data.tokenizer import (
-    END_OF_TEXT,
     ByteTokenizer,
     TrainedTokenizer,
     load_tokenizer,

@@ -17,7 +17,7 @@ from nanochat_jax.config import Config
 from nanochat_jax.lm.checkpoints import record, weights_file
 from nanochat_jax.lm.checkpoints.pretrained import load_trained
 from nanochat_jax.lm.checkpoints.store import Checkpoints
-from nanochat_jax.lm.model import block, gpt
+from nanochat_jax.lm.model import block, gpt, next_token_loss
 from nanochat_jax.lm.model.layer_stacking import unstack_layers
 from nanochat_jax.lm.model.sampling import generate
 from nanochat_jax.optimizer.memory import compiled_bytes
@@ -48,7 +48,7 @@ def stack_layers(params):
 
 
 def loss_and_grads(config, params):
-    loss = functools.partial(gpt.next_token_loss, initial(config)[0])
+    loss = functools.partial(next_token_loss, initial(config)[0])
     return jax.jit(jax.value_and_grad(loss))(params, BATCH)
 
 
@@ -102,7 +102,7 @@ def assert_near(got, wanted, tolerance):
 def test_the_program_does_not_grow_with_layers():
     def products(config):
         graphdef, params = jax.eval_shape(functools.partial(gpt.init, config), 0)
-        loss = functools.partial(gpt.next_token_loss, graphdef)
+        loss = functools.partial(next_token_loss, graphdef)
         return str(jax.make_jaxpr(jax.grad(loss))(params, BATCH)).count("dot_general")
 
     deeper = lambda config: dataclasses.replace(config, n_layers=6)
@@ -113,7 +113,7 @@ def test_the_program_does_not_grow_with_layers():
 def test_a_bfloat16_ternary_model_is_scanned_too():
     changes = {"compute_dtype": "bfloat16", "ternary": True}
     config = dataclasses.replace(STACKED, **changes)
-    loss = lambda config: functools.partial(gpt.next_token_loss, initial(config)[0])
+    loss = lambda config: functools.partial(next_token_loss, initial(config)[0])
     stacked = jax.jit(loss(config))(stack_layers(noisy()), BATCH)
     apart = dataclasses.replace(APART, **changes)
     np.testing.assert_allclose(stacked, jax.jit(loss(apart))(noisy(), BATCH), rtol=1e-2)

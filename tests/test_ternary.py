@@ -14,7 +14,7 @@ import nanochat_jax as nj
 import tiny
 from nanochat_jax.config import ModelConfig
 from nanochat_jax.lm.checkpoints import weights_file
-from nanochat_jax.lm.model import gpt
+from nanochat_jax.lm.model import gpt, next_token_loss
 from nanochat_jax.lm.model.flops import count_flops_per_token
 from nanochat_jax.lm.model.ternary import (
     TernaryLinear,
@@ -155,7 +155,7 @@ def test_training_with_quantised_momentum_lowers_the_loss():
 
     @jax.jit
     def step(params, state):
-        loss = functools.partial(gpt.next_token_loss, graphdef)
+        loss = functools.partial(next_token_loss, graphdef)
         value, grads = jax.value_and_grad(loss)(params, batch)
         updates, state = tx.update(grads, state, params)
         return jax.tree.map(jnp.add, params, updates), state, value

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import tiny
-from nanochat_jax.lm.model import gpt
+from nanochat_jax.lm.model import gpt, next_token_loss
 
 torch = pytest.importorskip(
     "torch", reason="torch is missing: `make test-peers` has it"
@@ -46,7 +46,7 @@ def ours():
 def test_equal_weights_give_equal_losses_and_gradients(torch_gpt, ours):
     graphdef, params = ours
     loss, grads = jax.value_and_grad(
-        lambda params: gpt.next_token_loss(graphdef, params, jnp.asarray(BATCH))
+        lambda params: next_token_loss(graphdef, params, jnp.asarray(BATCH))
     )(params)
     peer = torch_gpt.GPT(CONFIG).load(jax.tree.map(np.asarray, params))
     their_loss = peer(torch.tensor(BATCH, dtype=torch.long))

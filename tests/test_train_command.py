@@ -70,3 +70,20 @@ def test_a_folder_is_not_made_for_steps_that_are_none(train, tmp_path, capsys):
         train("--checkpoint-dir", folder, "--profile-steps", "3")
     assert "A:B" in capsys.readouterr().err
     assert not folder.exists()
+
+
+def test_a_resumed_run_beyond_its_limit_is_refused_before_its_state_is_read(
+    train, tmp_path, capsys, monkeypatch
+):
+    def read(*args):
+        raise AssertionError
+
+    folder, again = tmp_path / "run", tmp_path / "again"
+    assert train("--checkpoint-dir", folder) == 0
+    monkeypatch.setattr(Checkpoints, "restore", read)
+    flags = ("--resume", folder / "4", "--checkpoint-dir", again)
+    with pytest.raises(SystemExit) as error:
+        train(*flags, "--memory-limit", "9 kB")
+    assert error.value.code == 2
+    assert "`memory_limit` is 9 kB" in capsys.readouterr().err
+    assert not again.exists()

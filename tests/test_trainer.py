@@ -12,7 +12,7 @@ import pytest
 from rich.console import Console
 
 from nanochat_jax.lm.checkpoints.store import Checkpoints
-from nanochat_jax.lm.model import gpt
+from nanochat_jax.lm.model import next_token_loss
 from nanochat_jax.lm.tracking.console import make_display
 from nanochat_jax.lm.tracking.jsonl import MetricsWriter, read_metrics
 from nanochat_jax.lm.training import loop, resume
@@ -177,7 +177,7 @@ def test_the_guard_takes_no_second_copy_of_parameters_or_gradients():
     """Beside the same step without it; under `lax.cond` it would take one."""
     config = dataclasses.replace(TINY, dim=128, n_layers=3, batch_size=1, seq_len=8)
     run = make_run(config)
-    loss_fn = lambda params, batch: gpt.next_token_loss(run.graphdef, params, batch)
+    loss_fn = lambda params, batch: next_token_loss(run.graphdef, params, batch)
 
     def unguarded(state, batch):
         loss, grads = mean_gradient(loss_fn, state.params, batch)

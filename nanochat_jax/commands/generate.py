@@ -1,6 +1,7 @@
 """`nanochat-jax generate`: text from a checkpoint."""
 
 import dataclasses
+import sys
 from collections.abc import Iterator
 from typing import Literal
 
@@ -26,7 +27,8 @@ class Generate:
       top_k: Number of most likely tokens to sample from; all if not given.
       seed: Seed of the sampling.
       stop: Stop strings; they are not printed.
-      tokenizer: Path of the tokenizer, if it was moved since the training.
+      tokenizer: Path of the tokenizer, if it was moved since the training, or if the
+        model was trained on ids of an unknown one.
       device: Device to compute on. `gpu` without a GPU is an error.
       threads: Processors to use on the CPU; all if not given.
     """
@@ -66,6 +68,12 @@ class Generate:
         """Loads model and tokenizer, and returns the text piece by piece."""
         trained = load_trained(self.checkpoint)
         tokenizer = trained.load_tokenizer(self.tokenizer)
+        if trained.fingerprint is None:
+            print(
+                "note: the model was trained on ids of an unknown tokenizer; they are "
+                f"taken to be of {self.tokenizer or trained.tokenizer_file}.",
+                file=sys.stderr,
+            )
         prompt = tokenizer.encode(self.prompt).tolist() or [tokenizer.separator]
         room = max(trained.config.max_seq_len - len(prompt), 1)
         tokens = generate(

@@ -137,12 +137,14 @@ def _is_required(field: dataclasses.Field[Any]) -> bool:
 
 def _invocation(field: dataclasses.Field[Any], hint: Any) -> str:
     """Returns a flag with the type of its value, such as `--dim INT`."""
-    flag = field.name.replace("_", "-")
+    given = getattr(hint, "__metadata__", ())
+    names = [x.name for x in given if getattr(x, "name", None)]
+    flag = names[0] if names else field.name.replace("_", "-")
     if tyro.conf.Positional in getattr(hint, "__metadata__", ()):
         return f"{field.name[:-1].upper()}..."
     if hint is bool:
         return f"--[no-]{flag}"
-    return f"--{flag} {_type(hint)}"
+    return f"--{flag} {_type(typing.get_args(hint)[0] if names else hint)}"
 
 
 def _type(hint: Any) -> str:

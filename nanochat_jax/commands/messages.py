@@ -6,12 +6,13 @@ from pathlib import Path
 from typing import Any
 
 import jax
+from jax.tree_util import keystr
 
 from nanochat_jax.lm.planning import optimizer_summary
 from nanochat_jax.lm.runtime import tree_bytes
 from nanochat_jax.lm.tracking import clock
 from nanochat_jax.lm.training import Run, TrainState
-from nanochat_jax.optimizer import bytes_per_device, memory_report
+from nanochat_jax.optimizer import bytes_per_device, memory_report, roles
 
 
 def done(metrics: Mapping[str, Any], first: int) -> str:
@@ -31,11 +32,32 @@ def done(metrics: Mapping[str, Any], first: int) -> str:
     return line if bits is None else f"{line}, {bits:.4f} bits a byte"
 
 
-def saved(folder: Path | None) -> str:
-    """Returns the folder of the model, and a command to try it."""
+def frozen(run: Run) -> str:
+    """Returns a line about the parameters that are not trained.
+
+    Args:
+      run: The run.
+    """
+    found = roles.frozen_by(run.config.freeze, run.params)
+    sizes = {keystr(path): x.size for path, x in jax.tree.leaves_with_path(run.params)}
+    count, total = sum(sizes[name] for name in found), sum(sizes.values())
+    return (
+        f"Frozen: {count:,} of {total:,} parameters, without gradient and state "
+        f"({', '.join(run.config.freeze)})"
+    )
+
+
+def saved(folder: Path | None, *, with_tokenizer: bool = True) -> str:
+    """Returns the folder of the model, and a command to try it.
+
+    Args:
+      folder: The folder, if there is one.
+      with_tokenizer: Whether the run knows the tokenizer of its ids.
+    """
     if folder is None:
         return "Saved:  nothing, for want of `--checkpoint-dir`"
-    return f"Saved:  {folder}; try `nanochat-jax generate --checkpoint {folder}`"
+    also = "" if with_tokenizer else " --tokenizer FILE"
+    return f"Saved:  {folder}; try `nanochat-jax generate --checkpoint {folder}{also}`"
 
 
 def stopped(received: signal.Signals, step: int, folder: Path | None) -> str:

@@ -22,7 +22,7 @@ from nanochat_jax.commands.shared import (
     usage_errors,
 )
 from nanochat_jax.config import Config, schema
-from nanochat_jax.lm.checkpoints import Checkpoints
+from nanochat_jax.lm.checkpoints import Checkpoints, Source, open_source
 from nanochat_jax.lm.model import param_sharding
 from nanochat_jax.lm.planning import memory_limit, optimizer_summary
 from nanochat_jax.lm.runtime import machine, processes, stopping
@@ -95,7 +95,7 @@ class _Job(NamedTuple):
 
     Attributes:
       run: Run to train.
-      restored: State to go on from, if any.
+      resumption: Checkpoint to go on from, if any.
       folder: Folder to write to, if any.
       sinks: Sinks of metrics.
       profiler: Profiler of some steps, if any.
@@ -103,7 +103,7 @@ class _Job(NamedTuple):
     """
 
     run: Run
-    restored: TrainState | None
+    resumption: resume.Resumption | None
     folder: Path | None
     sinks: list[Sink]
     profiler: StepProfiler | None
@@ -134,7 +134,7 @@ class Train(Config, TrainFlags):
         """Trains; returns the signal that ended it early, if one did."""
         tell = functools.partial(say, console)
         with usage_errors():
-            job = self._prepare(tell)
+            job = self._prepare()
         run = job.run
         say_derived(console, self)
         tell(
@@ -146,33 +146,43 @@ class Train(Config, TrainFlags):
         tell(f"Data:   {run.corpus.description}, {len(run.corpus.train):,} tokens")
         count = sum(x.size for x in jax.tree.leaves(run.params))
         tell(f"Model:  {count:,} parameters on {machine.device_names()}")
+        if run.config.freeze:
+            tell(messages.frozen(run))
         if mesh := param_sharding.mesh_summary(run.params, run.config):
             tell(mesh)
-        first = int(job.restored.step) if job.restored else 0
+        if run.source:
+            tell(_started_from(run.source))
+        first = job.resumption.step if job.resumption else 0
         state, metrics, received = _fit(job, console, tell)
         if received:
             tell(messages.stopped(received, int(state.step), job.folder))
             return received
-        said = messages.done(metrics, first), messages.saved(job.folder)
+        known = run.corpus.tokenizer is not None
+        saved = messages.saved(job.folder, with_tokenizer=known)
+        said = messages.done(metrics, first), saved
         tell("\n" + "\n".join((*said, messages.held(run, state))))
         if job.sampler:
             text = job.sampler(state.params, int(state.step))
             tell(f"\nA sample:\n{text}")
         return None
 
-    def _prepare(self, tell: Callable[[str], object]) -> _Job:
-        """Loads data and state, and refuses invalid settings; nothing is written."""
-        run = make_run(settings_of(self), self.epochs)
+    def _prepare(self) -> _Job:
+        """Loads data and refuses invalid settings; no weights are read yet."""
+        config, start, resumed = settings_of(self), None, None
+        if config.init_from and not self.resume:
+            start = open_source(config.init_from)
+        run = make_run(config, self.epochs, start)
         source = Checkpoints(self.resume) if self.resume else None
         allow: list[resume.Change] = [
             change
             for change in resume.CHANGES
             if getattr(self, f"allow_{change}_change")
         ]
-        restored = source and resume.restore(run, source, allow=allow, say=tell)
+        if source:
+            resumed = resume.check(run, source, allow=allow)
         given = self.checkpoint_dir or (source and source.directory)
         folder = Path(given) if given else None
-        first = int(restored.step) if restored else 0
+        first = resumed.step if resumed else 0
         _check_folder(folder, first, run.config.total_steps)
         profiler = None
         if self.profile_steps:
@@ -183,7 +193,7 @@ class Train(Config, TrainFlags):
             sinks, profiler = [], None
         if jax.process_count() > 1:
             sampler = None  # its tokens are on one process, parameters on all
-        return _Job(run, restored, folder, sinks, profiler, sampler)
+        return _Job(run, resumed, folder, sinks, profiler, sampler)
 
     def _sinks(self, run: Run, folder: Path | None) -> list[Sink]:
         """Returns the sinks of metrics."""
@@ -219,6 +229,11 @@ def _check_folder(folder: Path | None, first: int, total: int) -> None:
     )
 
 
+def _started_from(source: Source) -> str:
+    """Returns a line about the model that a run starts from."""
+    return f"Start:  {source.kind} {source.path}, in {source.config.param_dtype}"
+
+
 def _fit(
     job: _Job, console: Console, tell: Callable[[str], object]
 ) -> tuple[TrainState, Mapping[str, Any], signal.Signals | None]:
@@ -231,9 +246,9 @@ def _fit(
     tell(messages.compiled(step, time.perf_counter() - started))
     with usage_errors():
         memory_limit.check(config, planned_bytes(step)["peak_bytes"])
-    state = job.restored or init_state(run)
+        state = job.resumption.restore(tell) if job.resumption else init_state(run)
     first = int(state.step)
-    if job.restored:
+    if job.resumption:
         tell(f"Resumed from step {first}.")
     with contextlib.ExitStack() as stack:
         stop = stack.enter_context(stopping(run.mesh))

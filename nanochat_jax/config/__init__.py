@@ -32,4 +32,5 @@ from nanochat_jax.config.run import (
     Config as Config,
     DatasetName as DatasetName,
     TokenDtype as TokenDtype,
+    TokenFormat as TokenFormat,
 )

@@ -1,7 +1,7 @@
 """Base class of all settings: how they are checked, and read from the file of a run."""
 
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, Self
 
@@ -61,7 +61,13 @@ class Settings:
         raise NotImplementedError
 
     @classmethod
-    def from_toml(cls, path: str | Path, **flags: Any) -> Self:
+    def from_toml(
+        cls,
+        path: str | Path,
+        *,
+        derive: Callable[[Mapping[str, Any]], dict[str, Any]] = derived_from,
+        **flags: Any,
+    ) -> Self:
         """Reads the fields of this class from a TOML file.
 
         The file may have the keys of a whole run; the keys of other classes are left
@@ -71,6 +77,7 @@ class Settings:
         Args:
           path: A flat TOML file. It may also have `depth` or `model`; see
             `from_values`.
+          derive: As for `from_values`.
           **flags: Values in place of those in the file.
 
         Returns:
@@ -85,16 +92,22 @@ class Settings:
         )
         neutral = REMOVED.keys() - {line.split("`")[1] for line in refused(values)}
         _warn(path, values, sorted(neutral), "are removed and, as they are set, have")
-        return cls.from_values({**values, **flags}, str(path))
+        return cls.from_values({**values, **flags}, str(path), derive)
 
     @classmethod
-    def from_values(cls, values: Mapping[str, Any], source: str) -> Self:
+    def from_values(
+        cls,
+        values: Mapping[str, Any],
+        source: str,
+        derive: Callable[[Mapping[str, Any]], dict[str, Any]] = derived_from,
+    ) -> Self:
         """Takes the fields of this class from the values of a run.
 
         Args:
           values: Values by key. From `depth` or `model` follow other values where none
             are given; see `depth.derive` and `presets.shape_of`.
           source: Where the values come from, for messages.
+          derive: Function from the values to others that follow from them.
 
         Returns:
           The settings.
@@ -103,7 +116,7 @@ class Settings:
           ValueError: If a key or value is not allowed.
         """
         try:
-            values = {**derived_from(values), **values}
+            values = {**derive(values), **values}
         except ValueError as error:
             raise ValueError(f"{source}: {error}") from None
         ignored = [key for key in (*PARENT_ONLY, *REMOVED) if key in values]

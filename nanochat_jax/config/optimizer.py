@@ -82,6 +82,9 @@ class OptimizerConfig(Settings):
       master_bits: Further bits of "split": 16 make float32.
       adam_betas: Decays of AdamW.
       lion_betas: Decays of Lion.
+      freeze: Parameters that are left as they are, without gradient, state and weight
+        decay: globs on their paths, such as "embed" or "*/attention". One that
+        matches a module freezes all of it.
       seed: Seed of sketches and stochastic rounding; in a run also of the parameters
         and of the order of the data.
     """
@@ -121,6 +124,7 @@ class OptimizerConfig(Settings):
     master_bits: Literal[8, 16] = _muon(8, adamw=True)
     adam_betas: tuple[float, float] = _fallback((0.9, 0.95), adamw=True)
     lion_betas: tuple[float, float] = _fallback((0.9, 0.99))
+    freeze: tuple[str, ...] = _muon(())
     seed: int = setting(0, group="Random numbers", least=0)
 
     def _checks(self) -> list[schema.Check]:

@@ -10,8 +10,9 @@ from nanochat_jax.config.model import ModelConfig
 from nanochat_jax.config.optimizer import OptimizerConfig
 from nanochat_jax.config.schema import setting
 
-DatasetName = Literal["stdlib", "text", "tokens", "synthetic"]
-TokenDtype = Literal["uint16", "uint32"]
+DatasetName = Literal["stdlib", "text", "tokens", "jsonl", "parquet", "synthetic"]
+TokenDtype = Literal["uint8", "uint16", "uint32", "int32", "int64"]
+TokenFormat = Literal["raw", "llm.c", "npy", "datatrove", "megatron"]
 
 MESH_AXES = ("data", "fsdp", "tensor")
 """Axes of a mesh: data parallel, fully sharded data parallel, tensor parallel."""
@@ -30,9 +31,19 @@ class Config(OptimizerConfig, ModelConfig):
 
     Attributes:
       dataset: Data set to train on; see `corpus.load_corpus`.
-      data_path: File or folders of the data sets `text` and `tokens`.
-      token_dtype: Type of the ids in a token file that does not record it.
+      data_path: Files and folders of a data set of files; but for `text` also patterns,
+        such as `shards/*.bin`.
+      text_field: Field of `jsonl` and `parquet` with the text of a record, or with its
+        messages, of which then only the assistant's are learned.
+      token_dtype: Type of the ids in token files that do not record it; uint32 if not
+        given.
+      token_format: Format of token files; recognised if not given.
       tokenizer: File of a trained tokenizer; bytes if not given.
+      end_token: Token of `tokenizer` that ends a document; derived from the file and
+        the `tokenizer_config.json` beside it if not given.
+      init_from: Model to start from: a Hugging Face folder, a checkpoint, or a file
+        that `export` wrote. Settings of the model, and the tokenizer, are then its own
+        where they are not given; of a checkpoint only the parameters are taken.
       batch_size: Sequences of a microbatch.
       grad_accum_steps: Microbatches whose gradients are averaged in a step.
       seq_len: Tokens of a sequence; `max_seq_len` if not given.
@@ -75,8 +86,12 @@ class Config(OptimizerConfig, ModelConfig):
     # Other files or another tokenizer affect nothing if they give the same ids, which a
     # run compares by itself.
     data_path: tuple[str, ...] = _data((), affects="nothing")
+    text_field: str = _data("text", affects="nothing")
     token_dtype: TokenDtype | None = _data(None)  # noqa: RUF009
+    token_format: TokenFormat | None = _data(None, affects="nothing")  # noqa: RUF009
     tokenizer: str | None = _data(None, affects="nothing")
+    end_token: str | None = _data(None, affects="nothing")
+    init_from: str | None = setting(None, group="Model to start from", affects="course")
     batch_size: int = _batches(8, least=1)
     grad_accum_steps: int = _batches(1, least=1)
     seq_len: int | None = _batches(None)

@@ -31,8 +31,13 @@ def build_adamw(
       An Optax transformation, from gradients to updates.
 
     Raises:
-      ValueError: If GaLore's rank is a fraction.
+      ValueError: If GaLore's rank is a fraction, or parameters are to be frozen.
     """
+    if config.freeze:
+        raise ValueError(
+            "the AdamW baselines train all parameters, but `freeze` is "
+            f"{[*config.freeze]}. Leave one of the two out."
+        )
     rate, betas = schedule(config, config.lr), config.adam_betas
     plain = optax.adamw(rate, *betas, weight_decay=config.weight_decay)
     matrix = plain

@@ -78,10 +78,11 @@ def build_optimizer(
 
     Raises:
       TypeError: If a parameter is complex.
-      ValueError: If nothing tells which axes of a leaf are a matrix.
+      ValueError: If nothing tells which axes of a leaf are a matrix, or a pattern of
+        `freeze` matches no parameter.
     """
     params = as_arrays(params)
-    roles = settle(params, labels=labels, matrix_axes=matrix_axes)
+    roles = settle(params, labels=labels, matrix_axes=matrix_axes, freeze=config.freeze)
     rule = Rule.of(config)
     if learning_rate is not None:
         rule = dataclasses.replace(rule, rate=learning_rate)

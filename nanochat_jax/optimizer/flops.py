@@ -33,7 +33,8 @@ def update_flops(
       Operations by part: `newton_schulz`, `projection`, and `refresh`, the operations
       of a change of basis divided by the steps between two changes.
     """
-    matrices = matrices_of(params, settle(params, matrix_axes=matrix_axes))
+    roles = settle(params, matrix_axes=matrix_axes, freeze=config.freeze)
+    matrices = matrices_of(params, roles)
     total = {"newton_schulz": 0, "projection": 0, "refresh": 0}
     for x in jax.tree.leaves(matrices):
         for part, count in _leaf_flops(config, x.shape).items():

@@ -6,7 +6,12 @@ from jax.sharding import NamedSharding, PartitionSpec as P
 
 import nanochat_jax as nj
 from nanochat_jax.config import Config
-from nanochat_jax.lm.model import activation_sharding, gpt, param_sharding
+from nanochat_jax.lm.model import (
+    activation_sharding,
+    gpt,
+    next_token_loss,
+    param_sharding,
+)
 from nanochat_jax.lm.planning.hlo_collectives import KINDS, collectives
 from nanochat_jax.lm.planning.step_traffic import step_traffic
 from nanochat_jax.lm.planning.update_traffic import update_traffic
@@ -44,7 +49,7 @@ def gradient(config, graphdef, params):
     place = params["embed"]["embedding"].sharding.mesh
     where = activation_sharding.batch_sharding(place, shape)
     batch = jax.ShapeDtypeStruct(shape, "int32", sharding=where)
-    loss = lambda params, batch: gpt.next_token_loss(graphdef, params, batch)
+    loss = lambda params, batch: next_token_loss(graphdef, params, batch)
     out = (NamedSharding(place, P()), jax.tree.map(lambda x: x.sharding, params))
     with activation_sharding.using(place):
         step = jax.jit(jax.value_and_grad(loss), out_shardings=out)

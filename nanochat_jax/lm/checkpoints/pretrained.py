@@ -7,6 +7,7 @@ from flax import nnx
 
 from nanochat_jax.config import ModelConfig, schema
 from nanochat_jax.lm.checkpoints import record
+from nanochat_jax.lm.checkpoints.source import tokenizer_beside
 from nanochat_jax.lm.checkpoints.store import Checkpoints
 from nanochat_jax.lm.data import Tokenizer, load_tokenizer
 from nanochat_jax.lm.model import gpt
@@ -22,7 +23,8 @@ class Trained:
       params: Its parameters.
       step: Steps it was trained for.
       tokenizer_file: Where its tokenizer was, None for bytes.
-      fingerprint: Fingerprint of its tokenizer.
+      end_token: Token that ends a document, if it was set.
+      fingerprint: Fingerprint of its tokenizer, if known.
     """
 
     config: ModelConfig
@@ -30,26 +32,42 @@ class Trained:
     params: gpt.Params
     step: int
     tokenizer_file: str | None
-    fingerprint: str
+    end_token: str | None
+    fingerprint: str | None
 
     def load_tokenizer(self, path: str | Path | None = None) -> Tokenizer:
         """Returns the tokenizer of the model.
 
         Args:
-          path: Where it is now, if it was moved.
+          path: Where it is now, if it was moved or was not known. For a model of ids of
+            an unknown tokenizer any is taken that the vocabulary has room for.
 
         Raises:
-          ValueError: If the file is missing, or not the one of the training.
+          ValueError: If the file is missing or not known, or not the one of the
+            training.
         """
         path = path or self.tokenizer_file
-        tokenizer = load_tokenizer(path)
         schema.require(
             (
-                tokenizer.fingerprint == self.fingerprint,
+                self.fingerprint is not None or path is not None,
+                "the model was trained on ids of an unknown tokenizer. Give its file "
+                "by `--tokenizer`.",
+            )
+        )
+        tokenizer = load_tokenizer(path, self.end_token)
+        vocab_size = self.config.vocab_size
+        schema.require(
+            (
+                self.fingerprint in (None, tokenizer.fingerprint),
                 f"{path or 'bytes'}: the model was trained on ids of the tokenizer "
                 f"{self.fingerprint}, but this one is {tokenizer.fingerprint} "
                 "(SHA-256). Give that file by `--tokenizer`.",
-            )
+            ),
+            (
+                tokenizer.vocab_size <= vocab_size,
+                f"{path or 'bytes'}: the tokenizer has {tokenizer.vocab_size} ids, but "
+                f"the model's `vocab_size` is only {vocab_size}.",
+            ),
         )
         return tokenizer
 
@@ -78,6 +96,7 @@ def load_trained(directory: str | Path) -> Trained:
         graphdef,
         restored["params"],
         step or 0,
-        stored["tokenizer"],
+        tokenizer_beside(checkpoints.directory) or stored["tokenizer"],
+        stored["end_token"],
         meta["tokenizer"],
     )

@@ -7,8 +7,10 @@ The record is JSON:
   config_hash  SHA-256 of the settings as JSON with sorted keys
   variant      name of the optimizer's variant
   data         fingerprint of the token ids
-  tokenizer    fingerprint of the tokenizer
+  tokenizer    fingerprint of the tokenizer, null if the ids are of an unknown one
   versions     versions of `PACKAGES`
+  contains     "weights" if the optimizer's state is missing, else absent
+  source       path and kind of the model that weights were imported from
 
 A run that resumes must agree with `config`, `data` and `tokenizer`, as far as `resume`
 says; the rest is for people. Format 1 had other names of fields and more settings.
@@ -36,13 +38,13 @@ _RENAMED = {
 """Names of `NamedTuple` fields in an earlier format, by their names now."""
 
 
-def make(config: Config, *, data: str, tokenizer: str) -> dict[str, Any]:
+def make(config: Config, *, data: str, tokenizer: str | None) -> dict[str, Any]:
     """Returns the record of a run.
 
     Args:
       config: Settings of the run.
       data: Fingerprint of its token ids.
-      tokenizer: Fingerprint of its tokenizer.
+      tokenizer: Fingerprint of its tokenizer, if known.
     """
     settings = dataclasses.asdict(config)
     text = json.dumps(settings, sort_keys=True)
@@ -55,6 +57,37 @@ def make(config: Config, *, data: str, tokenizer: str) -> dict[str, Any]:
         "tokenizer": tokenizer,
         "versions": machine.versions(PACKAGES),
     }
+
+
+def make_imported(
+    config: Config, *, tokenizer: str | None, source: str
+) -> dict[str, Any]:
+    """Returns the record of weights without a state to resume.
+
+    Args:
+      config: Settings of the model, and its tokenizer.
+      tokenizer: Fingerprint of its tokenizer, if known.
+      source: Origin of the weights, in words.
+    """
+    made = make(config, data="", tokenizer=tokenizer)
+    return {**made, "contains": "weights", "source": source}
+
+
+def require_state(meta: Mapping[str, Any], source: str) -> None:
+    """Refuses to resume from weights alone.
+
+    Args:
+      meta: The record.
+      source: Checkpoint that it is of, for messages.
+
+    Raises:
+      ValueError: If the checkpoint holds no state of an optimizer.
+    """
+    if meta.get("contains") == "weights":
+        raise ValueError(
+            f"{source}: weights alone, without the state of an optimizer, so there is "
+            f"no run to resume. Start one from them: `--init-from {source}`."
+        )
 
 
 def settings_in(meta: Mapping[str, Any], source: str) -> dict[str, Any]:

@@ -31,7 +31,7 @@ def save(
     params: Params,
     *,
     step: int,
-    tokenizer: str,
+    tokenizer: str | None,
 ) -> None:
     """Writes the weights of a model, and its JSON file.
 
@@ -43,14 +43,14 @@ def save(
       config: Settings of the model.
       params: Its parameters, as `config` has them.
       step: Steps it was trained for.
-      tokenizer: Fingerprint of its tokenizer.
+      tokenizer: Fingerprint of its tokenizer, if known.
 
     Raises:
       ValueError: If the name of the file does not end in `.safetensors`.
     """
     path = check_path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    params = jax.tree.map(np.asarray, gpt.without_padding(config, params))
+    params = gpt.without_padding(config, params)
     if config.scan_layers:
         params = unstack_layers(params)
     fields = [field.name for field in dataclasses.fields(ModelConfig)]
@@ -63,7 +63,10 @@ def save(
         "versions": machine.versions(),
     }
     # In a fixed order, so that equal weights make equal files.
-    weights = dict(sorted(_named(params).items()))
+    # The file takes their memory as it lies, whatever the strides.
+    weights = {
+        name: np.asarray(x, order="C") for name, x in sorted(_named(params).items())
+    }
     with atomic_files.replacing(path) as temporary:
         safetensors.numpy.save_file(weights, temporary, {"format": "flax"})
         record["sha256"] = checksums.digest(temporary)
@@ -86,7 +89,7 @@ def load(path: str | Path) -> tuple[ModelConfig, Params]:
         weights do not have the names, shapes and types of the settings.
     """
     path = check_path(path)
-    record = _read_record(path)
+    record = read_record(path)
     config = schema.build(ModelConfig, record["config"], str(config_path(path)))
     weights = safetensors.numpy.load_file(path)
     params = gpt.abstract_model(config)[1]
@@ -131,8 +134,15 @@ def _named(params: Params) -> dict[str, Any]:
     return {keystr(path, simple=True, separator="."): leaf for path, leaf in leaves}
 
 
-def _read_record(path: Path) -> dict[str, Any]:
-    """Returns the JSON object beside a file of weights, if it is of that file."""
+def read_record(path: Path) -> dict[str, Any]:
+    """Returns the JSON object beside a file of weights, if it is of that file.
+
+    Args:
+      path: File of the weights.
+
+    Raises:
+      ValueError: If a file is missing or damaged, or they are not of one model.
+    """
     beside = config_path(path)
     missing = [str(file) for file in (path, beside) if not file.is_file()]
     schema.require((not missing, f"no such file: {', '.join(missing)}."))

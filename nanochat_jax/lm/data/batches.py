@@ -14,6 +14,7 @@ import grain
 import numpy as np
 
 from nanochat_jax.config import schema
+from nanochat_jax.lm.data.joined import Tokens, read_windows
 
 
 class Batches:
@@ -27,7 +28,7 @@ class Batches:
       steps_per_epoch: Steps after which every window was seen, rounded up.
 
     Args:
-      tokens: Ids, `[length]`; a memory-mapped array is read window by window.
+      tokens: Ids, `[length]`; memory-mapped ones are read window by window.
       batch_size: Sequences of a microbatch, B.
       seq_len: Tokens of a sequence, T.
       seed: Seed of the order, from 0 to 2**32 - 1.
@@ -41,7 +42,7 @@ class Batches:
 
     def __init__(
         self,
-        tokens: np.ndarray,
+        tokens: Tokens,
         *,
         batch_size: int,
         seq_len: int,
@@ -53,7 +54,7 @@ class Batches:
             (batch_size >= 1, f"`batch_size` must be at least 1, got {batch_size}."),
             (0 <= seed < 2**32, f"`seed` must be from 0 to 2**32 - 1, got {seed}."),
         )
-        windows = _windows(tokens, seq_len)
+        windows = _Windows(tokens, seq_len)
         count = batch_size * (microbatches or 1)
         shape = (batch_size,) if microbatches is None else (microbatches, batch_size)
         self.steps_per_epoch = -(-len(windows) // count)
@@ -92,7 +93,7 @@ class Batches:
 
 
 def eval_batches(
-    tokens: np.ndarray, *, batch_size: int, seq_len: int, limit: int | None = None
+    tokens: Tokens, *, batch_size: int, seq_len: int, limit: int | None = None
 ) -> list[np.ndarray]:
     """Returns the windows of an evaluation: always the same ones, in order.
 
@@ -114,21 +115,29 @@ def eval_batches(
         (batch_size >= 1, f"`batch_size` must be at least 1, got {batch_size}."),
         (limit is None or limit >= 1, f"`limit` must be at least 1, got {limit}."),
     )
-    windows = _windows(tokens, seq_len)
+    windows = _Windows(tokens, seq_len)
     size = min(batch_size, len(windows))
     count = len(windows) // size if limit is None else min(limit, len(windows) // size)
     indices = np.arange(count * size) * len(windows) // (count * size)
     return [windows[row].astype(np.int32) for row in indices.reshape(count, size)]
 
 
-def _windows(tokens: np.ndarray, seq_len: int) -> np.ndarray:
-    """Returns a view of the windows, `[windows, T + 1]`."""
-    schema.require(
-        (seq_len >= 1, f"`seq_len` must be at least 1, got {seq_len}."),
-        (
-            len(tokens) > seq_len,
-            f"a window takes `seq_len` + 1 = {seq_len + 1} tokens, but there are only "
-            f"{len(tokens)}. Give more text or a shorter seq_len.",
-        ),
-    )
-    return np.lib.stride_tricks.sliding_window_view(tokens, seq_len + 1)[::seq_len]
+class _Windows:
+    """Windows of T + 1 ids; an array of indices gives as many, `[*indices, T + 1]`."""
+
+    def __init__(self, tokens: Tokens, seq_len: int):
+        schema.require(
+            (seq_len >= 1, f"`seq_len` must be at least 1, got {seq_len}."),
+            (
+                len(tokens) > seq_len,
+                f"a window takes `seq_len` + 1 = {seq_len + 1} tokens, but there are "
+                f"only {len(tokens)}. Give more text or a shorter seq_len.",
+            ),
+        )
+        self._tokens, self._seq_len = tokens, seq_len
+
+    def __len__(self) -> int:
+        return (len(self._tokens) - 1) // self._seq_len
+
+    def __getitem__(self, indices: np.ndarray) -> np.ndarray:
+        return read_windows(self._tokens, indices * self._seq_len, self._seq_len + 1)

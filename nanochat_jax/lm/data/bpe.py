@@ -11,7 +11,7 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from nanochat_jax.config import schema
-from nanochat_jax.lm.data.tokenizer import END_OF_TEXT
+from nanochat_jax.lm.data.end_token import END_OF_TEXT
 
 MIN_VOCAB_SIZE = 257
 """The bytes, and the token that ends a document."""

@@ -13,11 +13,13 @@ from typing import get_args
 
 import numpy as np
 
-from nanochat_jax.config import DatasetName, schema
-from nanochat_jax.lm.data import documents, markov_chain, token_file
+from nanochat_jax.config import DatasetName, TokenDtype, TokenFormat, schema
+from nanochat_jax.lm.data import documents, markov_chain, records, token_file
+from nanochat_jax.lm.data.joined import Tokens
 from nanochat_jax.lm.data.tokenizer import ByteTokenizer, Tokenizer
 
 SYNTHETIC_TOKENS = 1 << 20
+_OF_FILES = ("text", "tokens", "jsonl", "parquet")
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -25,17 +27,18 @@ class Corpus:
     """Tokens to train and to validate on.
 
     Attributes:
-      train: Training ids, `[length]`, of an unsigned type.
+      train: Training ids, `[length]`; the complement of an id, `~id`, which is
+        negative, stands for one that is read but not predicted.
       val: Held-out ids, `[length]`.
       description: Name of the corpus, in a line.
-      bytes_per_token: Bytes of text per held-out token, if known; a separator counts as
-        one. Loss in nats over `ln 2` over this is bits per byte.
+      bytes_per_token: Bytes of text per held-out token that is predicted, if known; a
+        separator counts as one. Loss in nats over `ln 2` over this is bits per byte.
       tokenizer: Fingerprint of the tokenizer of the ids, if known.
       entropy_rate: Lowest loss of any model, in nats per token, if known.
     """
 
-    train: np.ndarray
-    val: np.ndarray
+    train: Tokens
+    val: Tokens
     description: str
     bytes_per_token: float | None = None
     tokenizer: str | None = None
@@ -48,8 +51,23 @@ class Corpus:
         for tokens in (self.train, self.val):
             digest.update(f"{tokens.dtype.str} {len(tokens)};".encode())
             for start in range(0, len(tokens), max(size, len(tokens) // 1024)):
-                digest.update(tokens[start : start + size].tobytes())
+                digest.update(np.asarray(tokens[start : start + size]).tobytes())
         return digest.hexdigest()
+
+
+@dataclasses.dataclass(frozen=True)
+class FileOptions:
+    """How files of a data set are read, where they do not tell.
+
+    Attributes:
+      token_dtype: Type of the ids in token files.
+      token_format: Format of token files.
+      text_field: Field of `jsonl` and `parquet` with text or messages.
+    """
+
+    token_dtype: TokenDtype | None = None
+    token_format: TokenFormat | None = None
+    text_field: str = "text"
 
 
 def load_corpus(
@@ -60,21 +78,22 @@ def load_corpus(
     vocab_size: int,
     seed: int = 0,
     seq_len: int = 1,
-    token_dtype: token_file.TokenDtype | None = None,
+    files: FileOptions = FileOptions(),
 ) -> Corpus:
     """Loads a corpus by name.
 
     Args:
       name: `stdlib`, the sources of the running Python's standard library; `text`,
-        files and folders of UTF-8 text; `tokens`, a token file; `synthetic`, a Markov
-        chain of known entropy.
-      paths: Files and folders for `text`, one file for `tokens`, otherwise none.
-      tokenizer: Tokenizer of `stdlib` and `text`. For `tokens` it must be the one that
-        the file names, if any, or the byte tokenizer.
+        files and folders of UTF-8 text; `tokens`, token files; `jsonl` and `parquet`,
+        records with a text or messages; `synthetic`, a Markov chain of known entropy.
+      paths: Files and folders, and but for `text` also patterns; none for data sets
+        without files.
+      tokenizer: Tokenizer of text. For `tokens` the one that the files name, if any;
+        the byte tokenizer stands for none given.
       vocab_size: Vocabulary of the model, which every id must fit.
       seed: Seed of `synthetic`.
       seq_len: Tokens of a sequence. Both splits must hold a sequence and one token.
-      token_dtype: Type of the ids of `tokens`, if the file does not name it.
+      files: How files are read.
 
     Returns:
       The corpus.
@@ -87,13 +106,15 @@ def load_corpus(
     schema.require(
         (name in names, f"`dataset` must be one of {list(names)}, got {name!r}."),
         (
-            bool(paths) == (name in ("text", "tokens")),
-            "`data_path` must be given with the data sets text and tokens, and only "
-            f"with them, got {paths} with {name!r}.",
+            bool(paths) == (name in _OF_FILES),
+            f"`data_path` must be given with the data sets {', '.join(_OF_FILES)}, and "
+            f"only with them, got {paths} with {name!r}.",
         ),
     )
     if name == "tokens":
-        corpus = _token_corpus(paths, tokenizer, vocab_size, seq_len, token_dtype)
+        corpus = _token_corpus(paths, tokenizer, vocab_size, seq_len, files)
+    elif name in ("jsonl", "parquet"):
+        corpus = _record_corpus(name, paths, tokenizer, vocab_size, files)
     elif name == "synthetic":
         corpus = _synthetic_corpus(vocab_size, seed)
     else:
@@ -146,15 +167,18 @@ def _token_corpus(
     tokenizer: Tokenizer,
     vocab_size: int,
     seq_len: int,
-    token_dtype: token_file.TokenDtype | None,
+    files: FileOptions,
 ) -> Corpus:
-    schema.require(
-        (len(paths) == 1, f"the data set tokens takes one file, got {paths}.")
+    file, found = token_file.read_shards(
+        paths,
+        vocab_size=vocab_size,
+        token_dtype=files.token_dtype,
+        token_format=files.token_format,
     )
-    file = token_file.read_tokens(
-        paths[0], vocab_size=vocab_size, token_dtype=token_dtype
-    )
-    _check_tokenizer(paths[0], file.tokenizer, tokenizer)
+    source = ", ".join(paths)
+    given = None if isinstance(tokenizer, ByteTokenizer) else tokenizer
+    if given is not None:
+        _check_tokenizer(source, file.tokenizer, given, vocab_size)
     length = len(file.tokens)
     held_out = file.held_out or round(length * documents.HELD_OUT)
     cut = max(length - max(held_out, seq_len + 1), 0)
@@ -162,33 +186,66 @@ def _token_corpus(
     return Corpus(
         file.tokens[:cut],
         file.tokens[cut:],
-        description=paths[0],
+        description=_describe(source, len(found), file.layout.documents),
         bytes_per_token=None if size is None else size / (length - cut),
-        tokenizer=file.tokenizer,
+        tokenizer=file.tokenizer if given is None else given.fingerprint,
     )
 
 
-def _check_tokenizer(path: str, made_by: str | None, given: Tokenizer) -> None:
-    """Refuses a tokenizer other than the byte tokenizer and that of the file."""
+def _describe(source: str, files: int, count: int | None) -> str:
+    """Returns the name of token files, and how many files and documents they are."""
+    parts = [source, f"{files:,} files" if files > 1 else ""]
+    parts.append("" if count is None else f"{count:,} documents")
+    return ", ".join(part for part in parts if part)
+
+
+def _check_tokenizer(
+    source: str, made_by: str | None, given: Tokenizer, vocab_size: int
+) -> None:
+    """Refuses a tokenizer that is not that of the files, or has too many ids."""
     schema.require(
         (
-            made_by in (None, given.fingerprint) or isinstance(given, ByteTokenizer),
-            f"{path}: its ids are of the tokenizer {made_by}, but the one given is "
+            made_by in (None, given.fingerprint),
+            f"{source}: its ids are of the tokenizer {made_by}, but the one given is "
             f"{given.fingerprint} (SHA-256). Give the `tokenizer.json` beside it.",
-        )
+        ),
+        _fits(given, vocab_size),
+    )
+
+
+def _fits(tokenizer: Tokenizer, vocab_size: int) -> schema.Check:
+    """Returns the check that the model has all ids of a tokenizer."""
+    return (
+        tokenizer.vocab_size <= vocab_size,
+        f"the tokenizer has {tokenizer.vocab_size} ids, but the model's "
+        f"`vocab_size` is only {vocab_size}. Set it to at least that.",
+    )
+
+
+def _record_corpus(
+    name: str,
+    paths: list[str],
+    tokenizer: Tokenizer,
+    vocab_size: int,
+    files: FileOptions,
+) -> Corpus:
+    schema.require(_fits(tokenizer, vocab_size))
+    found = records.encode(name, paths, files.text_field, tokenizer)
+    predicted = int((found.val >= 0).sum())
+    return Corpus(
+        found.train,
+        found.val,
+        description=f"{', '.join(paths)}, {found.files:,} files, "
+        f"{found.records:,} records",
+        bytes_per_token=found.val_bytes / predicted if predicted else None,
+        tokenizer=tokenizer.fingerprint,
     )
 
 
 def _text_corpus(
     name: str, paths: list[str], tokenizer: Tokenizer, vocab_size: int, seq_len: int
 ) -> Corpus:
-    schema.require(
-        (
-            tokenizer.vocab_size <= vocab_size,
-            f"the tokenizer has {tokenizer.vocab_size} ids, but the model's "
-            f"`vocab_size` is only {vocab_size}. Set it to at least that.",
-        )
-    )
+    schema.require(_fits(tokenizer, vocab_size))
     if name == "stdlib":
         found = documents.stdlib_documents()
         source = f"standard library of Python {platform.python_version()}"

@@ -3,7 +3,7 @@
 activation_sharding  shardings of batches and activations
 block                attention, feed-forward layer, and the block made of them
 flops                operations of training, counted from the shape
-functions            the loss as functions around the stacked blocks
+functions            the loss, also as functions around the stacked blocks
 gpt                  the model, and pure functions of its parameters
 layer_stacking       parameters of stacked blocks, one by one
 loss                 cross-entropy in chunks of positions
@@ -23,7 +23,11 @@ from nanochat_jax.lm.model import (
 from nanochat_jax.lm.model.flops import (
     count_flops_per_token as count_flops_per_token,
 )
-from nanochat_jax.lm.model.functions import as_functions as as_functions
+from nanochat_jax.lm.model.functions import (
+    as_functions as as_functions,
+    count_predictions as count_predictions,
+    next_token_loss as next_token_loss,
+)
 from nanochat_jax.lm.model.gpt import (
     Params as Params,
 )

@@ -17,6 +17,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from nanochat_jax.config import ModelConfig
+from nanochat_jax.lm.model.rotary import rotate
 from nanochat_jax.lm.model.ternary import TernaryLinear
 from nanochat_jax.transforms import after, run_after
 
@@ -44,7 +45,7 @@ class LayerCache(NamedTuple):
 
 
 class Attention(nnx.Module):
-    """Causal grouped-query attention with rotary positions and QK-norm."""
+    """Causal grouped-query attention with rotary positions, and mostly QK-norm."""
 
     tensor_splits: ClassVar = {
         "query": TensorSplit("columns", "n_heads"),
@@ -54,16 +55,17 @@ class Attention(nnx.Module):
     }
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs) -> None:
-        key_dim = config.kv_heads * config.head_dim
+        query_dim = config.n_heads * config.head_size
+        key_dim = config.kv_heads * config.head_size
         linear = _linear(config, rngs)
-        self.query = linear(config.dim, config.dim)
+        self.query = linear(config.dim, query_dim)
         self.key = linear(config.dim, key_dim)
         self.value = linear(config.dim, key_dim)
-        self.out = linear(config.dim, config.dim, kernel_init=_residual_init)
-        # Without a gain the logits stay within sqrt(H), which is what QK-norm is for.
-        self.head_norm = norm(config, config.head_dim, rngs, use_scale=False)
-        self.head_dim = config.head_dim
-        self.rope_theta = config.rope_theta
+        self.out = linear(query_dim, config.dim, kernel_init=_residual_init)
+        self.query_norm = _head_norm(config, rngs)
+        self.key_norm = _head_norm(config, rngs)
+        self.head_size = config.head_size
+        self.rope_theta, self.rope_scaling = config.rope_theta, config.rope_scaling
         self.saves_memory = config.param_dtype == "bfloat16"
 
     def __call__(
@@ -74,11 +76,11 @@ class Attention(nnx.Module):
     ) -> tuple[Float[Array, "B S D"], LayerCache | None]:
         """Returns the attention output, and the cache with `x` added to it."""
         query, key, value = (
-            y.reshape(*x.shape[:-1], -1, self.head_dim)
+            y.reshape(*x.shape[:-1], -1, self.head_size)
             for y in _apply(x, self.query, self.key, self.value)
         )
-        query = rotate(self.head_norm(query), positions, self.rope_theta)
-        key = rotate(self.head_norm(key), positions, self.rope_theta)
+        turn = lambda y: rotate(y, positions, self.rope_theta, self.rope_scaling)
+        query, key = turn(self.query_norm(query)), turn(self.key_norm(key))
         if cache is None:
             attend = _attend_again if self.saves_memory else _attend
             y = attend(query, key, value)
@@ -154,31 +156,6 @@ _attend_again.defvjp(_attend_forward, _attend_backward)
 _attend = functools.partial(jax.nn.dot_product_attention, is_causal=True)
 
 
-def rotate(
-    x: Float[Array, "B S heads H"], positions: Int[Array, "S"], theta: float
-) -> Float[Array, "B S heads H"]:
-    """Rotates heads by their positions (Su et al., 2021).
-
-    Rotates the pair `(x[i], x[i + H/2])` by `position * theta^(-2i/H)`, so that the
-    product of two rotated heads depends only on the distance of their positions.
-
-    Args:
-      x: Queries or keys, with an even H.
-      positions: Position of each token.
-      theta: Base of the frequencies.
-
-    Returns:
-      The rotated heads, in the dtype of `x`.
-    """
-    half = x.shape[-1] // 2
-    frequencies = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
-    angles = jnp.outer(positions, frequencies)[None, :, None, :]
-    cos, sin = jnp.cos(angles), jnp.sin(angles)
-    a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    rotated = jnp.concatenate([a * cos - b * sin, a * sin + b * cos], axis=-1)
-    return rotated.astype(x.dtype)
-
-
 def norm(
     config: ModelConfig, size: int, rngs: nnx.Rngs, *, use_scale: bool = True
 ) -> nnx.RMSNorm:
@@ -191,7 +168,21 @@ def norm(
       use_scale: Whether it has a gain.
     """
     dtype = jnp.dtype(config.compute_dtype)
-    return nnx.RMSNorm(size, use_scale=use_scale, dtype=dtype, rngs=rngs)
+    return nnx.RMSNorm(
+        size, epsilon=config.norm_eps, use_scale=use_scale, dtype=dtype, rngs=rngs
+    )
+
+
+def _head_norm(config: ModelConfig, rngs: nnx.Rngs) -> Callable[[Array], Array]:
+    """Returns the norm of queries or of keys."""
+    if config.qk_norm == "none":
+        return _unchanged
+    # Without a gain the logits stay within sqrt(H), which is what QK-norm is for.
+    return norm(config, config.head_size, rngs, use_scale=config.qk_norm == "gain")
+
+
+def _unchanged(x: Array) -> Array:
+    return x
 
 
 # Kernels that write to the residual stream start near zero, so that it carries the

@@ -109,18 +109,23 @@ class GPT(nnx.Module):
         return self._read_out.logits(table, x)[..., : self.vocab_size]
 
     def mean_loss(
-        self, x: Float[Array, "B S D"], labels: Int[Array, "B S"]
+        self,
+        x: Float[Array, "B S D"],
+        labels: Int[Array, "B S"],
+        predictions: ArrayLike | None = None,
     ) -> Float32[Array, ""]:
         """Returns the mean cross-entropy of labels, in nats.
 
         Args:
           x: Hidden states, from `features`.
           labels: Token ids; those below zero are not predicted.
+          predictions: As for `cross_entropy`.
         """
         summed = lambda table, x, labels: self._read_out.loss(
             self._gathered(table, x), x, labels
         )
-        return cross_entropy(summed, self._table, x, labels, self.loss_chunk)
+        chunk = self.loss_chunk
+        return cross_entropy(summed, self._table, x, labels, chunk, predictions)
 
     @property
     def scans(self) -> bool:
@@ -198,7 +203,7 @@ def init_cache(config: ModelConfig, batch_size: int, max_len: int) -> Cache:
       batch_size: Sequences, B.
       max_len: Most tokens of a sequence, T.
     """
-    shape = (batch_size, max_len, config.kv_heads, config.head_dim)
+    shape = (batch_size, max_len, config.kv_heads, config.head_size)
     empty = lambda *stack: jnp.zeros((*stack, *shape), config.compute_dtype)
     if config.scan_layers:
         layers = LayerCache(empty(config.n_layers), empty(config.n_layers))
@@ -221,24 +226,6 @@ def apply(
       Logits; position `i` depends on `tokens[:, :i + 1]`.
     """
     return nnx.merge(graphdef, params)(tokens)
-
-
-def next_token_loss(
-    graphdef: nnx.GraphDef[GPT], params: Params, batch: Int[Array, "B length"]
-) -> Float32[Array, ""]:
-    """Returns the mean cross-entropy, in nats, of each token given its context.
-
-    Args:
-      graphdef: Structure of the model, from `init`.
-      params: Its parameters.
-      batch: Token ids `[B, S + 1]`. The first of a row is only read, the last only
-        predicted; a token that is not predicted is given as its complement, `~id`.
-
-    Returns:
-      The mean over all predictions.
-    """
-    model = nnx.merge(graphdef, params)
-    return model.mean_loss(model.features(batch[:, :-1]), batch[:, 1:])
 
 
 def without_padding(config: ModelConfig, params: Params) -> Params:

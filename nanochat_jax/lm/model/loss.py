@@ -14,6 +14,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Float32, Int
 
 Loss = Callable[[Array, Array, Array], Array]
@@ -28,6 +29,7 @@ def cross_entropy(
     x: Float[Array, "B S D"],
     labels: Int[Array, "B S"],
     chunk: int = 0,
+    predictions: ArrayLike | None = None,
 ) -> Float32[Array, ""]:
     """Returns the mean loss of labels.
 
@@ -45,6 +47,8 @@ def cross_entropy(
         predicted.
       chunk: Most pairs of sequence and position whose logits exist at a time, at least
         one position of all sequences; 0 for all.
+      predictions: Number that the sum is divided by; by default that of the labels that
+        are predicted.
 
     Returns:
       The mean over labels that are predicted. Its gradient is that of the plain mean,
@@ -52,7 +56,9 @@ def cross_entropy(
       derivative.
     """
     chunks = _count_chunks(labels.shape, chunk)
-    scale = 1 / jnp.maximum(jnp.sum(labels >= 0), 1).astype(jnp.float32)
+    if predictions is None:
+        predictions = jnp.sum(labels >= 0)
+    scale = 1 / jnp.maximum(jnp.asarray(predictions, jnp.float32), 1)
     if chunks == 1:
         return loss(weights, x, labels) * scale
     parts = _split(x, chunks), _split(labels, chunks, fill=_NOT_PREDICTED)

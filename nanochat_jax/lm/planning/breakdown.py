@@ -10,16 +10,17 @@ import optax
 from jax.tree_util import keystr
 
 from nanochat_jax.config import Config
-from nanochat_jax.lm.model import count_flops_per_token, kernel_axes, label_params
+from nanochat_jax.lm.model import count_flops_per_token, kernel_axes
 from nanochat_jax.optimizer import (
     MemoryReport,
     fallback_codecs,
+    label_params,
     state_codecs,
     update_flops,
 )
 
 LABELS = ("matrix", "embedding", "head", "vector")
-"""Labels of parameters, in the order of reports."""
+"""Labels of trained parameters, in the order of reports."""
 
 
 def parameter_groups(
@@ -32,21 +33,26 @@ def parameter_groups(
       params: Shapes and types of its parameters.
       report: Memory of its optimizer.
     """
-    labels = jax.tree.leaves(label_params(params))
+    labels = jax.tree.leaves(
+        label_params(params, matrix_axes=kernel_axes, freeze=config.freeze)
+    )
     dotted = lambda path: keystr(path, simple=True, separator=".")
     paths = [(dotted(path), x) for path, x in jax.tree.leaves_with_path(params)]
     groups = []
-    for label in LABELS:
+    for label in (*LABELS, "frozen"):
         members = [p for p, found in zip(paths, labels, strict=True) if found == label]
         if not members:
             continue
-        matrix = label == "matrix"
+        matrix, frozen = label == "matrix", label == "frozen"
+        optimizer = config.variant if matrix else config.fallback
+        rate = config.lr if matrix else config.fallback_peak_lr
+        decays = label not in ("vector", "frozen")
         groups.append(
             {
                 "label": label,
-                "optimizer": config.variant if matrix else config.fallback,
-                "lr": config.lr if matrix else config.fallback_peak_lr,
-                "weight_decay": 0.0 if label == "vector" else config.weight_decay,
+                "optimizer": "none" if frozen else optimizer,
+                "lr": 0.0 if frozen else rate,
+                "weight_decay": config.weight_decay if decays else 0.0,
                 "params": sum(x.size for _, x in members),
                 "state_bytes": sum(r.bytes for r in report.rows if r.label == label),
                 "storage": storage(config, report, label),

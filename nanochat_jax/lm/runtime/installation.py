@@ -14,7 +14,14 @@ from packaging.requirements import Requirement
 from nanochat_jax.lm.runtime.machine import version_of
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
-OPTIONAL = ("matplotlib", "tensorboardX", "wandb")
+OPTIONAL = (
+    "jinja2",
+    "matplotlib",
+    "pyarrow",
+    "tensorboardX",
+    "transformers",
+    "wandb",
+)
 PLUGINS = ("jax-cuda12-plugin", "jax-cuda13-plugin")
 # Environment variables that choose the devices of JAX, or change its programs.
 VARIABLES = ("JAX_PLATFORMS", "CUDA_VISIBLE_DEVICES", "LD_LIBRARY_PATH", "XLA_FLAGS")

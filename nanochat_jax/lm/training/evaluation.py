@@ -6,9 +6,14 @@ from typing import Any
 
 import jax
 import numpy as np
-from jaxtyping import Array, Float32
+from jaxtyping import Array
 
-from nanochat_jax.lm.model import activation_sharding, gpt
+from nanochat_jax.lm.model import (
+    activation_sharding,
+    count_predictions,
+    gpt,
+    next_token_loss,
+)
 from nanochat_jax.lm.training.device_batches import feed_evaluation
 from nanochat_jax.lm.training.run import Run
 
@@ -20,15 +25,19 @@ class Evaluator:
         """Cuts the windows; nothing is compiled yet."""
         self._mesh, self._batches = run.mesh, feed_evaluation(run)
         self._bytes_per_token = run.corpus.bytes_per_token
-        self._loss: Callable[[gpt.Params, Any], Float32[Array, ""]] = jax.jit(
-            lambda params, batch: gpt.next_token_loss(run.graphdef, params, batch)
+        self._loss: Callable[[gpt.Params, Any], tuple[Array, Array]] = jax.jit(
+            lambda params, batch: (
+                next_token_loss(run.graphdef, params, batch),
+                count_predictions(batch),
+            )
         )
 
     def __call__(self, params: gpt.Params) -> dict[str, float]:
         """Returns `val_loss`, and `val_bpb` if the bytes of a token are known."""
         with activation_sharding.using(self._mesh):
-            losses = [self._loss(params, batch) for batch in self._batches]
-        loss = float(np.mean(losses))
+            found = [self._loss(params, batch) for batch in self._batches]
+        losses, counts = np.array(found, np.float64).T
+        loss = float(np.sum(losses * counts) / max(np.sum(counts), 1))
         if self._bytes_per_token is None:
             return {"val_loss": loss}
         return {

@@ -9,9 +9,10 @@ import jax
 import optax
 from jaxtyping import Array, Float32, Int32
 
-from nanochat_jax.lm.model import activation_sharding, gpt
+from nanochat_jax.lm.model import activation_sharding, gpt, next_token_loss
 from nanochat_jax.lm.training.accumulate import mean_gradient
 from nanochat_jax.lm.training.run import Run
+from nanochat_jax.optimizer import roles
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -100,7 +101,10 @@ class OptimizerShare:
 
 def _loss_and_norm(run: Run) -> Callable[[gpt.Params, Any], Any]:
     """Returns the compiled forward and backward pass, all microbatches of a step."""
-    loss_fn = lambda params, batch: gpt.next_token_loss(run.graphdef, params, batch)
+    frozen = roles.frozen_by(run.config.freeze, run.params)
+    loss_fn = lambda params, batch: next_token_loss(
+        run.graphdef, roles.stop_gradients(params, frozen), batch
+    )
 
     @jax.jit
     def passes(

@@ -33,6 +33,75 @@ CHANGES: dict[Change, list[str]] = {
 }
 
 
+@dataclasses.dataclass(frozen=True)
+class Resumption:
+    """A checkpoint that a run may go on from; its state is not read yet.
+
+    Attributes:
+      run: The run to resume.
+      old: The run as it was stored: `run`, or with other storage of the state.
+      checkpoints: Where its states are.
+      meta: Record of the checkpoint.
+    """
+
+    run: Run
+    old: Run
+    checkpoints: Checkpoints
+    meta: Mapping[str, Any]
+
+    @property
+    def step(self) -> int:
+        """Steps done."""
+        return self.checkpoints.latest_step() or 0
+
+    def restore(self, say: Callable[[str], object] = print) -> TrainState:
+        """Returns the state, bit for bit as it was saved if it is stored as it was.
+
+        Args:
+          say: Function called with a line about each difference, and about versions.
+
+        Raises:
+          ValueError: If it is damaged, or cannot be stored as the run wants it.
+        """
+        names = record.stored_names(self.meta)
+        state = self.checkpoints.restore(abstract_state(self.old), names=names)
+        lines = _describe_changes(self.meta, self.run)
+        if self.old is not self.run:
+            changed = convert_state(self.old, self.run, state.opt_state, state.step)
+            state = state._replace(opt_state=changed)
+            lines.append(describe_change(self.old, self.run))
+        for line in lines:
+            say(f"{self.checkpoints.directory}: {line}.")
+        return state
+
+
+def check(
+    run: Run, checkpoints: Checkpoints, *, allow: Collection[Change] = ()
+) -> Resumption:
+    """Finds the latest state of a run, and refuses one of another run.
+
+    Args:
+      run: The run to resume.
+      checkpoints: Where its states are.
+      allow: Permitted differences: "codec", storage of the optimizer's state, which is
+        then decoded and encoded anew; "data", training data from here on; "tokenizer",
+        whose ids must have the same meaning.
+
+    Returns:
+      The checkpoint to go on from.
+
+    Raises:
+      ValueError: If there is none, it has weights alone, or it was saved with other
+        settings or data.
+    """
+    meta, where = checkpoints.read_meta(), str(checkpoints.directory)
+    record.require_state(meta, where)
+    meta["config"] = record.settings_in(meta, where)
+    if run.corpus.tokenizer is None and meta["tokenizer"] == "bytes":
+        meta["tokenizer"] = None  # as earlier versions recorded an unknown one
+    return Resumption(run, stored_run(run, meta, allow), checkpoints, meta)
+
+
 def restore(
     run: Run,
     checkpoints: Checkpoints,
@@ -45,30 +114,16 @@ def restore(
     Args:
       run: The run to resume.
       checkpoints: Where its states are.
-      allow: Permitted differences: "codec", storage of the optimizer's state, which is
-        then decoded and encoded anew; "data", training data from here on; "tokenizer",
-        whose ids must have the same meaning.
-      say: Function called with a line about each difference, and about versions.
+      allow: Permitted differences, as for `check`.
+      say: As for `Resumption.restore`.
 
     Returns:
-      The state, bit for bit as it was saved if it is stored as it was.
+      The state.
 
     Raises:
-      ValueError: If there is none, or it was saved with other settings or data.
+      ValueError: As `check` and `Resumption.restore`.
     """
-    meta = checkpoints.read_meta()
-    meta["config"] = record.settings_in(meta, str(checkpoints.directory))
-    old = stored_run(run, meta, allow)
-    names = record.stored_names(meta)
-    state = checkpoints.restore(abstract_state(old), names=names)
-    lines = _describe_changes(meta, run)
-    if old is not run:
-        opt_state = convert_state(old, run, state.opt_state, state.step)
-        state = state._replace(opt_state=opt_state)
-        lines.append(describe_change(old, run))
-    for line in lines:
-        say(f"{checkpoints.directory}: {line}.")
-    return state
+    return check(run, checkpoints, allow=allow).restore(say)
 
 
 def stored_run(run: Run, meta: Mapping[str, Any], allow: Collection[Change]) -> Run:

@@ -8,9 +8,16 @@ import numpy as np
 import optax
 from flax import nnx
 
-from nanochat_jax.config import Config
-from nanochat_jax.lm.checkpoints import record
-from nanochat_jax.lm.data import Batches, Corpus, Tokenizer, load_corpus, load_tokenizer
+from nanochat_jax.config import Config, schema
+from nanochat_jax.lm.checkpoints import Source, record
+from nanochat_jax.lm.data import (
+    Batches,
+    Corpus,
+    FileOptions,
+    Tokenizer,
+    load_corpus,
+    load_tokenizer,
+)
 from nanochat_jax.lm.model import (
     activation_sharding,
     build_optimizer,
@@ -30,6 +37,7 @@ class Run:
       tx: The optimizer.
       tokenizer: Text to ids and back.
       corpus: Tokens to train and validate on.
+      source: Model to start from, where it is found already.
     """
 
     config: Config
@@ -38,6 +46,7 @@ class Run:
     tx: optax.GradientTransformationExtraArgs
     tokenizer: Tokenizer
     corpus: Corpus
+    source: Source | None = None
 
     @property
     def mesh(self) -> jax.sharding.Mesh | None:
@@ -51,16 +60,19 @@ class Run:
         return record.make(
             self.config,
             data=self.corpus.fingerprint,
-            tokenizer=self.corpus.tokenizer or self.tokenizer.fingerprint,
+            tokenizer=self.corpus.tokenizer,
         )
 
 
-def make_run(config: Config, epochs: int | None = None) -> Run:
+def make_run(
+    config: Config, epochs: int | None = None, source: Source | None = None
+) -> Run:
     """Loads the data and builds model and optimizer; allocates no parameters.
 
     Args:
       config: Settings of the run.
       epochs: Times to go through the data, in place of `config.total_steps`.
+      source: Model to start from, if its settings and tokenizer are to be checked.
 
     Returns:
       The run.
@@ -68,7 +80,9 @@ def make_run(config: Config, epochs: int | None = None) -> Run:
     Raises:
       ValueError: If data or settings are not usable.
     """
-    tokenizer = load_tokenizer(config.tokenizer)
+    if source:
+        source.check(config)
+    tokenizer = load_tokenizer(config.tokenizer, config.end_token)
     corpus = load_corpus(
         config.dataset,
         config.data_path,
@@ -76,8 +90,10 @@ def make_run(config: Config, epochs: int | None = None) -> Run:
         vocab_size=config.vocab_size,
         seed=config.seed,
         seq_len=config.sequence,
-        token_dtype=config.token_dtype,
+        files=FileOptions(config.token_dtype, config.token_format, config.text_field),
     )
+    if source:
+        _check_ids(source, config, corpus)
     if epochs is not None:
         total = epochs * train_batches(config, corpus).steps_per_epoch
         config = dataclasses.replace(config, total_steps=total)
@@ -87,7 +103,28 @@ def make_run(config: Config, epochs: int | None = None) -> Run:
         activation_sharding.check_batch(devices, config.batch_size)
         params = param_sharding.place(params, devices, config)
     tx = build_optimizer(config, params)
-    return Run(config, graphdef, params, tx, tokenizer, corpus)
+    return Run(config, graphdef, params, tx, tokenizer, corpus, source)
+
+
+def _check_ids(source: Source, config: Config, corpus: Corpus) -> None:
+    """Refuses ids of another tokenizer than that of the model, unless it is given."""
+    given = config.tokenizer not in (None, source.tokenizer_file)
+    ids, known = corpus.tokenizer, source.fingerprint
+    is_text = config.dataset not in ("tokens", "synthetic")
+    schema.require(
+        (
+            given or not is_text or known is not None,
+            f"{source.path}: has no tokenizer, so the ids of its vocabulary are not "
+            "known. Give its `tokenizer.json` by `--tokenizer`.",
+        ),
+        (
+            given or None in (ids, known) or ids == known,
+            f"{source.path}: the model to start from takes ids of the tokenizer "
+            f"{known}, but {corpus.description} has ids of {ids} (SHA-256). Prepare "
+            f"data with {source.tokenizer_file or 'that tokenizer'}, or give theirs by "
+            "`--tokenizer` to train the model on other ids.",
+        ),
+    )
 
 
 def train_batches(

@@ -7,7 +7,7 @@ updates each layer in the backward pass.
 Axes: A microbatches, B sequences, S tokens of a sequence.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any, NamedTuple
 
 import jax
@@ -17,11 +17,18 @@ from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Int32
 
-from nanochat_jax.lm.model import activation_sharding, as_functions, gpt
+from nanochat_jax.lm.checkpoints import open_source
+from nanochat_jax.lm.model import (
+    activation_sharding,
+    as_functions,
+    count_predictions,
+    gpt,
+    next_token_loss,
+)
 from nanochat_jax.lm.training import guard
 from nanochat_jax.lm.training.accumulate import mean_gradient
 from nanochat_jax.lm.training.run import Run
-from nanochat_jax.optimizer import state_sharding, update_in_backward
+from nanochat_jax.optimizer import roles, state_sharding, update_in_backward
 from nanochat_jax.transforms import apply_if
 
 TrainStep = Callable[["TrainState", Array], tuple["TrainState", dict[str, Array]]]
@@ -44,14 +51,35 @@ class TrainState(NamedTuple):
 
 
 def init_state(run: Run) -> TrainState:
-    """Returns the state before the first step, each array made where it belongs."""
+    """Returns the state before the first step, each array made where it belongs.
+
+    Parameters are random, or of the model `init_from`, and the state of the optimizer
+    is that of its `init` for them.
+
+    Args:
+      run: The run.
+
+    Raises:
+      ValueError: If the model to start from is not there, or has other settings.
+    """
     where = state_shardings(run)
-    init_params = lambda: gpt.init(run.config, run.config.seed)[1]
-    params = jax.jit(init_params, out_shardings=where and where.params)()
+    params = _first_params(run)
     init_opt_state = jax.jit(run.tx.init, out_shardings=where and where.opt_state)
     init_guard = jax.jit(guard.init, out_shardings=where and where.guard)
     step = jnp.zeros([], jnp.int32, device=where and where.step)
     return TrainState(step, params, init_opt_state(params), init_guard())
+
+
+def _first_params(run: Run) -> gpt.Params:
+    """Returns random parameters, or those of the model that a run starts from."""
+    config = run.config
+    if config.init_from is not None:
+        source = run.source or open_source(config.init_from)
+        source.check(config)
+        return source.read(config, run.params)
+    where = state_shardings(run)
+    init_params = lambda: gpt.init(config, config.seed)[1]
+    return jax.jit(init_params, out_shardings=where and where.params)()
 
 
 def make_train_step(
@@ -59,6 +87,7 @@ def make_train_step(
     tx: optax.GradientTransformationExtraArgs,
     *,
     spike_skip: float = 0.0,
+    frozen: Collection[str] = (),
 ) -> TrainStep:
     """Returns the pure function of one step, to be jitted with its state donated.
 
@@ -70,13 +99,17 @@ def make_train_step(
       graphdef: Structure of the model.
       tx: The optimizer.
       spike_skip: As for `guard.judge`.
+      frozen: Paths of parameters without a gradient, from `roles.frozen_by`.
     """
-    loss_fn = lambda params, batch: gpt.next_token_loss(graphdef, params, batch)
 
     def train_step(
         state: TrainState, batch: Int32[Array, "A B S+1"]
     ) -> tuple[TrainState, dict[str, Array]]:
         step, params, opt_state, watched = state
+        each = _predictions_each(batch)
+        loss_fn = lambda params, batch: next_token_loss(
+            graphdef, roles.stop_gradients(params, frozen), batch, each
+        )
         loss, grads = mean_gradient(loss_fn, params, batch)
         norm = optax.tree.norm(grads)
         take, watched = guard.judge(watched, loss, norm, spike_skip)
@@ -94,6 +127,7 @@ def make_backward_step(
     *,
     spike_skip: float = 0.0,
     segment: int = 1,
+    frozen: Collection[str] = (),
 ) -> TrainStep:
     """Returns the step that updates each layer in the backward pass.
 
@@ -105,9 +139,18 @@ def make_backward_step(
       tx: The optimizer.
       spike_skip: As for `guard.judge_loss`.
       segment: As for `update_in_backward`.
+      frozen: As for `make_train_step`.
     """
+    embed, block, head = as_functions(graphdef, params)
+    held = lambda rest: roles.stop_gradients(rest, frozen)
+    held_layer = lambda layer: roles.stop_gradients(layer, frozen, "['blocks']")
     _, update = update_in_backward(
-        *as_functions(graphdef, params), tx, segment=segment, microbatches=True
+        lambda rest, batch: embed(held(rest), batch),
+        lambda params, x: block(held_layer(params), x),
+        lambda rest, x, batch: head(held(rest), x, batch),
+        tx,
+        segment=segment,
+        microbatches=True,
     )
 
     def train_step(
@@ -115,13 +158,23 @@ def make_backward_step(
     ) -> tuple[TrainState, dict[str, Array]]:
         step, params, opt_state, watched = state
         take = lambda loss: guard.judge_loss(watched, loss, spike_skip)
-        params, opt_state, report = update(params, opt_state, batch, take=take)
+        items = (batch, jnp.full(len(batch), _predictions_each(batch)))
+        params, opt_state, report = update(params, opt_state, items, take=take)
         loss, norm = report.loss, report.grad_norm
         counted = guard.count(watched, report.left_out == 0, loss, norm)
         after = TrainState(step + 1, params, opt_state, counted)
         return after, _metrics(loss, norm, counted)
 
     return train_step
+
+
+def _predictions_each(batch: Int32[Array, "A B S+1"]) -> Array:
+    """Returns the predictions of a microbatch on average.
+
+    Divided by it, losses of microbatches have a mean over all predictions, also where
+    some have fewer than others.
+    """
+    return count_predictions(batch) / len(batch)
 
 
 def _metrics(loss: Array, norm: Array, watched: guard.Guard) -> dict[str, Array]:
@@ -140,6 +193,7 @@ def compile_train_step(run: Run) -> jax.stages.Compiled:
       run: The run.
     """
     config = run.config
+    frozen = roles.frozen_by(config.freeze, run.params)
     if config.update_in_backward:
         step = make_backward_step(
             run.graphdef,
@@ -147,9 +201,12 @@ def compile_train_step(run: Run) -> jax.stages.Compiled:
             run.tx,
             spike_skip=config.spike_skip,
             segment=config.remat_segment,
+            frozen=frozen,
         )
     else:
-        step = make_train_step(run.graphdef, run.tx, spike_skip=config.spike_skip)
+        step = make_train_step(
+            run.graphdef, run.tx, spike_skip=config.spike_skip, frozen=frozen
+        )
     where = state_shardings(run)
     out = where and (where, where.step)  # metrics are whole on every device
     jitted = jax.jit(step, donate_argnums=0, out_shardings=out)

@@ -7,7 +7,7 @@ open then is refused.
 """
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import jax
@@ -16,6 +16,7 @@ import optax
 from jax.tree_util import KeyPath, keystr
 
 from nanochat_jax import interop
+from nanochat_jax.optimizer.roles.freeze import frozen_by
 from nanochat_jax.optimizer.roles.given import (
     Label,
     entries,
@@ -51,6 +52,7 @@ def settle(
     *,
     labels: Any = None,
     matrix_axes: Any = None,
+    freeze: Collection[str] = (),
     refuse: bool = True,
 ) -> dict[str, Role]:
     """Settles the label of every parameter and the axes of every matrix.
@@ -71,6 +73,7 @@ def settle(
         of it, of labels or `None`, or a function from parameters to one.
       matrix_axes: Axes, as for `as_matrices`, or what `matrix_axes(model)` returned,
         which has labels too; `None` in it leaves a leaf to names and classes.
+      freeze: Patterns on paths of parameters that are frozen, as for `frozen_by`.
       refuse: Whether to refuse leaves that are left open; if not, they are matrices
         without axes, for reports.
 
@@ -79,9 +82,11 @@ def settle(
 
     Raises:
       TypeError: If a leaf is complex, or an entry of `matrix_axes` is not axes.
-      ValueError: If a label is not known, or the axes of a matrix are not.
+      ValueError: If a label is not known, or the axes of a matrix are not, or a pattern
+        of `freeze` matches nothing.
     """
     flat = jax.tree.leaves_with_path(params)
+    frozen = frozen_by(freeze, params)
     wanted = given_labels(labels, params)
     axes = given_axes(matrix_axes, params)
     derived = finder(entries(interop.in_tree(params)))
@@ -90,6 +95,8 @@ def settle(
     roles = {}
     for path, x in flat:
         why = _why_frozen(x)
+        if not why and keystr(path) in frozen:
+            why = f"`freeze` {frozen[keystr(path)]!r}"
         if why:
             roles[keystr(path)] = Role("frozen", why)
             continue
@@ -104,7 +111,10 @@ def settle(
 
 
 def label_params(
-    params: optax.Params, labels: Any = None, matrix_axes: Any = None
+    params: optax.Params,
+    labels: Any = None,
+    matrix_axes: Any = None,
+    freeze: Collection[str] = (),
 ) -> optax.Params:
     """Labels every parameter by the part it plays.
 
@@ -121,6 +131,7 @@ def label_params(
       params: Parameters, as arrays or `jax.ShapeDtypeStruct`s.
       labels: As for `build_optimizer`.
       matrix_axes: As for `build_optimizer`.
+      freeze: As for `settle`.
 
     Returns:
       A tree like `params`, of labels.
@@ -128,7 +139,7 @@ def label_params(
     Raises:
       ValueError: As `build_optimizer`.
     """
-    roles = settle(params, labels=labels, matrix_axes=matrix_axes)
+    roles = settle(params, labels=labels, matrix_axes=matrix_axes, freeze=freeze)
     return jax.tree.map_with_path(lambda path, _: roles[keystr(path)].label, params)
 
 

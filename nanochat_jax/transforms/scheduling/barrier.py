@@ -88,7 +88,8 @@ def run_after(f: Callable[..., Any], *args: Any, result: Any) -> Any:
 def after(index: Array, result: Any) -> Array:
     """Returns an integer that is known only after some work is done.
 
-    A barrier would not do: compilers see a constant through it.
+    It is worked out from the result. Of a constant behind a barrier, compilers made
+    arrays of zeros long before the barrier.
 
     Args:
       index: The integer, such as the first index of a loop.

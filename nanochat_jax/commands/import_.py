@@ -1,0 +1,56 @@
+"""`nanochat-jax import`: a checkpoint from weights of other tools."""
+
+import dataclasses
+from typing import Annotated, Literal
+
+import tyro
+
+from nanochat_jax.commands.shared import usage_errors
+from nanochat_jax.lm.checkpoints import Source, open_source, write_imported
+from nanochat_jax.lm.runtime import machine
+
+
+@dataclasses.dataclass(frozen=True)
+class Import:
+    """Writes a checkpoint of weights alone, with their tokenizer.
+
+    `generate`, `export` and `train --init-from` read it. `train --resume` needs the
+    state of an optimizer, which it has not.
+
+    Attributes:
+      source: Hugging Face folder, file of weights that `export` wrote, or checkpoint.
+      output: Checkpoint folder to write; it must be new or empty.
+      param_dtype: Type of the parameters; that of the settings, float32 for Hugging
+        Face folders, if not given.
+      end_token: Token that ends a document; derived from the tokenizer's files if not
+        given.
+    """
+
+    source: Annotated[str, tyro.conf.arg(name="from")]
+    output: str
+    param_dtype: Literal["float32", "bfloat16"] | None = None
+    end_token: str | None = None
+
+    def run(self) -> None:
+        """Writes the checkpoint and prints what it contains."""
+        with usage_errors():
+            machine.use_device("cpu")
+            source = self._source()
+            count = write_imported(source, self.output)
+        tokenizer = source.tokenizer_file or source.fingerprint or "unknown"
+        print(
+            f"Wrote {self.output}: {count:,} parameters in {source.config.param_dtype} "
+            f"of the {source.kind} {source.path}; tokenizer: {tokenizer}.\n"
+            f"Try `nanochat-jax generate --checkpoint {self.output}`, or train on, "
+            f"`nanochat-jax train --init-from {self.output}`."
+        )
+
+    def _source(self) -> Source:
+        """Returns the model, with what the flags change."""
+        source = open_source(self.source)
+        if self.param_dtype is not None:
+            config = dataclasses.replace(source.config, param_dtype=self.param_dtype)
+            source = dataclasses.replace(source, config=config)
+        if self.end_token is not None:
+            source = dataclasses.replace(source, end_token=self.end_token)
+        return source

@@ -1,0 +1,97 @@
+"""Checkpoints of weights alone, from models that other tools wrote."""
+
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from nanochat_jax.config import Config, schema
+from nanochat_jax.lm.checkpoints import record
+from nanochat_jax.lm.checkpoints.source import TOKENIZER_FILE, Source
+from nanochat_jax.lm.checkpoints.store import Checkpoints
+from nanochat_jax.lm.data import load_tokenizer
+from nanochat_jax.lm.model import gpt
+
+# They name the token that ends a text, and have the template of conversations.
+_BESIDE_TOKENIZER = ("tokenizer_config.json", "chat_template.jinja")
+
+
+def write_imported(source: Source, output: str | Path) -> int:
+    """Writes the weights of a model as a checkpoint of step 0, with its tokenizer.
+
+    The folder gets its name when all of it is written. Memory holds one copy of the
+    model.
+
+    Args:
+      source: The model.
+      output: Checkpoint folder to write; it must be new or empty.
+
+    Returns:
+      The number of parameters.
+
+    Raises:
+      ValueError: If the folder has files, the model cannot be read, or its tokenizer
+        has more ids than its vocabulary.
+    """
+    output = check_output(output)
+    config = _run_config(source, output)
+    params = source.read(config, gpt.abstract_model(source.config)[1])
+    meta = record.make_imported(
+        config,
+        tokenizer=source.fingerprint,
+        source=f"{source.kind} {Path(source.path).absolute()}",
+    )
+    output.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(
+        prefix=f".{output.name}.", dir=output.parent
+    ) as temporary:
+        folder = Path(temporary) / "checkpoint"
+        with Checkpoints(folder) as checkpoints:
+            checkpoints.save(0, {"params": params}, meta)
+        _copy_tokenizer(source, folder)
+        if output.exists():
+            output.rmdir()
+        folder.rename(output)
+    return sum(x.size for x in jax.tree.leaves(params))
+
+
+def check_output(output: str | Path) -> Path:
+    """Returns the folder to write, if it is new or empty.
+
+    Raises:
+      ValueError: If it has files, or is one.
+    """
+    path = Path(output).expanduser().absolute()
+    taken = path.exists() and (not path.is_dir() or any(path.iterdir()))
+    schema.require((not taken, f"{output}: is there already. Give a new folder."))
+    return path
+
+
+def _run_config(source: Source, output: Path) -> Config:
+    """Returns settings with those of the model, and its tokenizer where it will be."""
+    file = source.tokenizer_file
+    if file is not None:
+        size = load_tokenizer(file, source.end_token).vocab_size
+        room = source.config.vocab_size
+        schema.require(
+            (
+                size <= room,
+                f"{file}: the tokenizer has {size} ids, but the model's vocabulary has "
+                f"{room}.",
+            )
+        )
+    copied = None if file is None else str(output / TOKENIZER_FILE)
+    values: dict[str, Any] = {**source.settings, "tokenizer": copied}
+    return Config(**values)
+
+
+def _copy_tokenizer(source: Source, folder: Path) -> None:
+    if source.tokenizer_file is None:
+        return
+    file = Path(source.tokenizer_file)
+    shutil.copyfile(file, folder / TOKENIZER_FILE)
+    for name in _BESIDE_TOKENIZER:
+        if file.with_name(name).is_file():
+            shutil.copyfile(file.with_name(name), folder / name)
