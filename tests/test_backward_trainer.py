@@ -69,6 +69,13 @@ def test_a_loss_is_the_mean_over_all_predictions_of_a_step(in_backward):
     expected = sum(losses) / count_predictions(batch)
     assert count_predictions(batch[0]) < count_predictions(batch[1]) / 4
     np.testing.assert_allclose(step(state, batch)[1]["loss"], expected, rtol=1e-5)
+    # Fewer predictions than microbatches.
+    ids = jnp.maximum(batch, ~batch)
+    one = (~ids).at[0, 0, -1].set(ids[0, 0, -1])
+    assert count_predictions(one) == 1
+    expected = next_token_loss(run.graphdef, init_state(run).params, one[0])
+    got = step(init_state(run), one)[1]["loss"]
+    np.testing.assert_allclose(got, expected, rtol=1e-5)
 
 
 @pytest.mark.parametrize(

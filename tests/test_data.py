@@ -324,6 +324,8 @@ def test_id_out_of_range_names_position_and_id(at, bad, chunk):
         (b"\0" * 8, {}, "int8", "'int8'"),
         (b"\0" * 8, {"dtype": "uint16"}, "uint32", "tokens.bin.json says 'uint16'"),
         (b"\0" * 8, {"tokens": 3}, None, "`tokens` is 3"),
+        (b"\0" * 8, {"tokens": "2"}, None, "`tokens` is '2'"),
+        (b"\0" * 8, {"dtype": ["uint16"]}, None, "`dtype` must be a name"),
         (b"\0" * 8, {"vocab_size": 11}, None, "`vocab_size` is 11"),
         (b"\0" * 8, {"held_out": 3}, None, "from 0 to 2, got 3"),
         (b"\0" * 8, {"token_bytes": [1, -1]}, None, "list of the bytes"),

@@ -41,8 +41,9 @@ RUNS = {
     },
 }  # fmt: skip
 
+SLOW = pytest.mark.slow
 CASES = [
-    pytest.param(name, marks=pytest.mark.slow if "no block" in name else ())
+    pytest.param(name, marks=() if name in ("apart", "in backward") else SLOW)
     for name in RUNS
 ]
 

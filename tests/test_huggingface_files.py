@@ -231,6 +231,16 @@ def test_the_end_token_is_the_one_a_folder_names(tmp_path, file, value, expected
     assert huggingface.end_token(tmp_path) == expected
 
 
+def test_the_ends_of_answers_stay_beside_the_end_of_documents(written, tmp_path):
+    given = tmp_path / "tokenizer.json"
+    shutil.copyfile(written / "tokenizer.json", given)
+    for ends, kept in [([7, 0], [7, 0]), ([7, 8], 0), (0, 0)]:
+        answers = {"eos_token_id": ends, "temperature": 0.6}
+        (tmp_path / "generation_config.json").write_text(json.dumps(answers))
+        found = huggingface.tokenizers._generation(given, 0)
+        assert found == {"eos_token_id": kept, "temperature": 0.6}
+
+
 # Refusals
 
 
@@ -248,7 +258,19 @@ def test_the_end_token_is_the_one_a_folder_names(tmp_path, file, value, expected
         ({"hidden_act": "gelu"}, "'gelu': another activation"),
         ({"final_logit_softcapping": 30.0}, "`final_logit_softcapping` is 30.0"),
         ({"brand_new": 1}, "`brand_new` is 1: an unknown key"),
-        ({"quantization_config": {"quant_method": "gptq"}}, "of gptq"),
+        ({"quantization_config": {"quant_method": "gptq"}}, "is 'gptq'"),
+        ({"quantization_config": {"bits": 4}}, "is {'bits': 4}: the weights"),
+        ({"model_type": ["qwen3"]}, r"is \['qwen3'\] with"),
+        ({"layer_types": "full"}, "`layer_types` has full: only"),
+        ({"rope_scaling": {"rope_type": ["x"]}}, "x"),
+        (  # transformers takes a window of 4,096 where Mistral gives none
+            {
+                "model_type": "mistral",
+                "architectures": ["MistralForCausalLM"],
+                "max_position_embeddings": 8192,
+            },
+            "`sliding_window` is 4096, below",
+        ),
         ({"auto_map": {"AutoModel": "x.Y"}}, "`auto_map`"),
         ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "yarn"),
         ({"rope_scaling": {"type": "dynamic", "factor": 4.0}}, "dynamic"),

@@ -130,6 +130,9 @@ def test_bad_lines_are_all_named_by_file_and_line(tmp_path):
     path.write_bytes(b'{"text": "\xff"}')
     with pytest.raises(ValueError, match=":1: not UTF-8"):
         load("jsonl", path)
+    path.write_text('{"text": "\\ud800"}\n{"text": ' + "9" * 5000 + "}\n")
+    with pytest.raises(ValueError, match=r"(?s):1: .*surrogates.*:2: cannot be read"):
+        load("jsonl", path)
     path.write_text('{"body": 1}\n' * 30)
     with pytest.raises(ValueError, match="Records after these were not") as error:
         load("jsonl", path)

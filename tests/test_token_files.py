@@ -4,6 +4,7 @@ import gzip
 import io
 import json
 import lzma
+import pickle
 import zipfile
 
 import numpy as np
@@ -187,6 +188,7 @@ NO_TOKENS = {
     ),
     "llm.c, an unknown version": (llm_c(20240520, 2, U2), "20240520 and version 2"),
     "llm.c, another date": (llm_c(20250612, 7, U4), "20250612 and version 7"),
+    "a pickle": (pickle.dumps(U2), "a pickle, such as an old .pt"),
     "big-endian .npy": (npy(U2.astype(">u2")), "is big-endian, >u2"),
     "floats": (npy(U2.astype("f4")), "ids must be integers"),
     "rows": (npy(U2.reshape(20, 100)), "has the shape (20, 100)"),
@@ -474,3 +476,15 @@ def test_every_data_path_counts():
     flags = ["--data-path", "a", "b", "--lr", "1", "--data-path", "c", "--data_path=d"]
     for args in (["train", *flags], ["train", "--data-path", "a", "b", "c", "d"]):
         assert cli._parse(args).data_path == ("a", "b", "c", "d")
+
+
+def test_of_several_files_only_the_last_may_say_what_is_held_out(tmp_path):
+    paths = [tmp_path / name for name in ("a.bin", "b.bin")]
+    for path in paths:
+        path.write_bytes(U4.tobytes())
+        path.with_name(f"{path.name}.json").write_text('{"held_out": 5}')
+    read = lambda: read_shards(paths, vocab_size=VOCAB)[0]
+    with pytest.raises(ValueError, match=r"`held_out`.* of .*a\.bin"):
+        read()
+    paths[0].with_name("a.bin.json").unlink()
+    assert read().held_out == 5

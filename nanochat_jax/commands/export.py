@@ -9,6 +9,7 @@ from nanochat_jax.commands.shared import usage_errors
 from nanochat_jax.config import schema
 from nanochat_jax.lm import huggingface
 from nanochat_jax.lm.checkpoints import load_trained, weights_file
+from nanochat_jax.lm.model import gpt
 from nanochat_jax.lm.runtime import machine
 
 
@@ -61,7 +62,7 @@ class Export:
             step=trained.step,
             tokenizer=trained.fingerprint,
         )
-        count = optax.tree.size(trained.params)
+        count = optax.tree.size(gpt.without_padding(trained.config, trained.params))
         print(
             f"Wrote {self.output}, {count:,} parameters of step {trained.step}, and "
             f"{weights_file.config_path(self.output)}, their settings."
@@ -95,7 +96,7 @@ class Export:
                 dtype=self.dtype,
                 latent=self.latent,
             )
-        count = optax.tree.size(trained.params)
+        count = optax.tree.size(gpt.without_padding(trained.config, trained.params))
         print(
             f"Wrote {self.output}, a folder for transformers: {count:,} parameters of "
             f"step {trained.step}, their settings and tokenizer."

@@ -22,7 +22,7 @@ from nanochat_jax.commands.shared import (
     usage_errors,
 )
 from nanochat_jax.config import Config, schema
-from nanochat_jax.lm.checkpoints import Checkpoints, Source, open_source
+from nanochat_jax.lm.checkpoints import Checkpoints, open_source
 from nanochat_jax.lm.model import param_sharding
 from nanochat_jax.lm.planning import memory_limit, optimizer_summary
 from nanochat_jax.lm.runtime import machine, processes, stopping
@@ -151,7 +151,7 @@ class Train(Config, TrainFlags):
         if mesh := param_sharding.mesh_summary(run.params, run.config):
             tell(mesh)
         if run.source:
-            tell(_started_from(run.source))
+            tell(f"Start:  {run.source.kind} {run.source.path}")
         first = job.resumption.step if job.resumption else 0
         state, metrics, received = _fit(job, console, tell)
         if received:
@@ -227,11 +227,6 @@ def _check_folder(folder: Path | None, first: int, total: int) -> None:
             "is nothing left to train. Raise `--total-steps`.",
         )
     )
-
-
-def _started_from(source: Source) -> str:
-    """Returns a line about the model that a run starts from."""
-    return f"Start:  {source.kind} {source.path}, in {source.config.param_dtype}"
 
 
 def _fit(

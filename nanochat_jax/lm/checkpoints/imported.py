@@ -15,7 +15,11 @@ from nanochat_jax.lm.data import load_tokenizer
 from nanochat_jax.lm.model import gpt
 
 # They name the token that ends a text, and have the template of conversations.
-_BESIDE_TOKENIZER = ("tokenizer_config.json", "chat_template.jinja")
+_BESIDE_TOKENIZER = (
+    "tokenizer_config.json",
+    "chat_template.jinja",
+    "generation_config.json",
+)
 
 
 def write_imported(source: Source, output: str | Path) -> int:

@@ -66,6 +66,8 @@ def unsupported(config: Mapping[str, Any]) -> list[str]:
       config: Content of a `config.json`.
     """
     errors = []
+    if config.get("model_type") == "mistral" and "sliding_window" not in config:
+        errors += _sliding_window(4096, config)  # what transformers takes it for
     for key, value in sorted(config.items()):
         known = _READ | _HARMLESS | _NEUTRAL.keys() | _SPECIAL.keys()
         if value is None:  # not in use
@@ -97,7 +99,8 @@ def _sliding_window(value: Any, config: Mapping[str, Any]) -> list[str]:
 
 
 def _layer_types(value: Any, config: Mapping[str, Any]) -> list[str]:
-    others = sorted({str(kind) for kind in value} - {"full_attention"})
+    kinds = value if isinstance(value, list) else [value]
+    others = sorted({str(kind) for kind in kinds} - {"full_attention"})
     return [f"`layer_types` has {', '.join(others)}: only full_attention is read."] * (
         bool(others)
     )
@@ -110,9 +113,9 @@ def _no_rope(value: Any, config: Mapping[str, Any]) -> list[str]:
 
 
 def _quantized(value: Any, config: Mapping[str, Any]) -> list[str]:
-    method = value.get("quant_method") if isinstance(value, dict) else value
+    method = value.get("quant_method", value) if isinstance(value, dict) else value
     return [
-        f"`quantization_config` is of {method}: the weights are quantised. Take the "
+        f"`quantization_config` is {method!r}: the weights are quantised. Take the "
         "folder of the model before that."
     ]
 

@@ -50,7 +50,7 @@ def read_config(folder: str | Path) -> ModelConfig:
 def _architecture_errors(found: Mapping[str, Any]) -> list[str]:
     known = config_keys.ARCHITECTURES
     kind, named = found.get("model_type"), found.get("architectures")
-    if kind in known and named in (None, [known[kind]]):
+    if isinstance(kind, str) and kind in known and named in (None, [known[kind]]):
         return []
     return [
         f"`model_type` is {kind!r} with the `architectures` {named!r}: only "

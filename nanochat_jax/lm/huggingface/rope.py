@@ -32,11 +32,11 @@ def read_rope(config: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
         return {}, [f"`rope_parameters` or `rope_scaling` is not a table: {given}."]
     bases = [x["rope_theta"] for x in (*given, config) if x.get("rope_theta")]
     errors = []
-    if len({*map(str, bases)}) > 1:
+    if any(base != bases[0] for base in bases):
         errors.append(f"`rope_theta` is given more than once: {bases}.")
     inner = {k: v for x in given for k, v in x.items() if v is not None}
     inner.pop("rope_theta", None)
-    types = {inner.pop(key) for key in ("rope_type", "type") if key in inner}
+    types = {str(inner.pop(key)) for key in ("rope_type", "type") if key in inner}
     scaling, faults = _read_scaling(types, inner)
     theta = bases[0] if bases else DEFAULT_THETA
     return {"rope_theta": theta, "rope_scaling": scaling}, errors + faults

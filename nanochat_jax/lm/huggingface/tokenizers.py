@@ -10,6 +10,9 @@ from nanochat_jax.lm.huggingface import json_files
 TOKENIZER, SETTINGS = "tokenizer.json", "tokenizer_config.json"
 """Names of the tokenizer and of its settings."""
 
+GENERATION = "generation_config.json"
+"""Name of the settings of generation."""
+
 TEMPLATE = "chat_template.jinja"
 """Name of the template of conversations, where it is not among the settings."""
 
@@ -24,13 +27,13 @@ class WrittenTokenizer(NamedTuple):
       text: Content of `tokenizer.json`.
       settings: Content of `tokenizer_config.json`.
       template: Content of `chat_template.jinja`, if there is one.
-      end_id: Id that ends a document.
+      generation: Content of `generation_config.json`.
     """
 
     text: str
     settings: dict[str, Any]
     template: str | None
-    end_id: int
+    generation: dict[str, Any]
 
     def write(self, folder: Path) -> None:
         """Writes the files.
@@ -40,6 +43,7 @@ class WrittenTokenizer(NamedTuple):
         """
         (folder / TOKENIZER).write_text(self.text, encoding="utf-8")
         json_files.write_object(folder / SETTINGS, self.settings)
+        json_files.write_object(folder / GENERATION, self.generation)
         if self.template is not None:
             (folder / TEMPLATE).write_text(self.template, encoding="utf-8")
 
@@ -74,7 +78,7 @@ def end_token(folder: str | Path) -> str | int | None:
         named = named.get("content")
     if isinstance(named, str):
         return named
-    for file in ("generation_config.json", "config.json"):
+    for file in (GENERATION, "config.json"):
         ids = json_files.read_object(folder / file).get("eos_token_id")
         if ids is not None:
             ids = ids if isinstance(ids, list) else [ids]
@@ -92,7 +96,8 @@ def to_write(
 
     Args:
       tokenizer: A `tokenizer.json`; `None` for bytes. Of a `tokenizer_config.json`
-        beside it, special tokens and the template of conversations are kept.
+        beside it, special tokens and the template of conversations are kept, and the
+        settings of generation of a `generation_config.json`.
       end: Token that ends a document, as for `load_tokenizer`.
       vocab_size: Tokens of the model.
 
@@ -113,7 +118,8 @@ def to_write(
     }
     if tokenizer is None:
         # Byte 0 is not named as the end: its name in the vocabulary is a letter.
-        return WrittenTokenizer(byte_level(), settings, None, used.separator)
+        ends = {"eos_token_id": used.separator}
+        return WrittenTokenizer(byte_level(), settings, None, ends)
     path = Path(tokenizer)
     name = used.decode([used.separator])
     if name in used.special:
@@ -125,8 +131,20 @@ def to_write(
         path.read_bytes().decode("utf-8"),
         settings,
         template.read_text(encoding="utf-8") if template.is_file() else None,
-        used.separator,
+        _generation(path, used.separator),
     )
+
+
+def _generation(tokenizer: Path, end_id: int) -> dict[str, Any]:
+    """Returns how texts are generated, as it is said beside a tokenizer.
+
+    Models that answer have several tokens that end a text; that of documents is one.
+    """
+    beside = json_files.read_object(tokenizer.with_name(GENERATION))
+    ends = beside.get("eos_token_id", end_id)
+    if end_id not in (ends if isinstance(ends, list) else [ends]):
+        ends = end_id
+    return {**beside, "eos_token_id": ends}
 
 
 def byte_level() -> str:

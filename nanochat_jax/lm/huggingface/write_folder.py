@@ -68,11 +68,8 @@ def write_folder(
     ) as temporary:
         made = Path(temporary) / "folder"
         made.mkdir()
-        settings = _config(config, used, written.end_id)
+        settings = _config(config, used, written.generation["eos_token_id"])
         json_files.write_object(made / "config.json", settings)
-        json_files.write_object(
-            made / "generation_config.json", {"eos_token_id": written.end_id}
-        )
         written.write(made)
         write_weights(made, config, params, jnp.dtype(used), max_part_bytes)
         if folder.exists():
@@ -115,7 +112,7 @@ def check_writable(
     )
 
 
-def _config(config: ModelConfig, dtype: str, end_id: int) -> dict[str, Any]:
+def _config(config: ModelConfig, dtype: str, ends: Any) -> dict[str, Any]:
     """Returns the content of `config.json`, with every key that has another default."""
     qwen3 = config.qk_norm != "none"
     own = {"use_sliding_window": False} if qwen3 else {"mlp_bias": False}
@@ -124,7 +121,7 @@ def _config(config: ModelConfig, dtype: str, end_id: int) -> dict[str, Any]:
         "attention_bias": False,
         "attention_dropout": 0.0,
         "dtype": dtype,
-        "eos_token_id": end_id,
+        "eos_token_id": ends,
         "head_dim": config.head_size,
         "hidden_act": "silu",
         "hidden_size": config.dim,

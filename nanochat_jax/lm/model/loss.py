@@ -58,7 +58,9 @@ def cross_entropy(
     chunks = _count_chunks(labels.shape, chunk)
     if predictions is None:
         predictions = jnp.sum(labels >= 0)
-    scale = 1 / jnp.maximum(jnp.asarray(predictions, jnp.float32), 1)
+    # The mean over microbatches may be a fraction; without any the loss is 0.
+    predictions = jnp.asarray(predictions, jnp.float32)
+    scale = 1 / jnp.where(predictions > 0, predictions, 1)
     if chunks == 1:
         return loss(weights, x, labels) * scale
     parts = _split(x, chunks), _split(labels, chunks, fill=_NOT_PREDICTED)

@@ -5,9 +5,11 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
+from nanochat_jax.config import schema
 from nanochat_jax.lm.model import (
     activation_sharding,
     count_predictions,
@@ -22,8 +24,25 @@ class Evaluator:
     """Validation loss of a run, on the same windows each time."""
 
     def __init__(self, run: Run):
-        """Cuts the windows; nothing is compiled yet."""
+        """Cuts the windows; nothing is compiled yet.
+
+        Args:
+          run: The run.
+
+        Raises:
+          ValueError: If the windows hold no token that is predicted.
+        """
         self._mesh, self._batches = run.mesh, feed_evaluation(run)
+        some_are_read = np.issubdtype(run.corpus.val.dtype, np.signedinteger)
+        schema.require(
+            (
+                not some_are_read
+                or any(count_predictions(jnp.asarray(x)) for x in self._batches),
+                f"{run.corpus.description}: no token of the held-out windows is "
+                "predicted. Raise `eval_batches` or `seq_len`, or give more "
+                "conversations.",
+            )
+        )
         self._bytes_per_token = run.corpus.bytes_per_token
         self._loss: Callable[[gpt.Params, Any], tuple[Array, Array]] = jax.jit(
             lambda params, batch: (

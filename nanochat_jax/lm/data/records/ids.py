@@ -102,6 +102,7 @@ class _Ids:
             raise ValueError(f"must be {_WANTED[self._kind]}, got {value!r:.40}.")
         if value == "":
             return
+        json.dumps(value, ensure_ascii=False).encode()  # refuses lone surrogates
         ids, text, size = self._turns(value) if self._chat else self._document(value)
         self._ids.frombytes(ids.astype(self._dtype).tobytes())
         self._ends.append(len(self._ids))

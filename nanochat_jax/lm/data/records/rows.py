@@ -79,6 +79,9 @@ def jsonl_rows(path: Path, field: str, problems: Problems) -> Iterator[tuple[str
                 where = f"no JSON at column {error.colno}: {error.msg}"
                 problems.add(place, f"{where}. Give one object a line.")
                 continue
+            except (ValueError, RecursionError) as error:  # long numbers, deep lists
+                problems.add(place, f"cannot be read: {error}.")
+                continue
             if not isinstance(record, dict):
                 problems.add(place, "no JSON object. Give one object a line.")
             elif field not in record:

@@ -57,6 +57,10 @@ _BY_MAGIC = {
     b"BZh91AY&SY": Foreign("packed with bzip2", _UNPACK),
     b"\x04\x22\x4d\x18": Foreign("packed with lz4", _UNPACK),
     b"PK\x03\x04": Foreign("a zip archive, such as .npz or .pt", _CONVERT),
+    **dict.fromkeys(
+        (b"\x80\x02\x8a\x0a", b"\x80\x04\x95", b"\x80\x05\x95"),
+        Foreign("a pickle, such as an old .pt", _CONVERT),
+    ),
     b"PK\x05\x06": Foreign("an empty zip archive", _UNPACK),
 }
 _LITDATA = Foreign("a chunk of litdata", _CONVERT)

@@ -228,6 +228,7 @@ def _join(files: Sequence[Path], parts: Sequence[TokenFile]) -> TokenFile:
     kinds: dict[str, Path] = {}
     for file, part in zip(files, parts, strict=True):
         kinds.setdefault(f"{part.layout.format} of {part.tokens.dtype.name}", file)
+    known_parts = [*zip(files, parts, strict=True)][:-1]
     made_by = {part.tokenizer for part in parts}
     known = sorted(name for name in made_by if name)
     schema.require(
@@ -235,6 +236,12 @@ def _join(files: Sequence[Path], parts: Sequence[TokenFile]) -> TokenFile:
             len(kinds) == 1,
             "files that are read together must be of one format and type, got "
             f"{', '.join(f'{kind} in {file}' for kind, file in kinds.items())}.",
+        ),
+        (
+            all(part.held_out is None for part in parts[:-1]),
+            "of files that are read together only the last may say `held_out` in its "
+            "sidecar: the held-out part is the end of all. Delete that key of "
+            f"{', '.join(str(f) for f, x in known_parts if x.held_out is not None)}.",
         ),
         (
             len(known) < 2,
@@ -249,6 +256,7 @@ def _join(files: Sequence[Path], parts: Sequence[TokenFile]) -> TokenFile:
     return TokenFile(
         JoinedTokens([np.asarray(part.tokens) for part in parts]),
         parts[0].layout._replace(documents=total),
+        held_out=parts[-1].held_out,
         token_bytes=tables[0] if same else None,
         tokenizer=made_by.pop() if len(made_by) == 1 else None,
     )

@@ -39,6 +39,10 @@ def read_sidecar(path: Path) -> dict[str, Any]:
     schema.require(
         (isinstance(facts, dict), f"{sidecar}: must be a JSON object, got {facts!r}.")
     )
+    dtype = facts.get("dtype", "")
+    schema.require(
+        (isinstance(dtype, str), f"{sidecar}: `dtype` must be a name, got {dtype!r}.")
+    )
     return facts
 
 
@@ -73,7 +77,7 @@ def check_facts(
     tokens, vocab = facts.get("tokens", length), facts.get("vocab_size", 1)
     held_out, table = facts.get("held_out", 0), facts.get("token_bytes", [])
     schema.require(
-        (tokens == length, f"{sidecar}: `tokens` is {tokens}, {path} has {length}."),
+        (tokens == length, f"{sidecar}: `tokens` is {tokens!r}, {path} has {length}."),
         (
             isinstance(vocab, int) and vocab <= vocab_size,
             f"{sidecar}: `vocab_size` is {vocab!r}, the model's only {vocab_size}. "
