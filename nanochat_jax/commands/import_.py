@@ -38,11 +38,12 @@ class Import:
             source = self._source()
             count = write_imported(source, self.output)
         tokenizer = source.tokenizer_file or source.fingerprint or "unknown"
+        also = " --tokenizer FILE" if source.fingerprint is None else ""
         print(
             f"Wrote {self.output}: {count:,} parameters in {source.config.param_dtype} "
             f"of the {source.kind} {source.path}; tokenizer: {tokenizer}.\n"
-            f"Try `nanochat-jax generate --checkpoint {self.output}`, or train on, "
-            f"`nanochat-jax train --init-from {self.output}`."
+            f"Try `nanochat-jax generate --checkpoint {self.output}{also}`, or train "
+            f"on, `nanochat-jax train --init-from {self.output}`."
         )
 
     def _source(self) -> Source:
