@@ -193,6 +193,16 @@ def test_the_guard_takes_no_second_copy_of_parameters_or_gradients():
     assert guarded.temp_size_in_bytes < plain.temp_size_in_bytes + 0.75 * held
 
 
+def test_a_validation_that_predicts_nothing_is_refused(run):
+    corpus = run.corpus
+    read_only = dataclasses.replace(corpus, val=~np.asarray(corpus.val, np.int32))
+    with pytest.raises(ValueError, match="no token of the held-out windows is pred"):
+        Evaluator(dataclasses.replace(run, corpus=read_only))
+    some = read_only.val.copy()
+    some[: len(some) // 2] = ~some[: len(some) // 2]
+    Evaluator(dataclasses.replace(run, corpus=dataclasses.replace(corpus, val=some)))
+
+
 def test_a_loss_that_stays_not_finite_stops_the_run_and_says_so(run, tmp_path):
     config = dataclasses.replace(TINY, eval_interval=0)
     state = spoilt(init_state(run))._replace(step=jnp.int32(1))

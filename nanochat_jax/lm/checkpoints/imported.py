@@ -1,7 +1,6 @@
 """Checkpoints of weights alone, from models that other tools wrote."""
 
 import shutil
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,7 @@ from nanochat_jax.lm.checkpoints.source import TOKENIZER_FILE, Source
 from nanochat_jax.lm.checkpoints.store import Checkpoints
 from nanochat_jax.lm.data import load_tokenizer
 from nanochat_jax.lm.model import gpt
+from nanochat_jax.lm.runtime import making_folder, new_folder
 
 # They name the token that ends a text, and have the template of conversations.
 _BESIDE_TOKENIZER = (
@@ -39,7 +39,7 @@ def write_imported(source: Source, output: str | Path) -> int:
       ValueError: If the folder has files, the model cannot be read, or its tokenizer
         has more ids than its vocabulary.
     """
-    output = check_output(output)
+    output = new_folder(output)
     config = _run_config(source, output)
     params = source.read(config, gpt.abstract_model(source.config)[1])
     meta = record.make_imported(
@@ -47,30 +47,11 @@ def write_imported(source: Source, output: str | Path) -> int:
         tokenizer=source.fingerprint,
         source=f"{source.kind} {Path(source.path).absolute()}",
     )
-    output.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(
-        prefix=f".{output.name}.", dir=output.parent
-    ) as temporary:
-        folder = Path(temporary) / "checkpoint"
+    with making_folder(output) as folder:
         with Checkpoints(folder) as checkpoints:
             checkpoints.save(0, {"params": params}, meta)
         _copy_tokenizer(source, folder)
-        if output.exists():
-            output.rmdir()
-        folder.rename(output)
     return sum(x.size for x in jax.tree.leaves(params))
-
-
-def check_output(output: str | Path) -> Path:
-    """Returns the folder to write, if it is new or empty.
-
-    Raises:
-      ValueError: If it has files, or is one.
-    """
-    path = Path(output).expanduser().absolute()
-    taken = path.exists() and (not path.is_dir() or any(path.iterdir()))
-    schema.require((not taken, f"{output}: is there already. Give a new folder."))
-    return path
 
 
 def _run_config(source: Source, output: Path) -> Config:

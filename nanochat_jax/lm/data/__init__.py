@@ -34,6 +34,7 @@ from nanochat_jax.lm.data.detokenize import (
     decode_stream as decode_stream,
     up_to as up_to,
 )
+from nanochat_jax.lm.data.end_token import configured_end as configured_end
 from nanochat_jax.lm.data.tokenizer import (
     Tokenizer as Tokenizer,
     load_tokenizer as load_tokenizer,

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from nanochat_jax.config import schema
-from nanochat_jax.lm.data import load_tokenizer
+from nanochat_jax.lm.data import configured_end, load_tokenizer
 from nanochat_jax.lm.huggingface import json_files
 
 TOKENIZER, SETTINGS = "tokenizer.json", "tokenizer_config.json"
@@ -73,9 +73,7 @@ def end_token(folder: str | Path) -> str | int | None:
       ValueError: If one of these files cannot be read.
     """
     folder = Path(folder)
-    named = json_files.read_object(folder / SETTINGS).get("eos_token")
-    if isinstance(named, dict):
-        named = named.get("content")
+    named = configured_end(folder / TOKENIZER)
     if isinstance(named, str):
         return named
     for file in (GENERATION, "config.json"):

@@ -1,6 +1,5 @@
 """A folder that `transformers` loads: settings, weights and tokenizer."""
 
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +11,7 @@ from nanochat_jax.lm.huggingface import json_files, tokenizers
 from nanochat_jax.lm.huggingface.rope import write_rope
 from nanochat_jax.lm.huggingface.write_weights import write_weights
 from nanochat_jax.lm.model import Params
+from nanochat_jax.lm.runtime import making_folder, new_folder, why_not_new
 
 DTYPES = ("float32", "bfloat16", "float16")
 """Types in which weights are written."""
@@ -61,20 +61,11 @@ def write_folder(
     used = dtype or str(jax.tree.leaves(params)[0].dtype.name)
     check_writable(folder, config, latent=latent, dtype=used)
     written = tokenizers.to_write(tokenizer, end_token, config.vocab_size)
-    folder = Path(folder).expanduser().absolute()
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(
-        prefix=f".{folder.name}.", dir=folder.parent
-    ) as temporary:
-        made = Path(temporary) / "folder"
-        made.mkdir()
+    with making_folder(new_folder(folder)) as made:
         settings = _config(config, used, written.generation["eos_token_id"])
         json_files.write_object(made / "config.json", settings)
         written.write(made)
         write_weights(made, config, params, jnp.dtype(used), max_part_bytes)
-        if folder.exists():
-            folder.rmdir()
-        made.rename(folder)
 
 
 def check_writable(
@@ -95,10 +86,9 @@ def check_writable(
     Raises:
       ValueError: If it is refused; all reasons are listed.
     """
-    path = Path(folder).expanduser()
-    taken = path.exists() and (not path.is_dir() or any(path.iterdir()))
+    taken = why_not_new(folder)
     schema.require(
-        (not taken, f"{folder}: is there already. Give a new or an empty folder."),
+        (taken is None, taken or ""),
         (
             latent or not config.ternary,
             "the model is ternary, which transformers does not compute: it rounds "

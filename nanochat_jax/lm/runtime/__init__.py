@@ -1,6 +1,6 @@
 """The process and its machine: everything around training that knows no model.
 
-atomic_files  files that a crash leaves old or new, never half written
+atomic_files  files and folders that a crash leaves old or new, never half written
 installation  faults of an installation of JAX, each with its remedy
 machine       the choice of the device, hardware and versions in words
 processes     several processes of one run: how they start, meet and end
@@ -17,7 +17,10 @@ from nanochat_jax.lm.runtime import (
     utilization as utilization,
 )
 from nanochat_jax.lm.runtime.atomic_files import (
+    making_folder as making_folder,
+    new_folder as new_folder,
     replacing as replacing,
+    why_not_new as why_not_new,
     write_text as write_text,
 )
 from nanochat_jax.lm.runtime.stop import stopping as stopping
