@@ -18,7 +18,7 @@ BOTH = {"momentum": nj.Int8(16), "basis": nj.Int4(16)}
 
 
 def muon():
-    return optax.chain(nj.momentum(), nj.orthogonalize())
+    return optax.chain(nj.momentum(), nj.orthogonalize(dtype="float32"))
 
 
 def low_rank(inner, **kwargs):
@@ -28,12 +28,14 @@ def low_rank(inner, **kwargs):
 
 
 def joint():
-    return optax.chain(low_rank(nj.momentum(), complement=1.0), nj.orthogonalize())
+    return optax.chain(
+        low_rank(nj.momentum(), complement=1.0), nj.orthogonalize(dtype="float32")
+    )
 
 
 def two_speed():
     inner = low_rank(nj.momentum(), complement=nj.momentum(0.7))
-    return optax.chain(inner, nj.orthogonalize())
+    return optax.chain(inner, nj.orthogonalize(dtype="float32"))
 
 
 def quantized(inner, codecs):

@@ -54,7 +54,7 @@ def optimizer(name, params):
         low_rank = nj.galore(
             nj.momentum(), 5, basis=nj.RandomizedSVD(2), complement=1.0
         )
-        direction = optax.chain(low_rank, nj.orthogonalize())
+        direction = optax.chain(low_rank, nj.orthogonalize(dtype="float32"))
         muon = optax.chain(
             helpers.quantized(direction, helpers.BOTH),
             nj.scale_by_shape("rms"),

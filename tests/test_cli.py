@@ -11,12 +11,16 @@ import shutil
 import subprocess
 import sys
 
+import jax
 import numpy as np
 import pytest
 
-from nanochat_jax import cli
-from nanochat_jax.commands import help
+from nanochat_jax import cli, describe
+from nanochat_jax.commands.usage import flags, help
+from nanochat_jax.commands.usage.registry import COMMANDS
+from nanochat_jax.config import Config
 from nanochat_jax.lm.data.token_file import write_tokens
+from nanochat_jax.lm.planning import run_memory
 from nanochat_jax.lm.tracking.jsonl import read_metrics
 from tiny import write_config
 
@@ -82,8 +86,11 @@ def test_a_run_resumes_where_it_stopped_and_flags_override_the_file(
     assert "later checkpoints are there: [6]" in message
 
 
-def test_plan_prints_one_json_object(config, capsys):
-    assert cli.main(["plan", "--config-file", str(config), "--json"]) == 0
+def test_plan_prints_one_json_object_all_but_the_peak_from_shapes(
+    config, capsys, monkeypatch
+):
+    args = ["plan", "--config-file", str(config), "--json"]
+    assert cli.main(args) == 0
     plan = json.loads(capsys.readouterr().out)
     assert plan["variant"] == "galore_8bit"
     assert plan["matrix"].keys() == {
@@ -98,6 +105,30 @@ def test_plan_prints_one_json_object(config, capsys):
         "matrix", "embedding", "vector"
     ]  # fmt: skip
     assert sum(g["params"] for g in plan["groups"]) == plan["total"]["params"]
+    monkeypatch.setattr(jax.stages.Lowered, "compile", None)
+    assert cli.main([*args, "--no-compile"]) == 0
+    shapes = json.loads(capsys.readouterr().out)
+    assert "peak" in shapes.pop("needs_compiling")
+    assert shapes.pop("step").items() < plan["step"].items()
+    assert shapes == {key: plan[key] for key in shapes}
+    assert cli.main([*args[:-1], "--no-compile"]) == 0
+    out = capsys.readouterr().out
+    assert "Not known without compiling: temporaries, peak" in out
+    assert max(map(len, out.splitlines())) <= 80
+
+
+def test_plan_describes_the_parameters(config, capsys):
+    args = ["plan", "--config-file", str(config), "--parameters"]
+    run = run_memory.abstract_run(Config.from_toml(config))
+    described = describe(run.tx, run.params)
+    assert cli.main(args) == 0
+    assert capsys.readouterr().out == f"{described}\n"
+    assert cli.main([*args, "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told["warnings"] == [*described.warnings]
+    assert [leaf["path"] for leaf in told["leaves"]] == [
+        leaf.path for leaf in described.leaves
+    ]
 
 
 def test_plan_in_words_compares_the_ranks(config, capsys):
@@ -176,7 +207,7 @@ def test_a_gpu_that_is_not_there_is_an_error(config):
     assert "Traceback" not in done.stderr
 
 
-@pytest.mark.parametrize("command", cli.COMMANDS)
+@pytest.mark.parametrize("command", COMMANDS)
 @pytest.mark.parametrize("flag", ["--help", "--help-all"])
 def test_help_describes_every_flag_once_within_the_width(
     command, flag, capsys, monkeypatch
@@ -185,16 +216,13 @@ def test_help_describes_every_flag_once_within_the_width(
     assert cli.main([command, flag]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert max(map(len, lines)) <= 80
-    kind = cli.COMMANDS[command]
+    kind = COMMANDS[command].load()
     described = help.descriptions(kind)
-    for field in dataclasses.fields(kind):
-        assert described[field.name]
-        name = rf"^  --(\[no-\])?{field.name.replace('_', '-')}( |$)"
-        if command == "import" and field.name == "source":
-            name = r"^  --from "
-        if field.name == "runs":
-            name = r"^  RUN\.\.\. "
-        assert sum(bool(re.search(name, line)) for line in lines) == 1, field.name
+    for field, flag in flags.flags_of(kind).items():
+        assert described[field]
+        word = flag.name.removeprefix("--")
+        name = rf"^  (--(\[no-\])?)?{re.escape(word)}(\.\.\.)?( |$)"
+        assert sum(bool(re.search(name, line)) for line in lines) == 1, field
 
 
 def test_help_has_the_values_of_the_file_and_groups(config, capsys):
@@ -204,7 +232,7 @@ def test_help_has_the_values_of_the_file_and_groups(config, capsys):
     assert "--[no-]use-galore " in out and "low-rank" in out.replace("\n", "")
     for title in help.GROUPS.values():
         assert f"\n{title}\n" in out
-    fields = {field.name for field in dataclasses.fields(cli.COMMANDS["train"])}
+    fields = {field.name for field in dataclasses.fields(COMMANDS["train"].load())}
     assert help.GROUPS.keys() <= fields
 
 
@@ -217,21 +245,15 @@ def test_lapack_has_one_thread_unless_told_otherwise(given, used, monkeypatch, c
     assert os.environ["OPENBLAS_NUM_THREADS"] == used
 
 
-def test_info_lines_of_checkpoints_are_not_shown(capsys):
+def test_lines_that_checkpoints_log_are_not_shown(capsys):
     logging.getLogger("absl").setLevel(logging.INFO)
     assert cli.main(["--help"]) == 0
-    assert logging.getLogger("absl").level == logging.WARNING
+    assert logging.getLogger("absl").level == logging.ERROR
 
 
-def test_help_names_every_command(capsys):
+def test_help_names_every_command_and_what_it_does(capsys):
     assert cli.main(["--help"]) == 0
     out = capsys.readouterr().out
-    assert all(f"\n  {name} " in out for name in cli.COMMANDS)
-
-
-def test_the_module_is_the_command():
-    done = subprocess.run(
-        [sys.executable, "-m", "nanochat_jax.cli", "--help"],
-        capture_output=True, text=True, check=True,
-    )  # fmt: skip
-    assert "usage: nanochat-jax" in done.stdout
+    assert all(f"\n  {name} " in out for name in COMMANDS)
+    for command in COMMANDS.values():
+        assert command.summary == help.paragraphs(command.load())[0]

@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import json
+import re
 
 import chex
 import jax
@@ -10,9 +11,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from rich.console import Console
 
 import nanochat_jax as nj
 from nanochat_jax import cli
+from nanochat_jax.commands import compare as command
 from nanochat_jax.config import Config
 from nanochat_jax.experiments import speed
 from nanochat_jax.lm.planning.variants import NAMES, parse_variants
@@ -156,12 +159,28 @@ def test_a_stopped_comparison_goes_on_and_ends_as_it_would_have(config, output, 
     assert changed == {lost, lost + "l"}
     out = capsys.readouterr().out
     assert "4 runs, 3 of them done already" in out
-    assert out.count("step 4/4") == 1
+    assert out.count("step 4/4") == out.count("Compiling the training step\n") == 1
+    assert f"Report:  {output}/report.json\nFigures: {output}/loss_by_step" in out
+    assert "\x1b" not in out
     again = read(output)["variants"]
     for name, values in report["variants"].items():
         assert again[name]["losses"] == values["losses"]
         assert again[name]["loss_ratio"] == values["loss_ratio"]
         assert again[name]["tokens_per_s"] is None  # not timed, so not made up
+
+
+@pytest.mark.parametrize("columns", [80, 140])
+def test_a_comparison_that_is_done_fits_the_terminal(
+    columns, config, output, capsys, monkeypatch
+):
+    kind = {"force_terminal": True, "width": columns, "_environ": {}}
+    monkeypatch.setattr(command, "Console", lambda: Console(**kind))
+    two = ["--variants", "muon", LOW_RANK, "--seeds", 2, "--speed-steps", 0]
+    assert compare(config, output, *two) == 0
+    lines = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", capsys.readouterr().out).splitlines()
+    assert "4 runs, 4 of them done already" in lines
+    assert any(line.startswith(" muon") for line in lines)
+    assert [x for x in lines if len(x) > columns and str(output) not in x] == []
 
 
 def test_results_of_other_settings_are_refused_and_left_alone(config, output, capsys):
@@ -252,6 +271,32 @@ def test_flags_that_do_not_do_are_refused_before_anything_is_written(
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     assert "nanochat-jax[plot]" in refused(capsys, config, new)
     assert not new.exists()
+
+
+def test_ctrl_c_says_how_to_go_on_and_where_the_report_is(
+    config, output, tmp_path, capsys, monkeypatch
+):
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(command, "run_trial", interrupt)
+    again = "interrupted. The same command goes on with the runs that are not done.\n"
+    assert compare(config, tmp_path) == 130
+    assert capsys.readouterr().err.endswith(again)
+    assert compare(config, output, "--variants", "galore") == 130
+    told = f"{again}Report of those that are: {output}/report.json\n"
+    assert capsys.readouterr().err.endswith(told)
+
+
+def test_a_folder_with_other_files_is_refused_and_left_alone(config, tmp_path, capsys):
+    (tmp_path / "runs").mkdir()
+    for name in ("report.json", "runs/muon-seed0.json", ".hidden", "x.tmp"):
+        (tmp_path / name).touch()
+    for name in ("thesis.tex", "runs/notes.txt"):
+        (tmp_path / name).touch()
+    message = refused(capsys, config, tmp_path)
+    assert f"{tmp_path}/runs/notes.txt, {tmp_path}/thesis.tex. Choose" in message
+    assert len(list(tmp_path.rglob("*"))) == 7
 
 
 PARAMS = {

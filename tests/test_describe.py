@@ -125,3 +125,29 @@ def test_what_a_view_cannot_keep_of_a_sharding_is_said():
     tx = nj.as_matrices(nj.momentum(), nj.MatrixAxes((-3, -2), -1))
     found = nj.state_sharding(tx, {"a": stacked}).momentum["a"].spec
     assert found == P(None, "tensor", None)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (
+            {"bits": 8, "min_size": 10**6},
+            "no state of matrices is stored as momentum Int8",
+        ),
+        ({"rank": 32}, "Muon, GaLore rank 32 projects no matrix"),
+        ({"bits": 8, "min_size": 1}, None),
+        ({"rank": 8}, None),
+        ({"bits": 8, "min_size": 1, "quantize_embeddings": False}, None),
+    ],
+)
+def test_settings_that_change_no_state_are_pointed_out(arguments, said):
+    params = {name: PARAMS[name] for name in ("embed", "up", "attn")}
+    warnings = nj.describe(nj.muon(0.02, **arguments), params).warnings
+    about = [text for text in warnings if "matri" in text]
+    assert [text.startswith(str(said)) for text in about] == [True] * (said is not None)
+
+
+def test_frozen_parameters_are_named_and_numbers_are_not():
+    labels = dict.fromkeys(PARAMS) | {"words_map": "frozen"}
+    [warning] = nj.describe(nj.muon(0.02, labels=labels), PARAMS).warnings
+    assert warning == "frozen, never updated: words_map/kernel."

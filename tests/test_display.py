@@ -8,7 +8,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from nanochat_jax.lm.tracking.console import make_display
+from nanochat_jax.lm.tracking import chart
+from nanochat_jax.lm.tracking.console import busy, make_display
 
 METRICS = {
     "step": 120,
@@ -128,3 +129,59 @@ def test_a_finished_run_has_no_time_left():
     display = make_display(120, console=terminal(80))
     bar = log(display, METRICS)[0]
     assert "100% elapsed" in bar and "eta" not in bar
+
+
+def test_a_bar_that_stopped_on_its_way_is_erased_and_a_whole_one_stays():
+    for steps, stays in ((60, False), (120, True)):
+        console = terminal(80)
+        with make_display(120, console=console) as display:
+            display.update(steps)
+        after = console.file.getvalue().rpartition("/120")[2]
+        assert ("\x1b[2K" in after) != stays
+
+
+def test_what_takes_a_while_is_said_on_a_terminal_and_elsewhere():
+    for console in (terminal(80), Console(file=io.StringIO(), width=40)):
+        with busy(console, "Compiling the training step"):
+            pass
+        assert "Compiling the training step" in console.file.getvalue()
+
+
+LOSSES = [
+    {"step": 0, "val_loss": 99.0},  # of untrained parameters
+    *({"step": step, "loss": 5.5 - step / 50} for step in range(10, 100, 10)),
+    {"step": 5, "val_loss": 5.4},
+    {"step": 100, "loss": 3.5, "val_loss": 3.6},
+]
+
+
+@pytest.mark.parametrize("width", [40, 80, 140])
+@pytest.mark.parametrize("ascii_only", [True, False])
+def test_a_chart_falls_from_the_first_to_the_last_loss(width, ascii_only):
+    title, *rows, axis, steps = chart.draw_losses(
+        LOSSES, width, ascii_only=ascii_only
+    ).splitlines()
+    assert max(map(len, (title, *rows, axis, steps))) <= width
+    assert (title + "".join(rows) + axis).isascii() == ascii_only
+    assert rows[0].startswith("5.40") and rows[-1].startswith("3.50")
+    assert steps.split() == ["0", "step", "100"]
+    point = "o" if ascii_only else "●"
+    found = [row.find(point) for row in rows if point in row]
+    assert len(found) == 2 and found[0] < width / 4 and found[1] == len(axis) - 1
+    # Further right a falling line is never further up.
+    drawn = [row[6:].rstrip() for row in rows]
+    assert [*map(len, drawn)] == sorted(map(len, drawn))
+
+
+def test_a_chart_needs_two_losses():
+    assert chart.draw_losses([{"step": 9, "val_loss": 5.0, "loss": None}], 80) == ""
+
+
+@pytest.mark.parametrize("ascii_only", [True, False])
+def test_bars_are_as_long_as_their_bytes(ascii_only):
+    sizes = {"a": 1_000_000, "half": 8_000_000, "whole": 16_000_000}
+    lines = chart.draw_bytes(sizes, 80, ascii_only=ascii_only).splitlines()[1:]
+    a, half, whole = (line.split()[1] for line in lines)
+    assert abs(len(whole) - 2 * len(half)) <= 1 and 3 <= len(a) <= 5
+    assert lines[-1].endswith(" 16.00 MB") and max(map(len, lines)) <= 80
+    assert "".join(lines).isascii() == ascii_only

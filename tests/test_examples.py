@@ -12,7 +12,7 @@ from pathlib import Path
 import jax
 import pytest
 
-from nanochat_jax import cli
+from nanochat_jax.commands import command_of
 from nanochat_jax.lm import huggingface
 
 FILES = sorted((Path(__file__).parents[1] / "examples").glob("*.py"))
@@ -159,7 +159,7 @@ def test_slurm_starts_a_run_and_goes_on_with_one(tmp_path):
         assert program == "nanochat-jax"
         return args
 
-    first = cli._parse(start())
+    first = command_of(start())
     assert (first.checkpoint_dir, first.resume) == (str(folder), None)
     assert first.mesh == {"data": 4, "fsdp": 8} and first.coordinator is None
     asked = re.findall(

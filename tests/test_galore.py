@@ -75,7 +75,8 @@ def test_orthogonalize_may_stand_inside_or_outside():
     gradients = [grads(step) for step in range(3)]
     inside = nj.galore(helpers.muon(), rank=3, basis=every(2))
     outside = optax.chain(
-        nj.galore(nj.momentum(), rank=3, basis=every(2)), nj.orthogonalize()
+        nj.galore(nj.momentum(), rank=3, basis=every(2)),
+        nj.orthogonalize(dtype="float32"),
     )
     a, _ = trajectory(inside, gradients)
     b, _ = trajectory(outside, gradients)
@@ -95,8 +96,10 @@ def test_residual_gives_back_what_the_projector_cuts_off():
 
 def test_with_residual_the_orthogonalised_update_has_full_rank():
     gradients = [grads(step) for step in range(2)]
-    plain = optax.chain(nj.galore(nj.momentum(), 3), nj.orthogonalize())
-    joint = optax.chain(nj.galore(nj.momentum(), 3, complement=1.0), nj.orthogonalize())
+    plain = optax.chain(nj.galore(nj.momentum(), 3), nj.orthogonalize(dtype="float32"))
+    joint = optax.chain(
+        nj.galore(nj.momentum(), 3, complement=1.0), nj.orthogonalize(dtype="float32")
+    )
     a, b = (trajectory(tx, gradients)[0][-1]["wide"] for tx in (plain, joint))
     assert jnp.linalg.matrix_rank(a, rtol=1e-3) == 3
     assert jnp.linalg.matrix_rank(b, rtol=1e-3) == 8

@@ -102,5 +102,5 @@ def test_a_run_stops_with_what_was_wrong_and_what_to_do(loss, norm, said):
     with pytest.raises(FloatingPointError) as error:
         guard.check(values, 40, most=4)
     assert said in str(error.value)
-    for part in ("4 in a row", "`max_skipped_steps`", "of step 36", "Resume from"):
+    for part in ("4 in a row", "`max_skipped_steps`", "of step 36", "--init-from"):
         assert part in str(error.value)

@@ -14,6 +14,7 @@ import pytest
 
 import tiny
 from nanochat_jax import cli
+from nanochat_jax.commands import command_of
 from nanochat_jax.lm import huggingface
 from nanochat_jax.lm.checkpoints import Checkpoints, load_trained, open_source
 from nanochat_jax.lm.data import dataset_folder
@@ -110,7 +111,7 @@ SOURCES = ["run/1", "imported", "w/w.safetensors"]
 
 def parsed(folder, *flags):
     args = ["train", "--config-file", folder / "start.toml", *data_flags(folder)]
-    return cli._parse([str(arg) for arg in (*args, *flags)])
+    return command_of([str(arg) for arg in (*args, *flags)])
 
 
 def logits(config, params):

@@ -85,12 +85,12 @@ def test_a_run_stopped_by_sigterm_is_resumed_to_the_same_bits(tmp_path, capsys):
     config, folder = write_config(tmp_path), tmp_path / "struck"
     done = train_struck("SIGTERM", 6, config, folder)
     assert done.returncode == 0, done.stderr
-    told = "SIGTERM: stopped after step 6, which is saved. Go on with `--resume "
-    assert f"{told}{folder}`." in done.stdout
+    told = "SIGTERM: stopped after step 6, which is saved. Go on with\n"
+    assert f"{told}  nanochat-jax train --resume {folder}\n" in done.stdout
     assert "SIGTERM: stopping after this step" in done.stderr
     assert Checkpoints(folder).steps() == [4, 6]
     train = ["train", "--config-file", str(config), "--checkpoint-dir"]
-    assert cli.main([*train, str(folder), "--resume", str(folder)]) == 0
+    assert cli.main(["train", "--resume", str(folder)]) == 0
     assert "Resumed from step 6" in capsys.readouterr().out
     assert cli.main([*train, str(tmp_path / "straight")]) == 0
     run = make_run(Config.from_toml(config))
@@ -107,7 +107,7 @@ def test_a_run_stopped_by_sigterm_is_resumed_to_the_same_bits(tmp_path, capsys):
 def test_ctrl_c_leaves_a_checkpoint_and_its_exit_code(tmp_path):
     done = train_struck("SIGINT", 2, write_config(tmp_path), tmp_path / "run")
     assert done.returncode == 128 + signal.SIGINT
-    assert "SIGINT: stopped after step 2, which is saved" in done.stdout
+    assert "interrupted: stopped after step 2, which is saved" in done.stdout
     assert Checkpoints(tmp_path / "run").steps() == [2]
 
 
@@ -144,3 +144,22 @@ def test_no_signal_changes_what_a_run_comes_to(name, tmp_path):
         state = last_state(run, folder)
         assert int(state.step) == last
         chex.assert_trees_all_equal(train(state), straight)
+
+
+@pytest.mark.slow
+def test_steps_raised_before_the_rate_falls_give_the_longer_run_to_the_bit(tmp_path):
+    short, long = (
+        make_run(Config.from_toml(write_config(tmp_path, total_steps=steps)))
+        for steps in (12, 16)
+    )
+    compiled = {
+        run.config.total_steps: compile_train_step(run) for run in (short, long)
+    }
+
+    def train(run, state, stop=lambda step: False):
+        reporter = Reporter(run, int(state.step), make_display(16))
+        step = compiled[run.config.total_steps]
+        return loop.fit(run, state, step, reporter, stop=stop)
+
+    half = train(short, init_state(short), stop=lambda step: step == 6)
+    chex.assert_trees_all_equal(train(long, half), train(long, init_state(long)))

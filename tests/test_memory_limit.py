@@ -11,7 +11,8 @@ from rich.console import Console
 
 import tiny
 from nanochat_jax import cli
-from nanochat_jax.commands import doctor, train
+from nanochat_jax.commands import command_of, train
+from nanochat_jax.commands.reports import diagnosis
 from nanochat_jax.config import Config
 from nanochat_jax.config.byte_sizes import parse_bytes
 from nanochat_jax.lm.planning import (
@@ -197,7 +198,7 @@ def test_the_lines_are_flags_and_toml_that_give_the_settings():
     read = tomllib.loads("\n".join(limit_summary.toml_lines(settings)))
     assert read == settings
     given = [word for flag in limit_summary.flags(settings) for word in flag.split()]
-    command = cli._parse(["plan", *given])
+    command = command_of(["plan", *given])
     assert {key: getattr(command, key) for key in settings} == settings
 
 
@@ -260,7 +261,7 @@ def test_doctor_names_the_memory_of_each_device():
     def device(name, **stats):
         return types.SimpleNamespace(platform=name, id=0, memory_stats=lambda: stats)
 
-    said = doctor._memory([device("gpu", bytes_limit=60 * 10**9), device("cpu")])
+    said = diagnosis._memory([device("gpu", bytes_limit=60 * 10**9), device("cpu")])
     assert said.splitlines()[0] == "gpu:0: 60.0 GB for JAX"
     assert said.splitlines()[1].startswith("machine: ")
-    assert doctor._memory([device("cpu")]) == doctor.machine.memory()
+    assert diagnosis._memory([device("cpu")]) == diagnosis.machine.memory()

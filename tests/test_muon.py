@@ -22,7 +22,7 @@ def grads(step):
 def muon(lr, weight_decay=0.0, **kwargs):
     return optax.chain(
         nj.momentum(**kwargs),
-        nj.orthogonalize(),
+        nj.orthogonalize(dtype="float32"),
         nj.scale_by_shape("width"),
         optax.add_decayed_weights(weight_decay),
         optax.scale_by_learning_rate(lr),
@@ -88,7 +88,7 @@ def test_scale_by_shape(mode, wide, tall):
 
 
 def test_rms_scaling_gives_an_update_of_adam_size():
-    tx = optax.chain(nj.orthogonalize(), nj.scale_by_shape("rms"))
+    tx = optax.chain(nj.orthogonalize(dtype="float32"), nj.scale_by_shape("rms"))
     updates, _ = tx.update(grads(0), tx.init(PARAMS))
     for u in updates.values():
         assert 0.15 < jnp.sqrt(jnp.mean(u**2)) < 0.25
@@ -98,9 +98,9 @@ def test_rms_scaling_gives_an_update_of_adam_size():
 @pytest.mark.parametrize("count", [4, 7, 12])  # two parts; two and a rest; four
 def test_a_few_matrices_at_a_time_give_what_all_give(count, dtype, atol):
     params = {"stack": jax.random.normal(jax.random.key(0), (count, 16, 40), dtype)}
-    tx = nj.orthogonalize(max_bytes=3 * 4 * 16 * 40)
+    tx = nj.orthogonalize(dtype="float32", max_bytes=3 * 4 * 16 * 40)
     updates, _ = jax.jit(tx.update)(params, tx.init(params))
-    whole, _ = nj.orthogonalize().update(params, tx.init(params))
+    whole, _ = nj.orthogonalize(dtype="float32").update(params, tx.init(params))
     helpers.assert_close(updates, whole, atol=atol)
 
 
@@ -109,7 +109,7 @@ def test_temporaries_are_those_of_the_matrices_worked_on_at_a_time():
     params = {"stack": jax.ShapeDtypeStruct((16, 256, 256), jnp.float32)}
     matrix = 4 * 256 * 256
     temporaries = lambda max_bytes: compiled_bytes(
-        nj.orthogonalize(max_bytes=max_bytes), params
+        nj.orthogonalize(dtype="float32", max_bytes=max_bytes), params
     )["temp_bytes"]
     assert temporaries(matrix) < 5 * matrix
     assert temporaries(16 * matrix) > 16 * 2 * matrix

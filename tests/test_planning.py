@@ -9,7 +9,8 @@ import pytest
 import nanochat_jax as nj
 from nanochat_jax.config import Config
 from nanochat_jax.lm.checkpoints.store import Checkpoints
-from nanochat_jax.lm.planning import run_memory
+from nanochat_jax.lm.planning import part_lines, parts_from_shapes, run_memory
+from nanochat_jax.lm.planning.step_parts import step_parts
 from nanochat_jax.lm.training.step import abstract_state, compile_train_step, init_state
 
 CONFIG = Config(
@@ -96,6 +97,18 @@ def test_gradients_are_added_up_in_float32_in_full_or_of_a_layer_at_a_time():
     rest = sum(held.values()) - held["blocks"]
     in_backward = dataclasses.replace(twice, update_in_backward=True)
     assert count(in_backward) == max(layer, rest)
+
+
+def test_low_bits_of_weights_are_counted_with_and_without_a_state():
+    split = {"param_dtype": "bfloat16", "weight_rounding": "split"}
+    run = run_memory.abstract_run(dataclasses.replace(CONFIG, **split))
+    held = nj.memory_report(run.tx, run.params)
+    state = jax.eval_shape(run.tx.init, run.params)
+    parts = parts_from_shapes(run.config, run.params, held)
+    assert parts == step_parts(run.config, run.params, state)
+    assert parts.low_bits_bytes == parts.params  # a byte each
+    said = part_lines(run.config, parts, 2 * parts.params, held.total_bytes)
+    assert "    low bits of the weights 0.1 MB" in said
 
 
 def test_the_lines_give_peak_parts_and_checkpoints(planned):

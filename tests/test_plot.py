@@ -1,6 +1,8 @@
 """Figures of runs: what is drawn where, and what is refused."""
 
+import itertools
 import json
+from pathlib import Path
 
 import pytest
 
@@ -54,6 +56,52 @@ def test_seconds_go_on_where_a_resumed_run_began_anew():
         [[2.0, 4.0], [5.5, 3.0]],
         [[0.0, 5.0], [5.5, 3.1]],
     ]
+
+
+def names_of(axes):
+    """Returns the boxes of the names beside lines and points, without leaders."""
+    from matplotlib.text import Text
+
+    axes.figure.draw_without_rendering()
+    return {text.get_text(): Text.get_window_extent(text) for text in axes.texts}
+
+
+def comparison(**values):
+    """Returns the summary of variants whose losses end close together."""
+    losses = {"muon": 2.0, "muon_8bit": 2.001, "galore:galore_rank=8": 2.002} | values
+    return {
+        name: {
+            "losses": [[{"step": 0, "val_loss": 9.0}, {"step": 50, "val_loss": 2.5},
+                        {"step": 100, "val_loss": loss}]],
+            "val_loss": loss, "val_loss_std": None, "seeds": [0],
+            "total_state_bytes": 1000 * (1 + i),
+        }
+        for i, (name, loss) in enumerate(losses.items())
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "draw", [figures.draw_loss_by_step, figures.draw_loss_by_bytes]
+)
+def test_names_stand_apart_and_those_of_lost_runs_in_the_title(draw):
+    figure = draw(comparison(lost=None))
+    title = figure.axes[0].get_title()
+    assert "one seed" in title and title.endswith("diverged: lost")
+    for axes in figure.axes:
+        boxes = names_of(axes)
+        assert boxes.keys() == {"muon", "muon_8bit", "galore:\ngalore_rank=8"}
+        for one, other in itertools.combinations(boxes.values(), 2):
+            assert not one.overlaps(other)
+
+
+def test_a_comparison_shows_the_end_and_ratios_to_float32_muon():
+    above, below = figures.draw_loss_by_step(comparison()).axes
+    assert above.get_ylim()[0] > 1.9 and above.get_ylim()[1] < 2.6
+    ratios = {tuple(line.get_ydata()) for line in below.lines}
+    assert (1.0, 1.0, 1.0) in ratios
+    assert (1.0, 1.0, pytest.approx(2.001 / 2.0)) in [*ratios]
+    for part in ("color", "marker"):
+        assert len({getattr(line, f"get_{part}")() for line in below.lines}) == 3
 
 
 @pytest.mark.parametrize("x", ["step", "tokens", "seconds"])
@@ -122,11 +170,28 @@ def test_what_cannot_be_drawn_is_refused(tmp_path, capsys):
     assert "no losses by tokens: ['old']" in refused(
         [old, *output, "--x", "tokens"], capsys
     )
-    assert "folder of a run" in refused(output, capsys)
+    assert "`RUN` is required" in refused(output, capsys)
     assert "must end in .png" in refused([old, "--output", "figure.jpg"], capsys)
+    below = f"{old}/metrics.jsonl/figure.png"
+    assert "metrics.jsonl is a file" in refused([old, "--output", below], capsys)
 
 
 def test_without_matplotlib_the_message_says_what_to_install(monkeypatch, capsys):
     monkeypatch.setattr(figures.importlib.util, "find_spec", lambda name: None)
     message = refused(["run", "--output", "figure.png"], capsys)
     assert "nanochat-jax[plot]" in message
+
+
+def test_the_numbers_of_the_readme_figure_are_those_of_the_results():
+    root = Path(__file__).parents[1]
+    numbers = json.loads((root / "benchmarks/readme_figure.json").read_text())
+    results = (root / "docs/RESULTS.md").read_text().splitlines()
+    for row in numbers["loss"]["rows"].values():
+        whole, ratio = f"| {row['state_mb']:.2f} |", row["ratio"]
+        told = [f"| {ratio:.3f} ", "| 1 |"][: 1 + (ratio == 1)]
+        assert any(x.endswith(whole) and any(t in x for t in told) for x in results)
+    ours = [name for name in numbers["step"]["bytes"] if "optax" not in name]
+    assert len(ours) == 4
+    for name in ours:
+        total = f"| {sum(numbers['step']['bytes'][name].values()) / 1e6:.0f} |"
+        assert any(total in line for line in results)

@@ -17,6 +17,7 @@ from nanochat_jax.lm.data.token_file import write_tokens
 from nanochat_jax.lm.training import resume
 from nanochat_jax.lm.training.run import make_run
 from nanochat_jax.lm.training.step import TrainState, abstract_state
+from nanochat_jax.optimizer import schedule
 from tiny import run_config
 
 BITS8 = {"use_8bit_optim": True}
@@ -161,6 +162,28 @@ def test_a_storage_under_which_other_matrices_are_projected_is_refused(saved):
         restore(prepare(**values, projector_bits=8), checkpoints)
     assert "stored none, wanted (32, 20)" in str(error.value)
     assert "`projector_bits`" in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["wsd", "cosine", "linear"])
+def test_with_other_steps_the_rate_is_that_of_a_run_of_so_many(name, tmp_path):
+    old, new = (prepare(total_steps=n, schedule=name) for n in (2, 4))
+    state = some_state(old)
+    state = state._replace(guard=state.guard._replace(skipped=jnp.int32(0)))
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(1, state, old.meta)
+    said = []
+    restored = resume.restore(new, checkpoints, say=said.append)
+    chex.assert_trees_all_equal(restored, state)
+    rates = nj.learning_rates(new.tx, restored.opt_state, new.params)
+    was, now = (schedule(run.config, run.config.lr)(1) for run in (old, new))
+    assert rates["matrix"] == now
+    [line] = said
+    assert (
+        f"`total_steps` 2 -> 4: from here on the learning rate is that of `{name}`"
+        in (line)
+    )
+    assert f"at {float(now):.3g}, in place of {float(was):.3g}" in line
+    assert ("falls from step 3 on" in line) == (name == "wsd")
 
 
 @pytest.fixture

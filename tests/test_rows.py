@@ -67,7 +67,9 @@ def test_short_floats_keep_their_type():
 
 
 def stacked_muon():
-    inner = optax.chain(nj.momentum(), nj.orthogonalize(), nj.scale_by_shape())
+    inner = optax.chain(
+        nj.momentum(), nj.orthogonalize(dtype="float32"), nj.scale_by_shape()
+    )
     return helpers.quantized(inner, {"momentum": nj.Int8(16)})
 
 

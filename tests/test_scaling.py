@@ -50,6 +50,8 @@ def test_a_plan_of_7b_has_the_sizes_of_its_shapes(capsys):
 
 def test_a_plan_says_what_follows_and_what_was_set_otherwise(capsys):
     text = plan(capsys, "--mesh", "data=2,fsdp=8", "--use-galore")
+    assert max(map(len, text.splitlines())) <= 80
+    text = " ".join(text.split())  # in place of line breaks
     assert "Model 7b: compute_dtype bfloat16" in text
     assert "dim 4096, n_heads 32, n_kv_heads 32, ffn_mult 2.6875" in text
     assert "batch_size 16" in text
@@ -63,7 +65,7 @@ def test_a_plan_says_what_follows_and_what_was_set_otherwise(capsys):
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        (["--model", "9b", "--mesh", "fsdp=2"], r"`model` must be one of .*'9b'"),
+        (["--model", "9b", "--mesh", "fsdp=2"], r"`--model` must be one of .*'9b'"),
         (["--model", "1b", "--depth", "2"], "both give the shape"),
         (["--depth", "2", "--mesh", "fsdp=3"], "multiple of `data` x `fsdp`"),
         (["--model", "1b", "--mesh", "model=3"], "`mesh` must give"),

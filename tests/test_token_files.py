@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from nanochat_jax import cli
+from nanochat_jax.commands import command_of
 from nanochat_jax.lm.checkpoints import Checkpoints
 from nanochat_jax.lm.data import Batches, bpe, dataset_folder, eval_batches
 from nanochat_jax.lm.data.corpus import FileOptions, load_corpus
@@ -475,7 +476,7 @@ def test_a_run_of_an_earlier_version_on_unknown_ids_goes_on(folder, tmp_path):
 def test_every_data_path_counts():
     flags = ["--data-path", "a", "b", "--lr", "1", "--data-path", "c", "--data_path=d"]
     for args in (["train", *flags], ["train", "--data-path", "a", "b", "c", "d"]):
-        assert cli._parse(args).data_path == ("a", "b", "c", "d")
+        assert command_of(args).data_path == ("a", "b", "c", "d")
 
 
 def test_of_several_files_only_the_last_may_say_what_is_held_out(tmp_path):

@@ -2,23 +2,12 @@
 
 compare, doctor, export, generate, import_, plan, plot, prepare_data, train: the
 commands.
-help      what `--help` prints
-messages  what `train` prints before and after the steps
-shared    flags, output and errors that commands have in common
-tables    flags for settings that are tables in a TOML file
+launch           from the words of a command line to a command that runs
+messages         what `train` prints before and after the steps
+reports/         what commands print about a machine or a run
+shared           flags, output and errors that commands have in common
+stored_settings  settings that a run takes from a model or a checkpoint
+usage/           what a person types and is told: flags, help, errors and Ctrl-C
 """
 
-from nanochat_jax.commands import help as help, tables as tables
-from nanochat_jax.commands.compare import Compare as Compare
-from nanochat_jax.commands.doctor import Doctor as Doctor
-from nanochat_jax.commands.export import Export as Export
-from nanochat_jax.commands.generate import Generate as Generate
-from nanochat_jax.commands.import_ import Import as Import
-from nanochat_jax.commands.plan import Plan as Plan
-from nanochat_jax.commands.plot import Plot as Plot
-from nanochat_jax.commands.prepare_data import PrepareData as PrepareData
-from nanochat_jax.commands.shared import (
-    derived_settings as derived_settings,
-    usage_errors as usage_errors,
-)
-from nanochat_jax.commands.train import Train as Train
+from nanochat_jax.commands.launch import command_of as command_of, run as run

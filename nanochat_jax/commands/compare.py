@@ -16,6 +16,7 @@ from nanochat_jax.commands.shared import (
 from nanochat_jax.config import Config, schema
 from nanochat_jax.experiments import (
     Trial,
+    check_folder,
     figures,
     plan_trials,
     read_results,
@@ -26,8 +27,11 @@ from nanochat_jax.experiments import (
 )
 from nanochat_jax.lm.planning import parse_variants
 from nanochat_jax.lm.runtime import machine
-from nanochat_jax.lm.tracking import make_display
+from nanochat_jax.lm.tracking import busy
 from nanochat_jax.lm.training import make_run
+
+_REPORT = "report.json"
+_FIGURES = ("loss_by_step.png", "loss_by_bytes.png")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,13 +83,21 @@ class Compare(Config, CompareFlags):
             if key in results:
                 continue
             say(console, f"\n{number}/{len(trials)}: {key[0]}, seed {key[1]}")
-            with make_display(trial.run.config.total_steps, console=console) as display:
-                results[key] = run_trial(trial, display)
+            results[key] = run_trial(trial, console)
             if results[key]["error"]:
                 say(console, f"diverged: {results[key]['error']}")
             self._write(trials, results, {})
         variants = self._write(trials, results, self._speeds(trials, console))
         console.print(summary.table(variants))
+        say(console, f"Report:  {self._folder / _REPORT}")
+        say(console, f"Figures: {', '.join(str(self._folder / x) for x in _FIGURES)}")
+
+    def how_to_go_on(self) -> str:
+        """Returns where the report of the runs that are done lies, and what to do."""
+        again = "The same command goes on with the runs that are not done."
+        if self.output is None or not (self._folder / _REPORT).exists():
+            return again
+        return f"{again}\nReport of those that are: {self._folder / _REPORT}"
 
     def _check(self) -> None:
         """Refuses invalid flags, before anything is loaded."""
@@ -98,6 +110,7 @@ class Compare(Config, CompareFlags):
             *schema.lower_bounds(self, at_least),
         )
         figures.require_matplotlib()
+        check_folder(self._folder, (_REPORT, *_FIGURES))
 
     @property
     def _config(self) -> Config:
@@ -127,9 +140,10 @@ class Compare(Config, CompareFlags):
         """Times the variants in turns, unless `speed_steps` is 0."""
         if not self.speed_steps:
             return {}
-        say(console, "\nTiming the variants in turns")
+        say(console)
         runs = {trial.variant: trial.run for trial in trials if trial.seed == self.seed}
-        return speed.side_by_side(runs, self.speed_steps)
+        with busy(console, "Compiling the variants, and timing them in turns"):
+            return speed.side_by_side(runs, self.speed_steps)
 
     def _write(
         self,
@@ -149,9 +163,8 @@ class Compare(Config, CompareFlags):
             "config": dataclasses.asdict(self._config),
             "variants": variants,
         }
-        write_json(self._folder / "report.json", report)
-        by_step = figures.draw_loss_by_step(variants)
-        by_bytes = figures.draw_loss_by_bytes(variants)
-        figures.save(by_step, self._folder / "loss_by_step.png")
-        figures.save(by_bytes, self._folder / "loss_by_bytes.png")
+        write_json(self._folder / _REPORT, report)
+        drawn = figures.draw_loss_by_step, figures.draw_loss_by_bytes
+        for name, draw in zip(_FIGURES, drawn, strict=True):
+            figures.save(draw(variants), self._folder / name)
         return variants

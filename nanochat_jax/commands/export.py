@@ -10,7 +10,7 @@ from nanochat_jax.config import schema
 from nanochat_jax.lm import huggingface
 from nanochat_jax.lm.checkpoints import load_trained, weights_file
 from nanochat_jax.lm.model import gpt
-from nanochat_jax.lm.runtime import machine
+from nanochat_jax.lm.runtime import machine, require_writable
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,7 +52,8 @@ class Export:
     def _write_file(self) -> None:
         with usage_errors():
             self._check_flags()
-            weights_file.check_path(self.output)
+            path = weights_file.check_path(self.output)
+            require_writable(files=[path, weights_file.config_path(path)])
             machine.use_device("cpu")
             trained = load_trained(self.checkpoint)
         weights_file.save(

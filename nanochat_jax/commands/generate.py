@@ -7,10 +7,6 @@ from typing import Literal
 
 from nanochat_jax.commands.shared import usage_errors
 from nanochat_jax.config import schema
-from nanochat_jax.lm.checkpoints import load_trained
-from nanochat_jax.lm.data import cut_at, decode_stream, up_to
-from nanochat_jax.lm.model import generate
-from nanochat_jax.lm.runtime import machine
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,6 +42,8 @@ class Generate:
 
     def run(self) -> None:
         """Prints the prompt and its continuation."""
+        from nanochat_jax.lm.runtime import machine
+
         with usage_errors():
             self._check()
             machine.use_device(self.device, self.threads)
@@ -66,6 +64,10 @@ class Generate:
 
     def _pieces(self) -> Iterator[str]:
         """Loads model and tokenizer, and returns the text piece by piece."""
+        from nanochat_jax.lm.checkpoints import load_trained
+        from nanochat_jax.lm.data import cut_at, decode_stream, up_to
+        from nanochat_jax.lm.model import generate
+
         trained = load_trained(self.checkpoint)
         tokenizer = trained.load_tokenizer(self.tokenizer)
         if trained.fingerprint is None:

@@ -1,13 +1,12 @@
 """`nanochat-jax import`: a checkpoint from weights of other tools."""
 
 import dataclasses
-from typing import Annotated, Literal
-
-import tyro
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from nanochat_jax.commands.shared import usage_errors
-from nanochat_jax.lm.checkpoints import Source, open_source, write_imported
-from nanochat_jax.lm.runtime import machine
+
+if TYPE_CHECKING:
+    from nanochat_jax.lm.checkpoints import Source
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,13 +25,16 @@ class Import:
         given.
     """
 
-    source: Annotated[str, tyro.conf.arg(name="from")]
+    source: Annotated[str, "--from"]
     output: str
     param_dtype: Literal["float32", "bfloat16"] | None = None
     end_token: str | None = None
 
     def run(self) -> None:
         """Writes the checkpoint and prints what it contains."""
+        from nanochat_jax.lm.checkpoints import write_imported
+        from nanochat_jax.lm.runtime import machine
+
         with usage_errors():
             machine.use_device("cpu")
             source = self._source()
@@ -46,8 +48,14 @@ class Import:
             f"on, `nanochat-jax train --init-from {self.output}`."
         )
 
-    def _source(self) -> Source:
+    def how_to_go_on(self) -> str:
+        """Returns what an interrupted command left."""
+        return "Nothing was written; the same command starts anew."
+
+    def _source(self) -> "Source":
         """Returns the model, with what the flags change."""
+        from nanochat_jax.lm.checkpoints import open_source
+
         source = open_source(self.source)
         if self.param_dtype is not None:
             config = dataclasses.replace(source.config, param_dtype=self.param_dtype)

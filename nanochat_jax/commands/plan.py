@@ -1,31 +1,9 @@
 """`nanochat-jax plan`: memory and operations of a run, without running it."""
 
 import dataclasses
-import json
-from typing import Any
 
-from rich.console import Console
-
-from nanochat_jax.commands.shared import (
-    Flags,
-    say,
-    say_derived,
-    settings_of,
-    usage_errors,
-)
-from nanochat_jax.config import Config, derived_from
-from nanochat_jax.lm.model import param_sharding
-from nanochat_jax.lm.planning import (
-    breakdown,
-    limit_summary,
-    memory_limit,
-    mesh_plan,
-    optimizer_summary,
-    run_memory,
-)
-from nanochat_jax.lm.runtime import machine
-from nanochat_jax.lm.training import Run, compile_train_step
-from nanochat_jax.optimizer import compiled_bytes, memory_report
+from nanochat_jax.commands.shared import Flags, settings_of, usage_errors
+from nanochat_jax.config import Config, schema
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,9 +12,15 @@ class PlanFlags(Flags):
 
     Attributes:
       json: Whether to print one JSON object.
+      compile: Whether to compile the step. Without, the plan has what shapes alone
+        tell, within seconds, and not the temporaries and the peak.
+      parameters: Whether to print, in place of the plan, what the optimizer does with
+        each parameter: its view as matrices, optimizer, rate and state, and why.
     """
 
     json: bool = False
+    compile: bool = True
+    parameters: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,96 +35,15 @@ class Plan(Config, PlanFlags):
 
     def run(self) -> None:
         """Prints the plan."""
-        with usage_errors():
-            machine.use_device(self.device, self.threads)
-            if self.mesh:
-                self._print_on_paper(mesh_plan.plan_scale(settings_of(self)))
-            else:
-                self._print_compiled()
-
-    def _print_on_paper(self, plan: mesh_plan.ScalePlan) -> None:
-        others = mesh_plan.side_by_side(plan)
-        if self.json:
-            numbers = {**plan.to_dict(), "variants": others, **self._derived()}
-            if plan.config.memory_limit:
-                numbers["memory_limit"] = mesh_plan.limit(plan)
-            print(json.dumps(numbers, indent=2))
-            return
-        console = Console()
-        say_derived(console, self)
-        say(console, optimizer_summary.optimizer_summary(plan.config, plan.held) + "\n")
-        say(console, param_sharding.mesh_summary(plan.params, plan.config) + "\n")
-        console.print(mesh_plan.tables(plan, others))
-        say(console, mesh_plan.summary(plan))
-
-    def _derived(self) -> dict[str, Any]:
-        """Returns the settings derived from `depth` or `model`, under that name."""
-        values = {"fallback": self.fallback, "mesh": self.mesh}
-        for key in ("depth", "model"):
-            if getattr(self, key) is not None:
-                derived = derived_from({**values, key: getattr(self, key)})
-                return {key: {name: getattr(self, name) for name in derived}}
-        return {}
-
-    def _print_compiled(self) -> None:
         config = settings_of(self)
-        run = run_memory.abstract_run(config)
-        peak = run_memory.plan_run(run, compile_train_step(run))
-        found = None
-        if config.memory_limit:
-            found = memory_limit.search(config, peak.step_bytes)
-        if self.json:
-            numbers = _numbers(run, peak) | self._derived()
-            if found:
-                numbers["memory_limit"] = found.to_dict()
-            print(json.dumps(numbers, indent=2))
-            return
-        console = Console()
-        say_derived(console, self)
-        _say_optimizer(console, run)
-        flops = breakdown.step_flops(config, run.params)
-        say(console, run_memory.plan_summary(config, peak))
-        say(console, optimizer_summary.flops_summary(config, flops))
-        if found:
-            say(console)
-            console.print(limit_summary.limit_table(found))
-            said = limit_summary.limit_summary(config, found, peak.init_bytes)
-            say(console, said)
+        with usage_errors():
+            schema.require(
+                (
+                    self.compile or not config.memory_limit or bool(config.mesh),
+                    "`--memory-limit` is about a compiled step. Leave out "
+                    "`--no-compile`.",
+                )
+            )
+            from nanochat_jax.commands import reports
 
-
-def _numbers(run: Run, peak: run_memory.RunPlan) -> dict[str, Any]:
-    """Returns the plan of a run as plain values."""
-    config, params = run.config, run.params
-    held = memory_report(run.tx, params)
-    return {
-        "variant": config.variant,
-        **held.to_dict(),
-        "update": compiled_bytes(run.tx, params),
-        "run": peak.to_dict(),
-        "step": run_memory.step_bytes(peak),
-        "step_parts": peak.parts._asdict(),
-        "flops": breakdown.step_flops(config, params),
-        "groups": breakdown.parameter_groups(config, params, held),
-    }
-
-
-def _say_optimizer(console: Console, run: Run) -> None:
-    """Prints groups and state of the optimizer, and its update by itself."""
-    config, params = run.config, run.params
-    held = memory_report(run.tx, params)
-    said = optimizer_summary.optimizer_summary(config, held, labels=False)
-    say(console, said + "\n")
-    groups = breakdown.parameter_groups(config, params, held)
-    console.print(optimizer_summary.group_table(groups))
-    if config.use_galore:
-        console.print(optimizer_summary.rank_table(config, params))
-    if config.update_in_backward:
-        return  # there is no update apart from the passes
-    update = compiled_bytes(run.tx, params)
-    say(
-        console,
-        f"Compiled update on {machine.device_names()}:\n"
-        f"  temporaries {optimizer_summary.megabytes(update['temp_bytes'])}\n"
-        "  gradients, state and what is read of the parameters "
-        f"{optimizer_summary.megabytes(update['argument_bytes'])}",
-    )
+            reports.print_plan(self, config)

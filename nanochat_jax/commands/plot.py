@@ -3,12 +3,13 @@
 import collections
 import dataclasses
 from pathlib import Path
-
-import tyro
+from typing import Annotated
 
 from nanochat_jax.commands.shared import usage_errors
+from nanochat_jax.commands.usage import POSITIONAL
 from nanochat_jax.config import schema
 from nanochat_jax.experiments import figures
+from nanochat_jax.lm.runtime import require_writable
 from nanochat_jax.lm.tracking import read_metrics
 
 
@@ -22,7 +23,7 @@ class Plot:
       x: Horizontal axis; seconds are those of training, without compilation.
     """
 
-    runs: tyro.conf.Positional[tuple[str, ...]]
+    runs: Annotated[tuple[str, ...], POSITIONAL]
     output: str = "loss.png"
     x: figures.Axis = "step"
 
@@ -31,12 +32,12 @@ class Plot:
         with usage_errors():
             figures.require_matplotlib()
             schema.require(
-                (bool(self.runs), "give the folder of a run, or several."),
                 (
                     self.output.endswith(".png"),
                     f"`--output` must end in .png, got {self.output}.",
                 ),
             )
+            require_writable(files=[self.output])
             figure = figures.draw_runs(_read(self.runs), self.x)
             figures.save(figure, Path(self.output))
         print(f"Wrote {self.output}")

@@ -1,16 +1,15 @@
 """`nanochat-jax prepare-data`: a tokenizer trained on text, and its tokens."""
 
+import contextlib
 import dataclasses
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Literal
 
 from rich.console import Console
-from rich.progress import Progress
 
 from nanochat_jax.commands.shared import say, usage_errors
 from nanochat_jax.config import schema
-from nanochat_jax.lm.data import bpe, dataset_folder, documents
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,6 +35,8 @@ class PrepareData:
 
     def run(self) -> None:
         """Writes the folder and prints how to train on it."""
+        from nanochat_jax.lm.data import dataset_folder, documents
+
         console = Console()
         with usage_errors():
             self._check()
@@ -43,13 +44,10 @@ class PrepareData:
                 texts = documents.text_documents(self.text)
             else:
                 texts = documents.stdlib_documents()
-            done = dataset_folder.build_dataset(
-                self.output,
-                texts,
-                self.vocab_size,
-                force=self.force,
-                track=lambda texts, task: _track(console, texts, task),
-            )
+            with _tracker(console) as track:
+                done = dataset_folder.build_dataset(
+                    self.output, texts, self.vocab_size, force=self.force, track=track
+                )
         folder = Path(self.output)
         say(
             console,
@@ -60,8 +58,15 @@ class PrepareData:
             f"--tokenizer {folder / 'tokenizer.json'} --vocab-size {done.vocab_size}",
         )
 
+    def how_to_go_on(self) -> str:
+        """Returns what an interrupted command left."""
+        return "Nothing was written; the same command starts anew."
+
     def _check(self) -> None:
         """Refuses invalid flags, before anything is read."""
+        from nanochat_jax.lm.data import bpe, dataset_folder
+        from nanochat_jax.lm.runtime import require_writable
+
         schema.require(
             (
                 bool(self.text) != bool(self.dataset),
@@ -70,16 +75,24 @@ class PrepareData:
             bpe.vocab_check(self.vocab_size),
         )
         dataset_folder.check_folder(Path(self.output), self.force)
+        require_writable(folders=[self.output])
 
 
-def _track(console: Console, texts: Sequence[str], task: str) -> Iterable[str]:
-    """Returns documents that show a bar on a terminal, one line elsewhere."""
-    if not console.is_terminal:
+@contextlib.contextmanager
+def _tracker(console: Console) -> Iterator[Callable[..., Iterable[str]]]:
+    """Yields a function from documents and a task to documents that show progress.
+
+    A terminal gets a bar for each task, which is closed with the block; elsewhere each
+    task is a line.
+    """
+    from rich.progress import Progress
+
+    def tell(texts: Sequence[str], task: str) -> Iterable[str]:
         say(console, f"{task}: {len(texts):,} documents")
         return texts
-    return _bar(console, texts, task)
 
-
-def _bar(console: Console, texts: Sequence[str], task: str) -> Iterator[str]:
+    if not console.is_terminal:
+        yield tell
+        return
     with Progress(console=console) as progress:
-        yield from progress.track(texts, description=task)
+        yield lambda texts, task: progress.track(texts, description=task)

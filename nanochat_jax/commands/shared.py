@@ -2,23 +2,13 @@
 
 import contextlib
 import dataclasses
-import sys
-from collections.abc import Iterator, Mapping
-from pathlib import Path
+from collections.abc import Iterator
 from typing import Any, Literal
 
 from rich.console import Console
 
-from nanochat_jax.config import (
-    Config,
-    ModelConfig,
-    ModelName,
-    depth,
-    derived_from,
-    presets,
-    schema,
-)
-from nanochat_jax.lm.checkpoints import Checkpoints, open_source, record
+from nanochat_jax.commands.usage import ending
+from nanochat_jax.config import Config, ModelName, depth, presets
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,68 +36,6 @@ def settings_of(command: Config) -> Config:
     """Returns the settings among the flags of a command."""
     names = [field.name for field in dataclasses.fields(Config)]
     return Config(**{name: getattr(command, name) for name in names})
-
-
-def derived_settings(
-    values: Mapping[str, Any], resumed: str | None = None
-) -> dict[str, Any]:
-    """Returns the settings that follow from others, where they are not given.
-
-    They are those of `derived_from`, and of the model that a run starts from. A run
-    that goes on takes those from its checkpoint, and does not read the model again.
-
-    Args:
-      values: Values of a run by key.
-      resumed: Checkpoint folder that the run goes on from, if it does.
-
-    Raises:
-      ValueError: If `init_from` is given with another source of the model's shape, or
-        its model is not there.
-    """
-    first = values.get("init_from")
-    both = [key for key in ("depth", "model") if key in values]
-    schema.require(
-        (
-            first is None or not both,
-            f"`init_from` and {' and '.join(f'`{key}`' for key in both)} both give the "
-            "shape of the model. Set one of them.",
-        )
-    )
-    derived = derived_from(values)
-    if resumed is not None:
-        return {**_settings_of_resumed(resumed, first), **derived}
-    if first is None:
-        return derived
-    return {**open_source(first).settings, **derived}
-
-
-def _settings_of_resumed(folder: str, first: str | None) -> dict[str, Any]:
-    """Returns the settings that the run of a checkpoint took from a model."""
-    checkpoints = Checkpoints(folder)
-    if checkpoints.latest_step() is None:
-        return {}  # it is refused later, by name
-    meta = checkpoints.read_meta(verify=False)
-    record.require_state(meta, str(checkpoints.directory))
-    stored = record.settings_in(meta, str(checkpoints.directory))
-    was = stored["init_from"]
-    same = None not in (first, was) and _absolute(str(was)) == _absolute(str(first))
-    schema.require(
-        (
-            first is None or same,
-            f"`init_from` is {first}, but the run to resume, in "
-            f"{checkpoints.directory}, started from {was or 'random parameters'}. "
-            "Leave `--init-from` out, or leave `--resume` out to start a new run.",
-        )
-    )
-    if was is None:
-        return {}
-    names = [field.name for field in dataclasses.fields(ModelConfig)]
-    kept = (*names, "tokenizer", "end_token", "init_from")
-    return {name: stored[name] for name in kept}
-
-
-def _absolute(path: str) -> Path:
-    return Path(path).expanduser().absolute()
 
 
 def say_derived(console: Console, command: Any) -> None:
@@ -139,5 +67,4 @@ def usage_errors() -> Iterator[None]:
     try:
         yield
     except (ValueError, TypeError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        ending.fail(str(error))

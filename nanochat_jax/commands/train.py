@@ -21,18 +21,12 @@ from nanochat_jax.commands.shared import (
     settings_of,
     usage_errors,
 )
+from nanochat_jax.commands.stored_settings import AUTO, resumed_folder
 from nanochat_jax.config import Config, schema
 from nanochat_jax.lm.checkpoints import Checkpoints, open_source
-from nanochat_jax.lm.model import param_sharding
-from nanochat_jax.lm.planning import memory_limit, optimizer_summary
-from nanochat_jax.lm.runtime import machine, processes, stopping
-from nanochat_jax.lm.tracking import (
-    MetricsWriter,
-    Sink,
-    TensorBoardSink,
-    WandbSink,
-    make_display,
-)
+from nanochat_jax.lm.planning import memory_limit
+from nanochat_jax.lm.runtime import machine, processes, require_writable, stopping
+from nanochat_jax.lm.tracking import Sink, busy, make_display, make_sinks
 from nanochat_jax.lm.training import (
     OptimizerShare,
     Reporter,
@@ -48,7 +42,7 @@ from nanochat_jax.lm.training import (
     parse_steps,
     resume,
 )
-from nanochat_jax.optimizer import memory_report, planned_bytes
+from nanochat_jax.optimizer import planned_bytes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,7 +53,9 @@ class TrainFlags(Flags):
       epochs: Passes over the data, in place of `total_steps`.
       checkpoint_dir: Folder for checkpoints and `metrics.jsonl`. If not given, the
         folder of `resume`; without both nothing is written.
-      resume: Checkpoint folder, or the folder of one step, to go on from.
+      resume: Checkpoint folder, or the folder of one step, to go on from, with the
+        settings that are stored there; "auto" goes on if there is a checkpoint in
+        `checkpoint_dir`, and starts if there is none.
       allow_codec_change: Whether the resumed state may change its codecs: it is then
         decoded and encoded anew.
       allow_data_change: Whether the resumed run may go on with other data.
@@ -109,6 +105,11 @@ class _Job(NamedTuple):
     profiler: StepProfiler | None
     sampler: Sampler | None
 
+    @property
+    def first(self) -> int:
+        """Steps done before."""
+        return self.resumption.step if self.resumption else 0
+
 
 # The flags come last among the bases, so that `--help` shows them first.
 @dataclasses.dataclass(frozen=True)
@@ -120,7 +121,7 @@ class Train(Config, TrainFlags):
     """
 
     def run(self) -> None:
-        """Trains, prints the progress, and ends with a sample of text."""
+        """Trains, prints the progress, and ends with a sample and a chart."""
         with contextlib.ExitStack() as stack:
             with usage_errors():
                 who = (self.coordinator, self.num_processes, self.process_id)
@@ -130,82 +131,102 @@ class Train(Config, TrainFlags):
         if received:
             sys.exit(0 if received == signal.SIGTERM else 128 + received)
 
+    def how_to_go_on(self) -> str:
+        """Returns what is saved of a run that Ctrl-C ended at once, and what to do."""
+        total = self.total_steps if self.epochs is None else sys.maxsize
+        return messages.how_to_go_on(self._folder, self._unstored, total)
+
+    @property
+    def _folder(self) -> Path | None:
+        """Folder of the checkpoints that are written."""
+        if self.checkpoint_dir is not None:
+            return Path(self.checkpoint_dir)
+        return None if self.resume is None else Checkpoints(self.resume).directory
+
+    @property
+    def _unstored(self) -> list[object]:
+        """Flags that the checkpoint of a run does not store."""
+        flags: list[object] = []
+        for name in ("device", "threads", "wandb"):
+            if (value := getattr(self, name)) not in ("auto", None):
+                flags += [f"--{name}", value]
+        return flags + ["--tensorboard"] * self.tensorboard
+
     def _train(self, console: Console) -> signal.Signals | None:
         """Trains; returns the signal that ended it early, if one did."""
-        tell = functools.partial(say, console)
+        tell = functools.partial(messages.tell, console)
         with usage_errors():
             job = self._prepare()
-        run = job.run
         say_derived(console, self)
-        tell(
-            optimizer_summary.optimizer_summary(
-                run.config, memory_report(run.tx, run.params)
-            )
-        )
-        tell()
-        tell(f"Data:   {run.corpus.description}, {len(run.corpus.train):,} tokens")
-        count = sum(x.size for x in jax.tree.leaves(run.params))
-        tell(f"Model:  {count:,} parameters on {machine.device_names()}")
-        if run.config.freeze:
-            tell(messages.frozen(run))
-        if mesh := param_sharding.mesh_summary(run.params, run.config):
-            tell(mesh)
-        if run.source:
-            tell(f"Start:  {run.source.kind} {run.source.path}")
-        first = job.resumption.step if job.resumption else 0
+        first, total = job.first, job.run.config.total_steps
+        if first == total:
+            tell(f"All {total} steps of this run are done already.\n")
+            self._end(job, console)
+            return None
+        messages.describe(job.run, tell)
         state, metrics, received = _fit(job, console, tell)
         if received:
-            tell(messages.stopped(received, int(state.step), job.folder))
+            step = int(state.step)
+            tell(messages.stopped(received, step, job.folder, self._unstored))
             return received
-        known = run.corpus.tokenizer is not None
-        saved = messages.saved(job.folder, with_tokenizer=known)
-        said = messages.done(metrics, first), saved
-        tell("\n" + "\n".join((*said, messages.held(run, state))))
+        tell(f"\n{messages.done(metrics, first)}\n{messages.held(job.run, state)}\n")
         if job.sampler:
             text = job.sampler(state.params, int(state.step))
-            tell(f"\nA sample:\n{text}")
+            say(console, f"A sample:\n{text}\n")
+        self._end(job, console)
         return None
+
+    def _end(self, job: _Job, console: Console) -> None:
+        """Prints the chart of a run that is done, and commands to use its model."""
+        if job.folder and processes.is_first():
+            messages.chart_of(job.run, job.folder, console)
+        known = job.run.corpus.tokenizer is not None
+        steps = job.run.config.total_steps
+        say(console, messages.saved(job.folder, steps, with_tokenizer=known))
 
     def _prepare(self) -> _Job:
         """Loads data and refuses invalid settings; no weights are read yet."""
         config, start, resumed = settings_of(self), None, None
-        if config.init_from and not self.resume:
+        source = resumed_folder(self.resume, self.checkpoint_dir)
+        if config.init_from and not source:
             start = open_source(config.init_from)
         run = make_run(config, self.epochs, start)
-        source = Checkpoints(self.resume) if self.resume else None
         allow: list[resume.Change] = [
             change
             for change in resume.CHANGES
             if getattr(self, f"allow_{change}_change")
         ]
         if source:
-            resumed = resume.check(run, source, allow=allow)
-        given = self.checkpoint_dir or (source and source.directory)
-        folder = Path(given) if given else None
-        first = resumed.step if resumed else 0
-        _check_folder(folder, first, run.config.total_steps)
+            resumed = resume.check(run, Checkpoints(source), allow=allow)
+        folder = self._folder
         profiler = None
         if self.profile_steps:
             steps = parse_steps(self.profile_steps)
             profiler = StepProfiler(*steps, self._beside(folder) / "profile")
-        sinks, sampler = self._sinks(run, folder), make_sampler(run)
+        if self.tensorboard or self.wandb:
+            self._beside(folder)
+        logs = {"tensorboard": self.tensorboard, "wandb": self.wandb}
+        sinks, sampler = make_sinks(folder, run.config, **logs), make_sampler(run)
+        self._check(run.config.total_steps, resumed.step if resumed else 0)
         if not processes.is_first():
             sinks, profiler = [], None
         if jax.process_count() > 1:
             sampler = None  # its tokens are on one process, parameters on all
         return _Job(run, resumed, folder, sinks, profiler, sampler)
 
-    def _sinks(self, run: Run, folder: Path | None) -> list[Sink]:
-        """Returns the sinks of metrics."""
-        sinks: list[Sink] = []
-        if folder:
-            sinks.append(MetricsWriter(folder / "metrics.jsonl"))
-        if self.tensorboard:
-            sinks.append(TensorBoardSink(self._beside(folder) / "tensorboard"))
-        if self.wandb:
-            config = dataclasses.asdict(run.config)
-            sinks.append(WandbSink(self.wandb, config, self._beside(folder)))
-        return sinks
+    def _check(self, total: int, first: int) -> None:
+        """Refuses a run without steps, or with later checkpoints, before it writes."""
+        done = first == total and self.resume == AUTO
+        schema.require(
+            (
+                first < total or done,
+                f"the checkpoint is of step {first}, and the run has {total} steps: "
+                "there is nothing left to train. Raise `--total-steps`.",
+            )
+        )
+        if folder := self._folder:
+            Checkpoints(folder).check_start(first)
+            require_writable(folders=[folder])
 
     def _beside(self, folder: Path | None) -> Path:
         if folder is None:
@@ -216,34 +237,21 @@ class Train(Config, TrainFlags):
         return folder
 
 
-def _check_folder(folder: Path | None, first: int, total: int) -> None:
-    """Refuses a run with later checkpoints or without steps, before it writes."""
-    if folder:
-        Checkpoints(folder).check_start(first)
-    schema.require(
-        (
-            first < total,
-            f"the checkpoint is of step {first}, and the run has {total} steps: there "
-            "is nothing left to train. Raise `--total-steps`.",
-        )
-    )
-
-
 def _fit(
     job: _Job, console: Console, tell: Callable[[str], object]
 ) -> tuple[TrainState, Mapping[str, Any], signal.Signals | None]:
     """Trains; returns state, last metrics, and the signal that ended it, if any."""
     run, config = job.run, job.run.config
     started = time.perf_counter()
-    with console.status("Compiling the training step"):
+    with busy(console, "Compiling the training step"):
         step = compile_train_step(run)
         processes.meet("compiled")
     tell(messages.compiled(step, time.perf_counter() - started))
     with usage_errors():
         memory_limit.check(config, planned_bytes(step)["peak_bytes"])
         state = job.resumption.restore(tell) if job.resumption else init_state(run)
-    first = int(state.step)
-    if job.resumption:
+    first = job.first
+    if first:
         tell(f"Resumed from step {first}.")
     with contextlib.ExitStack() as stack:
         stop = stack.enter_context(stopping(run.mesh))

@@ -1,6 +1,7 @@
 """Settings, one flat TOML file for a whole run, of which each class reads its own keys.
 
 schema     keys declared at their fields; reading, checking and describing them
+spelling   known names that an unknown one stands for
 coerce     values as the types of their fields
 byte_sizes sizes in bytes as text
 removed    keys and values of earlier versions
@@ -12,7 +13,13 @@ model      `ModelConfig`
 run        `Config`, all settings of a run
 """
 
-from nanochat_jax.config import depth as depth, presets as presets, schema as schema
+from nanochat_jax.config import (
+    coerce as coerce,
+    depth as depth,
+    presets as presets,
+    schema as schema,
+    spelling as spelling,
+)
 from nanochat_jax.config.base import (
     PARENT_ONLY as PARENT_ONLY,
     derived_from as derived_from,
@@ -21,6 +28,7 @@ from nanochat_jax.config.model import ModelConfig as ModelConfig
 from nanochat_jax.config.optimizer import (
     HARDWARE_RANKS as HARDWARE_RANKS,
     OptimizerConfig as OptimizerConfig,
+    Rate as Rate,
 )
 from nanochat_jax.config.presets import ModelName as ModelName
 from nanochat_jax.config.removed import (

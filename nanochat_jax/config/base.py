@@ -120,8 +120,10 @@ class Settings:
         except ValueError as error:
             raise ValueError(f"{source}: {error}") from None
         ignored = [key for key in (*PARENT_ONLY, *REMOVED) if key in values]
-        others = [*_keys_of_a_run(), *ignored]
-        return schema.build(cls, values, source, others, refused(values))
+        others, errors = [*_keys_of_a_run(), *ignored], refused(values)
+        gone = {line.split("`")[1] for line in errors}  # one message for each is enough
+        values = {key: value for key, value in values.items() if key not in gone}
+        return schema.build(cls, values, source, others, errors)
 
 
 def _keys_of_a_run() -> set[str]:

@@ -3,7 +3,7 @@
 import math
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 
@@ -11,7 +11,8 @@ def coerce(value: Any, hint: Any) -> Any:
     """Returns a value as the type of its field.
 
     Whole numbers are floats where those are asked for, lists are tuples, and numbers of
-    NumPy and JAX are numbers of Python.
+    NumPy and JAX are numbers of Python. Learning rates, which may be functions, may
+    also be traced.
 
     Args:
       value: Value to convert.
@@ -23,6 +24,8 @@ def coerce(value: Any, hint: Any) -> Any:
     """
     options = typing.get_args(hint)
     origin = typing.get_origin(hint)
+    if _is_rate(hint) and (callable(value) or _is_traced(value)):
+        return value
     value = _as_python(value)
     if origin is typing.Literal:
         if (type(value), value) not in [(type(o), o) for o in options]:
@@ -31,10 +34,11 @@ def coerce(value: Any, hint: Any) -> Any:
     if origin in (types.UnionType, typing.Union):
         if value is None and type(None) in options:
             return None
+        options = tuple(o for o in options if typing.get_origin(o) is not Callable)
         return _coerce_to_any(value, [o for o in options if o is not type(None)])
     if origin is dict:
         if not isinstance(value, Mapping):
-            raise TypeError(f"must be a table, got {value!r}.")
+            raise TypeError(f"must be a table, such as {{data = 2}}, got {value!r}.")
         return {k: coerce(v, options[1]) for k, v in value.items()}
     if origin is tuple and options[-1] is Ellipsis:
         items = [value] if isinstance(value, str) else value
@@ -56,6 +60,19 @@ def coerce(value: Any, hint: Any) -> Any:
     return value
 
 
+def _is_rate(hint: Any) -> bool:
+    """Returns whether values of a type may be functions."""
+    return any(typing.get_origin(o) is Callable for o in typing.get_args(hint))
+
+
+def _is_traced(value: Any) -> bool:
+    try:
+        _as_python(value)
+    except TypeError:
+        return True
+    return False
+
+
 def _as_python(value: Any) -> Any:
     """Returns a number of Python for one of NumPy or JAX, and other values as they are.
 
@@ -68,8 +85,8 @@ def _as_python(value: Any) -> Any:
         return value.item()
     except Exception:
         raise TypeError(
-            "must be known when the settings are made, got a traced value. "
-            "`build_optimizer(..., learning_rate=)` and `muon` take one."
+            "must be known when the settings are made, got a traced value. `muon`, and "
+            "`lr` and `fallback_lr` of an `OptimizerConfig`, take one."
         ) from None
 
 

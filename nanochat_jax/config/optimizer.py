@@ -2,13 +2,17 @@
 
 import dataclasses
 import functools
-from typing import Literal
+from collections.abc import Callable
+from typing import Any, Literal
 
 from nanochat_jax.config import schema
 from nanochat_jax.config.base import Settings
 from nanochat_jax.config.depth import FALLBACK_LR
 from nanochat_jax.config.schema import setting
-from nanochat_jax.numerics import POLYNOMIALS
+from nanochat_jax.polynomials import POLYNOMIALS
+
+Rate = float | Callable[[Any], Any]
+"""A learning rate: a number, which may be traced, or an Optax schedule."""
 
 HARDWARE_RANKS = {"a": 512, "b": 256, "c": 384}
 """GaLore rank by the parent project's hardware presets."""
@@ -38,13 +42,15 @@ class OptimizerConfig(Settings):
     """Settings of the optimizer; the names are the keys of a TOML file.
 
     Attributes:
-      lr: Peak learning rate of the matrices.
+      lr: Peak learning rate of the matrices; it may be traced. An Optax schedule is
+        taken as it is, without the warm-up and the decay below.
       fallback: Optimizer of embeddings, head and vectors.
-      fallback_lr: Peak learning rate of that optimizer; 0.003 for AdamW and 0.0003 for
-        Lion if not given.
+      fallback_lr: Peak learning rate of that optimizer, as `lr`; 0.003 for AdamW and
+        0.0003 for Lion if not given.
       weight_decay: Decoupled weight decay of everything but vectors.
       warmup_steps: Steps of linear warm-up.
-      total_steps: Steps of the schedule.
+      total_steps: Steps of training, at whose end the learning rate has fallen. If not
+        given, "wsd" never falls; the other schedules need it.
       schedule: Learning rate after warm-up: "wsd" (warm-up, stable, decay; Hu et al.
         2024, "MiniCPM") is constant and then falls linearly, "cosine" falls along half
         a cosine (Loshchilov and Hutter 2017, "SGDR"), and "linear" along a line.
@@ -89,12 +95,12 @@ class OptimizerConfig(Settings):
         and of the order of the data.
     """
 
-    lr: float = _muon(0.02, least=0, adamw=True)
+    lr: Rate = _muon(0.02, least=0, adamw=True)  # noqa: RUF009
     fallback: Literal["adamw", "lion"] = _muon("adamw")
-    fallback_lr: float | None = _muon(None, least=0)
+    fallback_lr: Rate | None = _muon(None, least=0)  # noqa: RUF009
     weight_decay: float = _muon(0.0, least=0, adamw=True)
     warmup_steps: int = _muon(0, least=0, adamw=True)
-    total_steps: int = _muon(1000, least=1)
+    total_steps: int | None = _muon(None, least=1)
     schedule: Literal["wsd", "cosine", "linear"] = _muon("wsd", adamw=True)
     decay_start_frac: float = _muon(0.8, adamw=True)
     min_lr_frac: float = _muon(0.0, adamw=True)
@@ -154,8 +160,10 @@ class OptimizerConfig(Settings):
         ]
 
     @property
-    def decay_start(self) -> int:
-        """Step at which the learning rate begins to fall."""
+    def decay_start(self) -> int | None:
+        """Step at which the learning rate begins to fall; `None` if it never does."""
+        if self.total_steps is None:
+            return None
         if self.schedule != "wsd":
             return self.warmup_steps
         return round(self.decay_start_frac * self.total_steps)
@@ -167,7 +175,7 @@ class OptimizerConfig(Settings):
         return self.galore_rank or preset
 
     @property
-    def fallback_peak_lr(self) -> float:
+    def fallback_peak_lr(self) -> Rate:
         """Peak learning rate of embeddings, head and vectors."""
         given = self.fallback_lr
         return FALLBACK_LR[self.fallback] if given is None else given
@@ -191,6 +199,7 @@ def _schedule_checks(config: OptimizerConfig) -> list[schema.Check]:
     if config.schedule == "wsd":
         last = config.decay_start
         end = "the decay begins, at step {} = decay_start_frac x total_steps"
+    required = last is not None or config.schedule == "wsd"
     fractions = {
         name: getattr(config, name) for name in ("decay_start_frac", "min_lr_frac")
     }
@@ -200,7 +209,12 @@ def _schedule_checks(config: OptimizerConfig) -> list[schema.Check]:
             for name, value in fractions.items()
         ),
         (
-            config.warmup_steps <= last,
+            required,
+            f'`total_steps` is required by `schedule = "{config.schedule}"`, whose '
+            "rate falls until then.",
+        ),
+        (
+            last is None or config.warmup_steps <= last,
             f"`warmup_steps` must end before {end.format(last)}, got "
             f"{config.warmup_steps}.",
         ),

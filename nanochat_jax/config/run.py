@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from typing import Literal
+from typing import Literal, cast
 
 from nanochat_jax.config import schema
 from nanochat_jax.config.byte_sizes import parse_bytes
@@ -30,6 +30,10 @@ class Config(OptimizerConfig, ModelConfig):
     """All settings of a run: of its model, its optimizer and its training.
 
     Attributes:
+      total_steps: Steps of the run, at whose end the learning rate has fallen.
+      lr: Peak learning rate of the matrices.
+      fallback_lr: Peak learning rate of embeddings, head and vectors; 0.003 for AdamW
+        and 0.0003 for Lion if not given.
       dataset: Data set to train on; see `corpus.load_corpus`.
       data_path: Files and folders of a data set of files; but for `text` also patterns,
         such as `shards/*.bin`.
@@ -82,6 +86,10 @@ class Config(OptimizerConfig, ModelConfig):
       sample_prompt: Start of the text.
     """
 
+    # A run has an end, and its settings are written to files.
+    total_steps: int = setting(1000, group="Optimizer", least=1)
+    lr: float = setting(0.02, group="Optimizer", least=0, adamw=True)
+    fallback_lr: float | None = setting(None, group="Optimizer", least=0)
     dataset: DatasetName = _data("stdlib")  # noqa: RUF009
     # Other files or another tokenizer affect nothing if they give the same ids, which a
     # run compares by itself.
@@ -121,7 +129,7 @@ class Config(OptimizerConfig, ModelConfig):
             (
                 {*self.mesh} <= {*MESH_AXES} and min(self.mesh.values(), default=1) > 0,
                 f"`mesh` must give at least 1 device to axes of {[*MESH_AXES]}, got "
-                f"{self.mesh}.",
+                f"{self.mesh}. An example: `--mesh data=2,fsdp=4`.",
             ),
             (
                 self.scan_layers or not self.update_in_backward,
@@ -158,6 +166,11 @@ class Config(OptimizerConfig, ModelConfig):
     def sequence(self) -> int:
         """Tokens of a training sequence."""
         return self.max_seq_len if self.seq_len is None else self.seq_len
+
+    @property
+    def fallback_peak_lr(self) -> float:
+        """Peak learning rate of embeddings, head and vectors."""
+        return cast(float, super().fallback_peak_lr)
 
     @property
     def memory_limit_bytes(self) -> int | None:

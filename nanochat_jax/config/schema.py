@@ -5,13 +5,14 @@ one message that names file, key, what was got and what is allowed.
 """
 
 import dataclasses
-import difflib
+import textwrap
 import tomllib
 import typing
 from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeVar
 
+from nanochat_jax.config import spelling
 from nanochat_jax.config.coerce import coerce
 
 T = TypeVar("T")
@@ -22,6 +23,7 @@ Check = tuple[bool, str]
 Affects = Literal["numbers", "storage", "course", "nothing"]
 
 _METADATA = "setting"
+_WIDTH, _HELD = 80, "\0"
 
 
 class Setting(NamedTuple):
@@ -112,7 +114,10 @@ def read_toml(path: str | Path, tables: Collection[str] = ()) -> dict[str, Any]:
             f"{path}: no such file. Give the path of a TOML file."
         ) from None
     except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: cannot be read: {error}.") from None
+        why = getattr(error, "strerror", None) or error
+        raise ValueError(
+            f"{path}: cannot be read: {why}. Give the path of a TOML file."
+        ) from None
     except tomllib.TOMLDecodeError as error:
         raise ValueError(f"{path}: not valid TOML: {error}.") from None
     found = [k for k, v in values.items() if isinstance(v, dict) and k not in tables]
@@ -200,7 +205,7 @@ def require(*checks: Check) -> None:
 
 
 def lower_bounds(config: Any, bounds: Mapping[str, float]) -> list[Check]:
-    """Returns checks, for `require`, that fields are `None` or at least a bound.
+    """Returns checks, for `require`, that numbers are at least a bound.
 
     Args:
       config: Dataclass instance.
@@ -209,7 +214,7 @@ def lower_bounds(config: Any, bounds: Mapping[str, float]) -> list[Check]:
     values = {name: getattr(config, name) for name in bounds}
     return [
         (
-            values[name] is None or values[name] >= low,
+            not isinstance(values[name], int | float) or values[name] >= low,
             f"`{name}` must be at least {low}, got {values[name]}.",
         )
         for name, low in bounds.items()
@@ -229,8 +234,16 @@ def describe(title: str, derived: Mapping[str, Any], config: Any) -> str:
     other = [
         f"{key} {used} (not {value})" for key, value, used in pairs if used != value
     ]
-    lines = [f"{title}: {', '.join(taken)}"]
-    return "\n".join(lines + [f"  set otherwise: {', '.join(other)}"] * bool(other))
+    lines = [_listed(f"{title}:", taken)]
+    lines += [_listed("  set otherwise:", other)] * bool(other)
+    return "\n".join(lines)
+
+
+def _listed(title: str, items: Iterable[str]) -> str:
+    """Returns a title and items in lines that end between two items."""
+    held = (item.replace(" ", _HELD) for item in items)
+    text = textwrap.fill(f"{title} {', '.join(held)}", _WIDTH, subsequent_indent="    ")
+    return text.replace(_HELD, " ")
 
 
 def _types(cls: Any) -> dict[str, Any]:
@@ -239,11 +252,11 @@ def _types(cls: Any) -> dict[str, Any]:
 
 
 def _unknown_keys(values: Iterable[str], known: Iterable[str]) -> list[str]:
-    """Returns a line for each unknown key, with the nearest known one."""
+    """Returns a line for each unknown key, with the known ones that may be meant."""
     lines, known = [], sorted(known)
     for key in values:
         if key not in known:
-            near = difflib.get_close_matches(key, known, n=1)
-            hint = f"Did you mean `{near[0]}`?" if near else f"Known: {known}."
+            hint = spelling.question(spelling.meant(key, known))
+            hint = hint or "`nanochat-jax train --help` lists the settings."
             lines.append(f"unknown key `{key}`. {hint}")
     return lines

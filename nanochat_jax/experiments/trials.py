@@ -14,12 +14,23 @@ from pathlib import Path
 from typing import Any
 
 import jax
+from rich.console import Console
 
 from nanochat_jax.config import Config, schema, without_removed
 from nanochat_jax.lm.checkpoints import differences
 from nanochat_jax.lm.planning import Variant
-from nanochat_jax.lm.runtime import machine, tree_bytes, write_text
-from nanochat_jax.lm.tracking import Display, MetricsWriter, read_metrics
+from nanochat_jax.lm.runtime import (
+    machine,
+    require_writable,
+    tree_bytes,
+    write_text,
+)
+from nanochat_jax.lm.tracking import (
+    MetricsWriter,
+    busy,
+    make_display,
+    read_metrics,
+)
 from nanochat_jax.lm.training import (
     Reporter,
     Run,
@@ -93,6 +104,37 @@ def plan_trials(
     return trials
 
 
+def check_folder(folder: Path, names: Iterable[str]) -> None:
+    """Refuses a folder that has other files than those of a comparison.
+
+    Args:
+      folder: Folder to write; it need not exist yet.
+      names: Names of the files that a comparison writes, besides `runs`.
+
+    Raises:
+      ValueError: If there are other files, or the folder cannot be written.
+    """
+    runs = folder / "runs"
+    found = [*folder.glob("[!.]*"), *runs.glob("[!.]*")]
+    own = {folder / name for name in names} | {runs}
+    foreign = sorted(
+        str(path)
+        for path in found
+        if path not in own
+        and path.suffix != ".tmp"
+        and (path.parent != runs or path.suffix not in (".json", ".jsonl"))
+    )
+    more = f" and {len(foreign) - 5} more" if len(foreign) > 5 else ""
+    schema.require(
+        (
+            not foreign,
+            f"{folder}: has files that are not of a comparison: "
+            f"{', '.join(foreign[:5])}{more}. Choose another `--output`.",
+        )
+    )
+    require_writable(folders=[runs])
+
+
 def read_results(trials: Iterable[Trial]) -> dict[tuple[str, int], dict[str, Any]]:
     """Reads the results of the trials that are done.
 
@@ -121,23 +163,25 @@ def read_results(trials: Iterable[Trial]) -> dict[tuple[str, int], dict[str, Any
     return results
 
 
-def run_trial(trial: Trial, display: Display) -> dict[str, Any]:
+def run_trial(trial: Trial, console: Console) -> dict[str, Any]:
     """Trains one variant with one seed, and writes its result.
 
     A run that diverges has a result too, with `null` for the losses and an `error`.
 
     Args:
       trial: Trial to run.
-      display: Display of the progress.
+      console: Where the progress is shown.
 
     Returns:
       The result: final losses, bytes held and planned, and seconds.
     """
-    step = compile_train_step(trial.run)
+    with busy(console, "Compiling the training step"):
+        step = compile_train_step(trial.run)
     state = init_state(trial.run)
     result = {"settings": trial.settings, **_bytes_held(trial.run, state, step)}
     started, error = time.perf_counter(), None
-    with MetricsWriter(trial.metrics) as metrics:
+    display = make_display(trial.run.config.total_steps, console=console)
+    with MetricsWriter(trial.metrics) as metrics, display:
         metrics.resume(-1)
         try:
             reporter = Reporter(trial.run, 0, display, [metrics])

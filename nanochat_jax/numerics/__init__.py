@@ -3,7 +3,6 @@
 forms         the form and the type in which Newton-Schulz runs
 hashing       cheap random numbers for rounding and sketches
 polar         polar factors by Newton-Schulz iteration, and their operations
-polynomials   the published polynomials of Newton-Schulz
 range_finder  low-rank bases by randomised subspace iteration
 symmetric     matrix products, halved where the result is symmetric
 """
@@ -19,14 +18,14 @@ from nanochat_jax.numerics.polar import (
     newton_schulz as newton_schulz,
     newton_schulz_flops as newton_schulz_flops,
 )
-from nanochat_jax.numerics.polynomials import (
-    POLYNOMIALS as POLYNOMIALS,
-    QUINTIC as QUINTIC,
-    Polynomials as Polynomials,
-)
 from nanochat_jax.numerics.range_finder import (
     POWER_ITERATIONS as POWER_ITERATIONS,
     range_basis as range_basis,
     range_basis_flops as range_basis_flops,
 )
 from nanochat_jax.numerics.symmetric import Products as Products
+from nanochat_jax.polynomials import (
+    POLYNOMIALS as POLYNOMIALS,
+    QUINTIC as QUINTIC,
+    Polynomials as Polynomials,
+)

@@ -43,7 +43,7 @@ def resolve_form(
     return "gram" if precise and long > GRAM_RATIO * short else "standard"
 
 
-def resolve_dtype(dtype: Literal["auto", "float32", "bfloat16"] = "auto") -> str:
+def resolve_dtype(dtype: str = "auto") -> str:
     """Returns the type in which Newton-Schulz runs on this machine.
 
     `"auto"` is bfloat16 on accelerators and on processors that multiply it natively

@@ -17,8 +17,8 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Float32
 
 from nanochat_jax.numerics.forms import Form, resolve_form
-from nanochat_jax.numerics.polynomials import QUINTIC, Coefficients, Polynomials
 from nanochat_jax.numerics.symmetric import Halves, Products, mirror, products_here
+from nanochat_jax.polynomials import QUINTIC, Coefficients, Polynomials
 
 GRAM_GROWTH = 490.0
 """Most growth of rounding errors before the Gram form restarts."""

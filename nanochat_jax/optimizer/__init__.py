@@ -5,7 +5,10 @@ muon       `muon`, one line without a configuration
 rule       rates, decays and betas, and the schedule
 storage    codecs and ranks of a configuration
 roles/     the part of every parameter, and the axes of its matrices
+notes      what the optimizer of a label is asked to do, for reports
 describe   a table of view, optimizer and state of every parameter
+advice     its warnings
+rates      learning rates in force, from a state
 memory     bytes of state and of the compiled update
 sharding   state and updates on a mesh of devices
 flops      operations of an update
@@ -41,6 +44,7 @@ from nanochat_jax.optimizer.memory import (
     planned_bytes as planned_bytes,
 )
 from nanochat_jax.optimizer.muon import MUON_STATIC as MUON_STATIC, muon as muon
+from nanochat_jax.optimizer.rates import learning_rates as learning_rates
 from nanochat_jax.optimizer.roles import label_params as label_params
 from nanochat_jax.optimizer.rule import Rule as Rule, schedule as schedule
 from nanochat_jax.optimizer.sharding import (

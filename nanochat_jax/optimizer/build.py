@@ -20,7 +20,8 @@ from jax.tree_util import keystr
 from nanochat_jax.codecs import Codec
 from nanochat_jax.config import OptimizerConfig
 from nanochat_jax.interop import as_arrays, for_nnx
-from nanochat_jax.numerics import POLYNOMIALS, resolve_dtype
+from nanochat_jax.numerics import POLYNOMIALS
+from nanochat_jax.optimizer.notes import notes_of
 from nanochat_jax.optimizer.roles import Roles, partition_by_role, settle
 from nanochat_jax.optimizer.rule import Rule
 from nanochat_jax.optimizer.sharding import distribute, shardings_of
@@ -70,8 +71,8 @@ def build_optimizer(
         function from parameters to one; names and modules decide where it has `None`.
       matrix_axes: The axes of matrices where names do not tell, as for `as_matrices`,
         or what `matrix_axes(model)` returned.
-      learning_rate: Learning rate of the matrices, or a schedule, in place of the
-        schedule of `config`; it may be traced.
+      learning_rate: Learning rate of the matrices, or a schedule, in place of `lr` and
+        its schedule; an argument, as `optax.inject_hyperparams` needs.
 
     Returns:
       An Optax transformation, from gradients to updates.
@@ -146,7 +147,7 @@ def _direction(config: OptimizerConfig, rule: Rule) -> optax.GradientTransformat
         rule.beta, nesterov=rule.nesterov, bias_correction=rule.bias_correction
     )
     polynomials = POLYNOMIALS[config.ns_method].take(config.ns_steps)
-    step = orthogonalize(polynomials, dtype=resolve_dtype(config.ns_dtype))
+    step = orthogonalize(polynomials, dtype=config.ns_dtype)
     if not config.use_galore:
         tx = optax.chain(average, step)
     elif config.galore_residual:
@@ -262,29 +263,3 @@ def _require_known(roles: Roles, tree: Any) -> Roles:
             + "\nGive `build_optimizer` the parameters that it is used with."
         )
     return roles
-
-
-def notes_of(config: OptimizerConfig, rule: Rule) -> dict[str, tuple[str, str]]:
-    """Returns name and rate of the optimizer by label, for `describe`."""
-    name = "Muon"
-    if config.use_galore:
-        name += f", GaLore rank {config.rank}"
-    fallback = {"adamw": "AdamW", "lion": "Lion"}[config.fallback]
-    other = (fallback, _in_words(rule.fallback_rate))
-    return {
-        "matrix": (name, _in_words(rule.rate)),
-        "embedding": other,
-        "head": other,
-        "vector": other,
-        "frozen": ("none", ""),
-    }
-
-
-def _in_words(rate: Any) -> str:
-    try:
-        with jax.ensure_compile_time_eval():
-            if callable(rate):
-                return f"schedule, {float(jnp.asarray(rate(0))):.3g} at first"
-            return f"{float(rate):.3g}"
-    except jax.errors.ConcretizationTypeError:
-        return "traced"

@@ -1,8 +1,6 @@
 """A table of view, optimizer, rate and state of every parameter, with reasons."""
 
 import dataclasses
-from collections.abc import Mapping, Sequence
-from typing import Any
 
 import jax
 import optax
@@ -10,14 +8,10 @@ from jax.tree_util import keystr
 
 from nanochat_jax.codecs import is_quantized
 from nanochat_jax.interop import as_arrays
+from nanochat_jax.optimizer import advice
 from nanochat_jax.optimizer.roles import Role
-from nanochat_jax.optimizer.sharding import bytes_per_device, shardings_of
-from nanochat_jax.transforms import (
-    ResolvedAxes,
-    locate,
-    record,
-    specs,
-)
+from nanochat_jax.optimizer.sharding import bytes_per_device
+from nanochat_jax.transforms import ResolvedAxes, locate, record
 
 _COLUMNS = ("path", "shape", "view", "label", "optimizer", "rate", "state", "reason")
 
@@ -113,7 +107,7 @@ def describe(tx: optax.GradientTransformation, params: optax.Params) -> Descript
     for path, x in jax.tree.leaves_with_path(params):
         name, shape = keystr(path), tuple(getattr(x, "shape", ()))
         role = told.roles.get(name)
-        optimizer, rate = told.optimizers.get(role.label if role else "", ("", ""))
+        note = told.optimizers.get(role.label if role else "")
         state, size = held.get(name, ("", 0))
         leaves.append(
             Described(
@@ -121,14 +115,20 @@ def describe(tx: optax.GradientTransformation, params: optax.Params) -> Descript
                 shape=shape,
                 view=_view(role, told.views.get(name), shape),
                 label=role.label if role else "",
-                optimizer=optimizer,
-                rate=rate,
+                optimizer=note.name if note else "",
+                rate=note.rate_in_words if note else "",
                 state=state,
                 state_bytes=size,
                 reason=_reason(role),
             )
         )
-    return Description(tuple(leaves), (*_unnamed_heads(leaves), *_moved(told, params)))
+    warnings = (
+        *advice.without_effect(leaves, told.optimizers),
+        *advice.frozen(params, leaves),
+        *advice.unnamed_heads(leaves),
+        *advice.moved(told, params),
+    )
+    return Description(tuple(leaves), warnings)
 
 
 def _view(
@@ -158,42 +158,3 @@ def _held(state: optax.OptState, params: optax.Params) -> dict[str, tuple[str, i
         fields.setdefault(place.name, []).append(f"{place.fields[-1]} {kind}")
         sizes[place.name] = sizes.get(place.name, 0) + bytes_per_device(node)
     return {name: (", ".join(fields[name]), sizes[name]) for name in fields}
-
-
-def _unnamed_heads(leaves: Sequence[Described]) -> list[str]:
-    """Returns a warning for each matrix that has the shape of an output layer."""
-    tables = {
-        tuple(sorted(leaf.shape)): leaf.path
-        for leaf in leaves
-        if leaf.label == "embedding" and len({*leaf.shape}) == len(leaf.shape) == 2
-    }
-    alike: dict[tuple[int, ...], list[Described]] = {}
-    for leaf in leaves:
-        if leaf.label == "matrix" and tuple(sorted(leaf.shape)) in tables:
-            alike.setdefault(tuple(sorted(leaf.shape)), []).append(leaf)
-    return [
-        f"{found[0].path} has the shape of the embedding {tables[shape]} and looks "
-        "like an output layer, which Muon trains worse than AdamW; if it is one, label "
-        'it "head".'
-        for shape, found in alike.items()
-        if len(found) == 1
-    ]
-
-
-def _moved(told: record.Record, params: optax.Params) -> list[str]:
-    """Returns a warning for each leaf whose view is not sharded as it is."""
-    shardings = shardings_of(params)
-    if shardings is None:
-        return []
-    by_path: Mapping[str, Any] = {
-        keystr(path): s for path, s in jax.tree.leaves_with_path(shardings)
-    }
-    found = {
-        name: specs.moved_axes(view, by_path[name]) for name, view in told.views.items()
-    }
-    return [
-        f"{name} is sharded over {list(axes)} along an axis that its matrix merges "
-        "into another; its state is sharded otherwise, and gradients are sent for it."
-        for name, axes in found.items()
-        if axes
-    ]

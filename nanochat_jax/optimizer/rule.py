@@ -5,7 +5,7 @@ import dataclasses
 import optax
 from jax.typing import ArrayLike
 
-from nanochat_jax.config import OptimizerConfig
+from nanochat_jax.config import OptimizerConfig, Rate
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,22 +50,27 @@ class Rule:
         )
 
 
-def schedule(config: OptimizerConfig, peak: float) -> optax.Schedule:
+def schedule(config: OptimizerConfig, peak: Rate) -> optax.Schedule:
     """Builds the learning rate by step: linear warm-up, plateau of "wsd", decay.
 
     Step `s` of `w` of warm-up has `(s + 1) / w` of the peak. The decay would reach
-    `min_lr_frac` of it at `total_steps`, one step after the last.
+    `min_lr_frac` of it at `total_steps`, one step after the last; without that number
+    the rate stays at its peak.
 
     Args:
       config: Settings of the schedule.
-      peak: Highest rate.
+      peak: Highest rate, which may be traced; a schedule is returned as it is.
     """
+    if callable(peak):
+        return peak
     warmup, start, floor = config.warmup_steps, config.decay_start, config.min_lr_frac
-    length = max(config.total_steps - start, 1)
     rise = optax.linear_schedule(peak / max(warmup, 1), peak, max(warmup - 1, 1))
+    plateau = optax.constant_schedule(peak)
+    if config.total_steps is None or start is None:
+        return optax.join_schedules([rise, plateau], [warmup])
+    length = max(config.total_steps - start, 1)
     if config.schedule == "cosine":
         fall = optax.cosine_decay_schedule(peak, length, alpha=floor)
     else:
         fall = optax.linear_schedule(peak, floor * peak, length)
-    stages = [rise, optax.constant_schedule(peak), fall]
-    return optax.join_schedules(stages, [warmup, start])
+    return optax.join_schedules([rise, plateau, fall], [warmup, start])

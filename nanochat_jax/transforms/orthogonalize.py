@@ -16,6 +16,7 @@ from nanochat_jax.numerics import (
     Form,
     Polynomials,
     newton_schulz,
+    resolve_dtype,
     resolve_form,
 )
 from nanochat_jax.transforms import checks, precision
@@ -38,7 +39,7 @@ ShapeScale = Literal["width", "rms", "none"]
 def orthogonalize(
     polynomials: Polynomials = QUINTIC,
     *,
-    dtype: str = "float32",
+    dtype: str = "auto",
     form: Form = "auto",
     max_bytes: int | None = None,
     max_matrix_bytes: int = 1 << 30,
@@ -56,13 +57,14 @@ def orthogonalize(
     the type of the iteration, and nothing is sent in between.
 
     Example:
-      >>> tx = orthogonalize(POLYNOMIALS["polar_express_5"], dtype="bfloat16")
+      >>> tx = orthogonalize(POLYNOMIALS["polar_express_5"], dtype="float32")
       >>> params = {"a": jnp.ones((8, 16)), "b": jnp.ones((8, 16))}
       >>> updates, _ = tx.update(params, tx.init(params))
 
     Args:
       polynomials: Newton-Schulz polynomials, one for each step.
-      dtype: Type of the iteration; the updates keep theirs.
+      dtype: Type of the iteration; the updates keep theirs. "auto" is bfloat16 where
+        it is native, as for `resolve_dtype`.
       form: Form of the iteration; see `newton_schulz`.
       max_bytes: Most float32 bytes of the matrices iterated on at a time; a larger
         matrix is alone. A stack is as large as that and as what `sequence` takes
@@ -79,9 +81,10 @@ def orthogonalize(
       ValueError: If `form` is not safe in `dtype`; at `update`, if a leaf has fewer
         than two axes.
     """
-    resolve_form((1, 1), dtype, form)
+    resolved = resolve_dtype(dtype)
+    resolve_form((1, 1), resolved, form)
     iterate = functools.partial(
-        newton_schulz, polynomials=polynomials, dtype=dtype, form=form
+        newton_schulz, polynomials=polynomials, dtype=resolved, form=form
     )
 
     def most() -> int:
@@ -102,7 +105,7 @@ def orthogonalize(
         if 4 * math.prod(leaves[0].shape[-2:]) > max_matrix_bytes:
             work = lambda x, names: iterate(x, axis_name=names)
             return [whole_matrices.in_columns(work, x, sharding) for x in leaves]
-        sent = dtype if dtype == "bfloat16" else leaves[0].dtype
+        sent = resolved if resolved == "bfloat16" else leaves[0].dtype
         return whole_matrices.share_out(iterate_in_parts, leaves, sharding, sent)
 
     def update_fn(

@@ -105,7 +105,7 @@ def test_large_matrices_are_iterated_on_as_asked_for():
 
 
 def muon(beta=0.9, where=None):
-    tx = optax.chain(nj.momentum(beta), nj.orthogonalize())
+    tx = optax.chain(nj.momentum(beta), nj.orthogonalize(dtype="float32"))
     return tx if where is None else nj.distribute(tx, where)
 
 

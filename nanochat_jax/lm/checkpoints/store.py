@@ -109,8 +109,9 @@ class Checkpoints:
         if later:
             raise ValueError(
                 f"{self.directory}: the run starts at step {step}, but later "
-                f"checkpoints are there: {later}. Resume from the last of them, choose "
-                "another checkpoint directory, or delete them."
+                f"checkpoints are there: {later}. Go on from the last of them by "
+                f"`--resume {self.directory}`, choose another `--checkpoint-dir`, or "
+                "delete them."
             )
 
     def save(self, step: int, state: Any, meta: Mapping[str, Any]) -> None:
@@ -269,7 +270,11 @@ class Checkpoints:
         remedy = "There is no other one: train from the start in a new directory."
         if others:
             other = self.directory / str(others[-1])
-            remedy = f"Try another one, such as {other}. There are steps {others}."
+            remedy = (
+                f"Try another one, such as {other}. To resume from an earlier one, "
+                "delete the folder of this one first, or choose another "
+                f"`--checkpoint-dir`. There are steps {others}."
+            )
         return ValueError(
             f"{folder}: damaged checkpoint.\n{differences.listed(damage)}\n{remedy}"
         )

@@ -21,6 +21,10 @@ from nanochat_jax.lm.planning import (
     optimizer_summary as optimizer_summary,
     run_memory as run_memory,
 )
+from nanochat_jax.lm.planning.step_parts import (
+    part_lines as part_lines,
+    parts_from_shapes as parts_from_shapes,
+)
 from nanochat_jax.lm.planning.variants import (
     BASELINE as BASELINE,
     Variant as Variant,

@@ -1,6 +1,8 @@
 """Text and tables about an optimizer, printed before a run."""
 
 import dataclasses
+import functools
+import textwrap
 from typing import Any
 
 import jax
@@ -60,7 +62,8 @@ def optimizer_summary(
             if labels and stored[label]
         ),
     ]
-    return "\n".join(lines)
+    fill = functools.partial(textwrap.fill, width=80, subsequent_indent=" " * 21)
+    return "\n".join(map(fill, lines))
 
 
 def group_table(groups: list[dict[str, Any]]) -> Group:
@@ -143,7 +146,7 @@ def _storage_text(config: Config, report: MemoryReport, label: str) -> str:
 
 def _galore_lines(config: Config, report: MemoryReport) -> list[str]:
     rest = (
-        f", the rest of the gradient at weight {config.galore_residual:g}"
+        f", complement at weight {config.galore_residual:g}"
         if config.galore_residual
         else ""
     )

@@ -13,6 +13,7 @@ from nanochat_jax.lm.planning.optimizer_summary import megabytes
 from nanochat_jax.lm.planning.step_parts import (
     StepParts,
     accumulator_bytes as accumulator_bytes,
+    part_lines,
     step_parts,
 )
 from nanochat_jax.lm.runtime import memory_in_use, tree_bytes
@@ -119,12 +120,17 @@ def plan_summary(config: Config, plan: RunPlan) -> str:
       config: Settings of the run.
       plan: Its memory.
     """
+    held = plan.params_bytes + plan.opt_state_bytes
     where = "" if plan.devices == 1 else f" on each of {plan.devices} devices"
     lines = [
         f"Peak memory: {megabytes(plan.peak_bytes)}{where}",
         f"  a compiled step of {config.tokens_per_step:,} tokens "
         f"{megabytes(plan.step_bytes)}:",
-        *_listed(config, plan),
+        *part_lines(
+            config, plan.parts, plan.params_bytes, plan.opt_state_bytes, plan.temp_bytes
+        ),
+        f"    in all {plan.step_bytes / plan.parts.params:.2f} bytes a parameter, "
+        f"weights and state {held / plan.parts.params:.2f} bytes a parameter",
         f"  making the initial state {megabytes(plan.init_bytes)}",
     ]
     if plan.process_bytes is not None:
@@ -141,28 +147,6 @@ def plan_summary(config: Config, plan: RunPlan) -> str:
         f"on disk{kept}: {megabytes(most * plan.checkpoint_bytes)}"
     )
     return "\n".join(lines)
-
-
-def _listed(config: Config, plan: RunPlan) -> list[str]:
-    """Returns the lines about the parts of a step."""
-    parts = plan.parts
-    held = plan.params_bytes + plan.opt_state_bytes
-    rate = lambda size: f"{size / parts.params:.2f} bytes a parameter"
-    one = " of one layer or table" if config.update_in_backward else ""
-    other = "other " if parts.low_bits_bytes else ""
-    sizes = {
-        "    weights": plan.params_bytes,
-        "    low bits of the weights": parts.low_bits_bytes,
-        f"    {other}optimizer state": plan.opt_state_bytes - parts.low_bits_bytes,
-        "    temporaries, in part": plan.temp_bytes,
-        "      hidden states kept for the backward pass": parts.kept_bytes,
-        f"      gradients{one}": parts.gradient_bytes,
-        f"      their sums over microbatches{one}": parts.accumulator_bytes,
-    }
-    return [
-        *(f"{name} {megabytes(size)}" for name, size in sizes.items() if size),
-        f"    in all {rate(plan.step_bytes)}, weights and state {rate(held)}",
-    ]
 
 
 def give_back_memory() -> None:

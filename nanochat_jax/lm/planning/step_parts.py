@@ -11,8 +11,11 @@ import jax.numpy as jnp
 
 from nanochat_jax.codecs import is_quantized
 from nanochat_jax.config import Config
-from nanochat_jax.optimizer import bytes_per_device, sum_dtype
+from nanochat_jax.lm.planning.optimizer_summary import megabytes
+from nanochat_jax.optimizer import MemoryReport, bytes_per_device, sum_dtype
 from nanochat_jax.transforms import SplitMasterState
+
+_LOW_BITS = "low_bits"  # the field of `SplitMasterState`
 
 
 class StepParts(NamedTuple):
@@ -51,6 +54,53 @@ def step_parts(config: Config, params: Any, opt_state: Any) -> StepParts:
         gradient_bytes=gradient_bytes(config, params),
         accumulator_bytes=accumulator_bytes(config, params),
     )
+
+
+def parts_from_shapes(config: Config, params: Any, report: MemoryReport) -> StepParts:
+    """Returns the parts of a training step's memory without its optimizer's state.
+
+    Args:
+      config: Settings of the run.
+      params: Shapes and types of its parameters.
+      report: Memory of its optimizer.
+    """
+    found = [row.bytes for row in report.rows if row.field == _LOW_BITS]
+    return step_parts(config, params, ())._replace(low_bits_bytes=sum(found))
+
+
+def part_lines(
+    config: Config,
+    parts: StepParts,
+    params_bytes: int,
+    state_bytes: int,
+    temp_bytes: int | None = None,
+) -> list[str]:
+    """Returns lines about the parts of a training step's memory that are not empty.
+
+    Args:
+      config: Settings of the run.
+      parts: The parts.
+      params_bytes: Bytes of the weights.
+      state_bytes: Bytes of the optimizer state.
+      temp_bytes: Bytes of all temporaries, if a compiler has planned them.
+    """
+    one = " of one layer or table" if config.update_in_backward else ""
+    other = "other " if parts.low_bits_bytes else ""
+    sizes = {
+        "    weights": params_bytes,
+        "    low bits of the weights": parts.low_bits_bytes,
+        f"    {other}optimizer state": state_bytes - parts.low_bits_bytes,
+        "    temporaries, in part": temp_bytes,
+        "      hidden states kept for the backward pass": parts.kept_bytes,
+        f"      gradients{one}": parts.gradient_bytes,
+        f"      their sums over microbatches{one}": parts.accumulator_bytes,
+    }
+    told = {"    temporaries, in part": ":"} if temp_bytes is None else {}
+    return [
+        f"{name}{told[name]}" if name in told else f"{name} {megabytes(size or 0)}"
+        for name, size in sizes.items()
+        if size or name in told
+    ]
 
 
 def low_bits_bytes(opt_state: Any) -> int:

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import optax
 
-from nanochat_jax.config import Config, OptimizerConfig, schema
+from nanochat_jax.config import Config, OptimizerConfig, schema, spelling
 from nanochat_jax.lm.model import build_optimizer
 from nanochat_jax.optimizer import build_adamw
 
@@ -88,9 +88,9 @@ def parse_variants(
 
 def _variant(text: str, config: Config, adamw_lr: float) -> Variant:
     source, (name, _, rest) = f"variant `{text}`", text.partition(":")
-    schema.require(
-        (name in NAMES, f"{source}: the name must be one of {[*NAMES]}, got {name!r}.")
-    )
+    hint = spelling.question(spelling.meant(name, NAMES))
+    names = f"the name must be one of {', '.join(NAMES)}, got {name!r}."
+    schema.require((name in NAMES, f"{source}: {names} {hint}".rstrip()))
     given = _read(rest, source) if rest else {}
     _check_keys(given, _ADAMW_KEYS if name in _ADAMW else _MUON_KEYS, source)
     values = dataclasses.asdict(config) | _PLAIN | (_MUON | _ADAMW)[name]

@@ -20,6 +20,7 @@ from nanochat_jax.lm.runtime.atomic_files import (
     making_folder as making_folder,
     new_folder as new_folder,
     replacing as replacing,
+    require_writable as require_writable,
     why_not_new as why_not_new,
     write_text as write_text,
 )

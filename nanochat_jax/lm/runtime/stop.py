@@ -8,6 +8,7 @@ import contextlib
 import os
 import signal
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import Any, Self
@@ -61,6 +62,7 @@ class StopSignals:
     def __init__(self) -> None:
         self.received: signal.Signals | None = None
         self._before: dict[signal.Signals, Any] = {}
+        self._teller: threading.Thread | None = None
 
     def __enter__(self) -> Self:
         self._before = {name: signal.signal(name, self._ask) for name in _SIGNALS}
@@ -69,6 +71,8 @@ class StopSignals:
     def __exit__(self, *exc_info: object) -> None:
         for name, handler in self._before.items():
             signal.signal(name, handler)
+        if self._teller:
+            self._teller.join()
 
     def __call__(self, step: int) -> bool:
         """Returns whether to stop after this step.
@@ -82,10 +86,22 @@ class StopSignals:
         self.received = signal.Signals(number)
         for name in _SIGNALS:
             signal.signal(name, signal.SIG_DFL)
-        # Straight to the file: the signal may have come in the midst of a `print`.
-        cursor = _SHOW_CURSOR if sys.stderr.isatty() else ""
-        text = f"{cursor}\n{self.received.name}: stopping after this step. A second "
-        os.write(2, f"{text}signal stops at once, without a checkpoint.\n".encode())
+        if sys.stderr.isatty():
+            # The second signal ends the process before a display can show it again.
+            os.write(2, _SHOW_CURSOR.encode())
+        # A thread of its own: the signal may have come in the midst of a `print`.
+        self._teller = threading.Thread(target=_tell, args=(self.received,))
+        self._teller.start()
+
+
+def _tell(received: signal.Signals) -> None:
+    """Says that the run is about to stop, above a progress bar if there is one."""
+    print(
+        f"{received.name}: stopping after this step. A second signal stops at once, "
+        "without a checkpoint.",
+        file=sys.stderr,
+        flush=True,
+    )
 
 
 class SharedStop:

@@ -5,8 +5,9 @@ formatting a device array waits for the device.
 """
 
 import abc
+import contextlib
 import datetime
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, Self
 
 from rich.console import Console, ConsoleOptions, RenderableType
@@ -58,6 +59,8 @@ class Display(abc.ABC):
         return self
 
     def __exit__(self, *exc_info: object) -> None:
+        # A bar that stopped on its way would stand above what is said of that.
+        self._progress.live.transient = not self._progress.finished
         self._progress.stop()
 
     def update(self, step: int, metrics: Mapping[str, Any] | None = None) -> None:
@@ -181,6 +184,22 @@ def make_display(
     )
     progress.add_task("", total=total_steps, completed=start_step, metrics={})
     return _Bar(progress) if on_terminal else _Lines(progress)
+
+
+@contextlib.contextmanager
+def busy(console: Console, task: str) -> Iterator[None]:
+    """Says what takes a while: on a terminal as long as it does, elsewhere in a line.
+
+    Args:
+      console: Console to write to.
+      task: What is done, such as "Compiling the training step".
+    """
+    if not console.is_terminal or console.is_dumb_terminal:
+        console.print(task, markup=False, highlight=False, soft_wrap=True)
+        yield
+        return
+    with console.status(task):
+        yield
 
 
 def _texts(metrics: Mapping[str, Any], names: Iterable[str]) -> list[str]:

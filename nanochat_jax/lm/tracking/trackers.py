@@ -5,6 +5,7 @@
 names of `metrics.jsonl` everywhere.
 """
 
+import dataclasses
 import importlib
 import json
 import os
@@ -15,7 +16,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from nanochat_jax.lm.runtime import write_text
-from nanochat_jax.lm.tracking.jsonl import numbers
+from nanochat_jax.lm.tracking.jsonl import MetricsWriter, numbers
 
 
 class Sink(Protocol):
@@ -159,6 +160,30 @@ class WandbSink:
     def _remember(self) -> None:
         text = json.dumps({"id": self._run.id, "step": self._logged})
         write_text(self._file, text + "\n")
+
+
+def make_sinks(
+    folder: Path | None, config: Any, *, tensorboard: bool, wandb: str | None
+) -> list[Sink]:
+    """Returns the sinks of a run: its metrics file, and the trackers asked for.
+
+    Args:
+      folder: Folder of the run; without one there are no sinks.
+      config: Dataclass of its settings.
+      tensorboard: Whether to write event files, to the folder `tensorboard` in it.
+      wandb: Project of Weights & Biases to log to, if any.
+
+    Raises:
+      ValueError: If the package of a tracker is not installed.
+    """
+    if folder is None:
+        return []
+    sinks: list[Sink] = [MetricsWriter(folder / "metrics.jsonl")]
+    if tensorboard:
+        sinks.append(TensorBoardSink(folder / "tensorboard"))
+    if wandb:
+        sinks.append(WandbSink(wandb, dataclasses.asdict(config), folder))
+    return sinks
 
 
 def _load(package: str, extra: str) -> Any:

@@ -112,6 +112,14 @@ def _is_usual(guard: Guard, i: int, value: Array, spike_skip: float) -> Bool[Arr
     return usual
 
 
+ADVICE = (
+    "Look into the data of these steps. With a lower `lr` and `fallback_lr` train "
+    "again in a new `--checkpoint-dir`, from the start or, by `--init-from "
+    "FOLDER/STEP`, from the parameters of an earlier checkpoint."
+)
+"""What to do about a run that diverged: a resumed run keeps its learning rates."""
+
+
 def check(values: Mapping[str, Any], step: int, most: int) -> int:
     """Raises an error after too many consecutive skipped steps.
 
@@ -146,6 +154,5 @@ def _complaint(values: Mapping[str, Any], step: int) -> str:
     return (
         f"step {step}: {' and '.join(wrong or spike)}. This and the steps before it, "
         f"{row} in a row, were skipped, at which a run stops (`max_skipped_steps`). "
-        f"Parameters are those of step {step - row}. Resume from an earlier checkpoint "
-        "with a lower `lr` or `fallback_lr`, or look into the data of these steps."
+        f"Parameters are those of step {step - row}. {ADVICE}"
     )

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from nanochat_jax.lm.model import Params, count_flops_per_token
 from nanochat_jax.lm.runtime import utilization
 from nanochat_jax.lm.tracking import Display, Sink
+from nanochat_jax.lm.training import guard
 from nanochat_jax.lm.training.evaluation import Evaluator
 from nanochat_jax.lm.training.optimizer_share import OptimizerShare
 from nanochat_jax.lm.training.run import Run
@@ -122,8 +123,7 @@ class Reporter:
         if not math.isfinite(values.get("val_loss", 0.0)):
             raise FloatingPointError(
                 f"step {done}: the validation loss is {values['val_loss']}: parameters "
-                "are out of bounds. Resume from an earlier checkpoint with a lower "
-                "`lr` or `fallback_lr`."
+                f"are out of bounds. {guard.ADVICE}"
             )
 
     def _measure_from(self, done: int) -> None:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Collection, Mapping
 from typing import Any, Literal
 
 import jax
+import jax.numpy as jnp
 import optax
 from jax.tree_util import keystr
 from jaxtyping import Array, Int32
@@ -15,10 +16,11 @@ from nanochat_jax.lm.checkpoints import Checkpoints, differences, record
 from nanochat_jax.lm.model import build_optimizer
 from nanochat_jax.lm.training.run import Run
 from nanochat_jax.lm.training.step import TrainState, abstract_state, state_shardings
+from nanochat_jax.optimizer import schedule
 from nanochat_jax.transforms import dequantize, quantize
 
-RESUMABLE = schema.affecting(Config, "course", "nothing")
-"""Settings that may change when a run is resumed."""
+RESUMABLE = (*schema.affecting(Config, "course", "nothing"), "total_steps")
+"""Settings that may change when a run is resumed; `total_steps` moves the schedule."""
 
 STORAGE = schema.affecting(Config, "storage")
 """Settings of how the optimizer's state is stored, not of which numbers it holds."""
@@ -66,6 +68,9 @@ class Resumption:
         names = record.stored_names(self.meta)
         state = self.checkpoints.restore(abstract_state(self.old), names=names)
         lines = _describe_changes(self.meta, self.run)
+        # The optimizer does not count steps that were skipped.
+        taken = int(state.step) - int(state.guard.skipped)
+        lines += _describe_schedule(self.meta, self.run.config, taken)
         if self.old is not self.run:
             changed = convert_state(self.old, self.run, state.opt_state, state.step)
             state = state._replace(opt_state=changed)
@@ -79,6 +84,10 @@ def check(
     run: Run, checkpoints: Checkpoints, *, allow: Collection[Change] = ()
 ) -> Resumption:
     """Finds the latest state of a run, and refuses one of another run.
+
+    The learning rate is a function of the step and of `total_steps`: with another
+    number of steps it is, from the next step on, that of a run which had this number
+    from its start.
 
     Args:
       run: The run to resume.
@@ -219,6 +228,25 @@ def _describe_changes(meta: Mapping[str, Any], run: Run) -> list[str]:
         f"{text}: {', '.join(differ(keys))}"
         for text, keys in told.items()
         if differ(keys)
+    ]
+
+
+def _describe_schedule(meta: Mapping[str, Any], new: Config, taken: int) -> list[str]:
+    """Returns a line about the learning rate, if the number of steps changed."""
+    total = meta["config"]["total_steps"]
+    if total == new.total_steps:
+        return []
+    old = dataclasses.replace(new, total_steps=total)
+    was, now = (
+        float(jnp.asarray(schedule(each, each.lr)(taken))) for each in (old, new)
+    )
+    falls = "falls already"
+    if taken < (new.decay_start or 0):
+        falls = f"falls from step {new.decay_start} on"
+    return [
+        f"`total_steps` {total} -> {new.total_steps}: from here on the learning rate "
+        f"is that of `{new.schedule}` over {new.total_steps} steps. It goes on at "
+        f"{now:.3g}, in place of {was:.3g}, and {falls}"
     ]
 
 

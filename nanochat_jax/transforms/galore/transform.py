@@ -86,7 +86,10 @@ def galore(
       inner: Transform to run in the low-rank space.
       rank: Dimensions kept: a number of them, or a fraction of the shorter axis.
       complement: Weight of the complement, or a transform of it. 0 drops it, which is
-        the published method; 1 passes it on, without state. Of a transform, such as
+        the published method, and the default since it suits any `inner`: beside a
+        normalised direction, such as Adam's, the raw gradient has another scale. 1
+        passes it on, without state, as `muon` and `OptimizerConfig` do by default, who
+        orthogonalise the sum. Of a transform, such as
         `momentum(0.8)`, the result is projected onto the complement again; when the
         basis changes, first moments are split anew between `inner` and this transform,
         and their sum is unchanged. Its state is as large as the parameters: wrap the

@@ -9,10 +9,10 @@ import typing
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-import tyro
 from rich.console import Console
 from rich.text import Text
 
+from nanochat_jax.commands.usage.flags import Flag, flags_of
 from nanochat_jax.config import Config, schema
 
 _FLAGS = {
@@ -45,12 +45,12 @@ _WIDEST, _COLUMN, _MARGIN = 100, 30, 2
 _TYPES = {int: "INT", float: "FLOAT", str: "TEXT"}
 
 
-def show_commands(console: Console, commands: Mapping[str, type]) -> None:
+def show_commands(console: Console, summaries: Mapping[str, str]) -> None:
     """Prints the list of commands.
 
     Args:
       console: Where to print.
-      commands: Their classes by name.
+      summaries: What each does, by name.
     """
     console.print(
         "Trains GPTs with Muon, 8-bit momentum and GaLore.\n", highlight=False
@@ -58,7 +58,7 @@ def show_commands(console: Console, commands: Mapping[str, type]) -> None:
     console.print(
         "usage: nanochat-jax COMMAND [FLAGS]\n", markup=False, highlight=False
     )
-    rows = ((name, _paragraphs(kind)[0], "") for name, kind in commands.items())
+    rows = ((name, summary, "") for name, summary in summaries.items())
     _print_group(console, "Commands", rows)
     console.print(Text("Examples", style="bold"))
     for example in _EXAMPLES:
@@ -79,10 +79,9 @@ def show_command(
         class.
       full: Whether all of each description is printed, not its first sentence.
     """
-    hints = typing.get_type_hints(kind, include_extras=True)
-    first, *others = _paragraphs(kind)
-    required = filter(_is_required, dataclasses.fields(kind))
-    words = [_invocation(field, hints[field.name]) for field in required]
+    flags = flags_of(kind)
+    first, *others = paragraphs(kind)
+    words = [_invocation(flag) for flag in flags.values() if flag.is_required]
     usage = " ".join(["usage: nanochat-jax", name, *words, "[FLAGS]"])
     described = descriptions(kind)
     width = min(console.width, _WIDEST)
@@ -93,8 +92,8 @@ def show_command(
         for field in fields:
             text = described[field.name]
             value = _default(field, default)
-            shown = text if full else _first_sentence(text)
-            rows.append((_invocation(field, hints[field.name]), shown, value))
+            shown = text if full else first_sentence(text)
+            rows.append((_invocation(flags[field.name]), shown, value))
         _print_group(console, title, rows)
     if not full and any(map(_has_more, described.values())):
         console.print(f"In full: nanochat-jax {name} --help-all", highlight=False)
@@ -116,8 +115,22 @@ def descriptions(kind: type) -> dict[str, str]:
     return found
 
 
-def _paragraphs(kind: type) -> list[str]:
-    """Returns the paragraphs of a docstring before its sections."""
+def first_sentence(text: str) -> str:
+    """Returns the first sentence of a text.
+
+    Args:
+      text: A description. A sentence begins with a capital, a number or code, and not
+        after "et al.".
+    """
+    return re.split(r"(?<!al\.)(?<=[.])\s+(?=[A-Z0-9`])", text, maxsplit=1)[0]
+
+
+def paragraphs(kind: type) -> list[str]:
+    """Returns the paragraphs of a docstring before its sections.
+
+    Args:
+      kind: Class with the docstring.
+    """
     text = inspect.cleandoc(kind.__doc__ or "").partition("\n\nAttributes:")[0]
     return [" ".join(part.split()) for part in text.split("\n\n")]
 
@@ -131,20 +144,13 @@ def _groups(kind: Any) -> Iterator[tuple[str, list[dataclasses.Field[Any]]]]:
     yield from members.items()
 
 
-def _is_required(field: dataclasses.Field[Any]) -> bool:
-    return field.default is field.default_factory is dataclasses.MISSING
-
-
-def _invocation(field: dataclasses.Field[Any], hint: Any) -> str:
+def _invocation(flag: Flag) -> str:
     """Returns a flag with the type of its value, such as `--dim INT`."""
-    given = getattr(hint, "__metadata__", ())
-    names = [x.name for x in given if getattr(x, "name", None)]
-    flag = names[0] if names else field.name.replace("_", "-")
-    if tyro.conf.Positional in getattr(hint, "__metadata__", ()):
-        return f"{field.name[:-1].upper()}..."
-    if hint is bool:
-        return f"--[no-]{flag}"
-    return f"--{flag} {_type(typing.get_args(hint)[0] if names else hint)}"
+    if flag.is_positional:
+        return f"{flag.name}..."
+    if flag.is_switch:
+        return flag.name.replace("--", "--[no-]", 1)
+    return f"{flag.name} {_type(flag.hint)}"
 
 
 def _type(hint: Any) -> str:
@@ -162,7 +168,7 @@ def _type(hint: Any) -> str:
 
 def _default(field: dataclasses.Field[Any], default: Any) -> str:
     """Returns the value that a field has without its flag, in words."""
-    if _is_required(field):
+    if field.default is field.default_factory is dataclasses.MISSING:
         return "required"
     value = getattr(default, field.name, field.default)
     if value in (None, "", (), {}) or value is dataclasses.MISSING:
@@ -176,13 +182,8 @@ def _default(field: dataclasses.Field[Any], default: Any) -> str:
     return repr(value) if str(value) != str(value).strip() else str(value)
 
 
-def _first_sentence(text: str) -> str:
-    # A sentence begins with a capital, a number or code, and not after "et al.".
-    return re.split(r"(?<!al\.)(?<=[.])\s+(?=[A-Z0-9`])", text, maxsplit=1)[0]
-
-
 def _has_more(text: str) -> bool:
-    return _first_sentence(text) != text
+    return first_sentence(text) != text
 
 
 def _print_group(

@@ -1,0 +1,143 @@
+"""What is loaded at the start, and that Ctrl-C ends it at any time."""
+
+import ast
+import importlib
+import io
+import pickle
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import nanochat_jax as nj
+from nanochat_jax import cli
+from nanochat_jax.commands import doctor
+from nanochat_jax.commands.usage import ending
+
+COMMANDS = ("doctor", "plan", "generate", "import", "prepare-data")
+LIGHT = ("--help", "--version", *(f"{name} --help" for name in COMMANDS))
+
+
+def run(code, **kwargs):
+    return subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, **kwargs
+    )
+
+
+def test_help_and_versions_need_neither_jax_nor_its_frameworks():
+    code = f"""
+import sys
+from nanochat_jax import cli
+for words in {LIGHT!r}:
+    assert cli.main(words.split()) == 0
+print(sorted({{"jax", "jaxlib", "flax", "optax", "orbax", "grain"}} & set(sys.modules)))
+"""
+    done = run(code, check=True)
+    assert done.stdout.splitlines()[-1] == "[]"
+    assert done.stderr == ""
+
+
+def test_names_are_those_that_a_type_checker_sees():
+    tree = ast.parse(Path(nj.__file__).read_text(encoding="utf-8"))
+    (static,) = (node for node in tree.body if isinstance(node, ast.If))
+    names = {
+        alias.name: importlib.import_module(node.module)
+        for node in static.body
+        for alias in node.names
+    }
+    assert [*nj.__all__] == [*names]
+    for name, package in names.items():
+        assert getattr(nj, name) is getattr(package, name)
+
+
+def test_lazy_names_are_as_good_as_others():
+    assert {*nj.__all__} <= {*dir(nj)}
+    scope = {}
+    exec("from nanochat_jax import *", scope)
+    assert scope.keys() >= {*nj.__all__}
+    assert pickle.loads(pickle.dumps(nj.muon)) is nj.muon
+    assert nj.transforms.galore is nj.galore
+    with pytest.raises(AttributeError, match="has no attribute 'adamw'"):
+        nj.adamw  # noqa: B018
+
+
+def test_the_version_is_that_of_the_package(capsys):
+    assert cli.main(["--version"]) == 0
+    version = importlib.metadata.version("nanochat-jax")
+    assert capsys.readouterr().out.startswith(f"nanochat-jax {version} (jax ")
+
+
+def test_without_the_extra_of_the_command_line_it_is_named():
+    code = """
+import sys
+from nanochat_jax import cli
+sys.modules["rich.console"] = None
+sys.exit(cli.main(["--help"]))
+"""
+    done = run(code)
+    assert done.returncode == 1
+    assert "rich.console is not installed" in done.stderr
+    assert "`pip install 'nanochat-jax[train]'`" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+@pytest.mark.parametrize("how", ["Go on with `--resume a`.", None])
+def test_ctrl_c_says_how_to_go_on_and_leaves_the_terminal_as_it_was(
+    how, monkeypatch, capsys
+):
+    def run(self):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(doctor.Doctor, "run", run)
+    monkeypatch.setattr(doctor.Doctor, "how_to_go_on", lambda _: how, raising=False)
+    monkeypatch.setattr(sys, "stdout", Terminal())
+    before = signal.getsignal(signal.SIGINT), sys.unraisablehook
+    assert cli.main(["doctor"]) == ending.INTERRUPTED == 130
+    assert (signal.getsignal(signal.SIGINT), sys.unraisablehook) == before
+    assert (
+        capsys.readouterr().err == "\ninterrupted." + (f" {how}" if how else "") + "\n"
+    )
+    assert sys.stdout.getvalue().endswith("\x1b[2K\x1b[?25h")  # no bar, a cursor
+
+
+SLOW = """
+import hashlib, os, signal, sys, threading, time
+from nanochat_jax import cli
+from nanochat_jax.commands import doctor
+
+def run(self):
+    press = lambda: os.kill(os.getpid(), signal.SIGINT)
+    if {where!r} == "compiled":
+        threading.Timer(0.2, press).start()
+        hashlib.pbkdf2_hmac("sha256", b"", b"", 50_000_000)  # half a minute, or more
+    elif {where!r} == "callback":
+        import gc
+        gc.callbacks.append(lambda *_: gc.callbacks.clear() or press())
+        gc.collect()
+        time.sleep(20)
+    else:
+        class Finder:
+            def find_spec(self, *_):
+                press()
+        sys.meta_path.insert(0, Finder())
+        import absent
+    print("went on")
+
+doctor.Doctor.run = run
+sys.argv[1:] = ["doctor"]
+sys.exit(cli.main())
+"""
+
+
+@pytest.mark.parametrize("where", ["compiled", "callback", "import"])
+def test_ctrl_c_ends_calls_callbacks_and_imports(where):
+    done = run(SLOW.format(where=where), timeout=60)
+    assert (done.returncode, done.stdout) == (130, "")
+    assert done.stderr == "\ninterrupted.\n"
