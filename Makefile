@@ -4,7 +4,7 @@ BIN := .venv/bin
 VERSION := $(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])')
 READY := .venv/ready-$(VERSION)
 
-.PHONY: help demo test test-all test-peers test-models test-huggingface check fix bench clean
+.PHONY: help demo test test-all test-peers test-models test-huggingface check fix bench docs site test-docs wheel clean
 
 help:  ## Lists the targets
 	@grep -hE '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 12
@@ -13,11 +13,17 @@ $(READY): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; assert (3, 11) <= sys.version_info < (3, 14)' 2>/dev/null || \
 	  { echo "nanochat_jax needs Python 3.11 to 3.13, got $(VERSION). Name one: make PYTHON=python3.12"; exit 2; }
 	$(PYTHON) -m venv --clear .venv
-	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[train,plot,dev]'
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[train,plot,dev,docs]'
 	@touch $@
 
-demo: $(READY)  ## Trains a small GPT on the standard library with 8-bit, low-rank Muon
-	$(BIN)/nanochat-jax train --config-file configs/tiny_cpu_8bit_galore.toml
+demo: $(READY)  ## Trains a small GPT with 8-bit, low-rank Muon, shows what it did, and lets it write
+	$(BIN)/nanochat-jax train --config-file configs/tiny_cpu_8bit_galore.toml --checkpoint-dir runs/demo --resume auto
+	$(BIN)/nanochat-jax plot runs/demo --output runs/demo/loss.png
+	$(BIN)/nanochat-jax generate --checkpoint runs/demo --prompt "def " --max-tokens 200
+	@printf '%s\n' '' 'Next, with $(BIN) before each:' \
+	  '  nanochat-jax train --resume runs/demo --total-steps 500' \
+	  '  nanochat-jax compare --config-file configs/tiny_cpu.toml --output runs/compare' \
+	  '  nanochat-jax plan --config-file configs/nano_125m_8bit_galore.toml'
 
 # Tests of a file share what they compile, so they run in one process.
 test: $(READY)  ## Runs the tests
@@ -48,5 +54,21 @@ fix: $(READY)  ## Formats, and mends what the linter can
 bench: $(READY)  ## Measures an optimizer step beside optax.contrib.muon
 	$(BIN)/python benchmarks/optimizer_step.py
 
+# Keeps the theme's announcement of its successor from every build.
+export NO_MKDOCS_2_WARNING := 1
+
+docs: $(READY)  ## Serves the documentation site on this machine
+	$(BIN)/mkdocs serve
+
+site: $(READY)  ## Builds the documentation site into site/, where a warning is an error
+	$(BIN)/mkdocs build --strict
+
+test-docs: site  ## Opens the built site in a headless Chromium
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[browser]'
+	$(BIN)/pytest -c tests/site/pytest.ini tests/site
+
+wheel: $(READY)  ## Builds wheel and source archive into dist/, and tries both where nothing else is
+	$(BIN)/python tests/wheel/run.py
+
 clean:  ## Deletes the virtual environments
-	rm -rf .venv .venv-models
+	rm -rf .venv .venv-models site dist

@@ -1,12 +1,11 @@
-"""What the documentation says is so: docstring examples, and the README's blocks."""
+"""What the documentation says is so: docstring examples, and blocks of its pages."""
 
 import ast
-import dataclasses
 import doctest
 import importlib
-import inspect
 import re
 import shlex
+import tarfile
 import warnings
 from pathlib import Path
 
@@ -16,13 +15,22 @@ import optax
 import pytest
 
 import nanochat_jax as nj
-from nanochat_jax import cli
-from nanochat_jax.config import Config, ModelConfig
+from nanochat_jax.commands import launch
+from nanochat_jax.config import ModelConfig
 from nanochat_jax.lm import huggingface
 from nanochat_jax.lm.model import gpt
 
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
+DOCS = ROOT / "docs"
+GUIDE = [
+    DOCS / "index.md",
+    *sorted(DOCS.glob("guide/*.md")),
+    *sorted(DOCS.glob("how/*.md")),
+]
+PAGES = [
+    pytest.param(path, id=str(path.relative_to(ROOT))) for path in [README, *GUIDE]
+]
 OPTIONS = doctest.NORMALIZE_WHITESPACE | doctest.ELLIPSIS
 OPERATORS = {"&&", "||", "|", ";", ">", ">>", "&"}
 
@@ -44,12 +52,16 @@ def read(path):
     return path.read_text(encoding="utf-8") if path.exists() else ""
 
 
-def blocks(language):
-    """Returns the fenced blocks of the README in that language, each with its line."""
-    text = read(README)
+def blocks(language, page=README):
+    """Returns the fenced blocks of a page in that language, each with its line.
+
+    Blocks that include a file are left out: that file has tests of its own.
+    """
+    text = read(page)
     return [
         (text[: match.start(1)].count("\n"), match.group(1))
         for match in re.finditer(rf"^```{language}\n(.*?)^```", text, re.M | re.S)
+        if "--8<--" not in match.group(1)
     ]
 
 
@@ -68,29 +80,22 @@ def commands(script):
     return [words for words in found if words]
 
 
-def readme_commands(program):
-    return [
-        pytest.param(words[1:], id=" ".join(words))
-        for _, script in blocks("bash")
+def shown_commands(program):
+    """Returns the arguments of all commands of a program, each once."""
+    shown = {
+        " ".join(words): words[1:]
+        for page in [README, *GUIDE]
+        for _, script in blocks("bash", page)
         for words in commands(script)
         if words[0] == program
-    ]
-
-
-def table_rows():
-    """Returns the cells of those rows of the README's tables that name a TOML file."""
-    rows = re.findall(r"^\| (.*) \|$", read(README), re.M)
-    return [
-        pytest.param(row.split(" | "), id=row.split(" | ")[0])
-        for row in rows
-        if ".toml`" in row
-    ]
+    }
+    return [pytest.param(args, id=name) for name, args in shown.items()]
 
 
 @pytest.mark.parametrize(("module", "text"), list(docstring_examples()))
 def test_a_docstring_example_prints_what_it_shows(module, text, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    public = {name: getattr(nj, name) for name in vars(nj) if name[0] != "_"}
+    public = {name: getattr(nj, name) for name in nj.__all__}
     names = public | {"jax": jax, "jnp": jnp, "optax": optax}
     names |= vars(importlib.import_module(module))
     test = doctest.DocTestParser().get_doctest(text, names, module, module, 0)
@@ -99,22 +104,17 @@ def test_a_docstring_example_prints_what_it_shows(module, text, tmp_path, monkey
     assert not failed, "\n".join(output)
 
 
-def test_the_python_blocks_of_the_readme_run_in_order(monkeypatch):
-    assert blocks("python"), f"{README} is missing, or has no python block"
+@pytest.mark.parametrize("page", PAGES[1:])  # the README: tests/test_first_hour.py
+def test_the_python_blocks_of_a_page_run_in_order(page, monkeypatch):
     monkeypatch.chdir(ROOT)
-    names = {"__name__": "readme"}
-    for line, block in blocks("python"):
-        # Empty lines before it, so that a traceback names the line of the README.
-        exec(compile("\n" * line + block, README, "exec"), names)
+    names = {"__name__": "page"}
+    for line, block in blocks("python", page):
+        # Empty lines before it, so that a traceback names the line of the page.
+        exec(compile("\n" * line + block, page, "exec"), names)
 
 
-def test_the_first_block_of_the_readme_prints_what_it_shows(capsys):
-    exec(compile(blocks("python")[0][1], README, "exec"), {"__name__": "readme"})
-    assert capsys.readouterr().out.strip() == blocks("text")[0][1].strip()
-
-
-@pytest.mark.parametrize("args", readme_commands("make"))
-def test_the_make_targets_of_the_readme_exist(args):
+@pytest.mark.parametrize("args", shown_commands("make"))
+def test_the_make_targets_of_the_pages_exist(args):
     makefile = read(ROOT / "Makefile")
     targets = set(re.findall(r"^([a-z-]+):", makefile, re.M))
     assert {word for word in args if "=" not in word} <= targets
@@ -127,40 +127,22 @@ def published():
     huggingface.write_folder("Qwen3-0.6B", config, params, tokenizer=None)
 
 
-@pytest.mark.parametrize("args", readme_commands("nanochat-jax"))
-def test_the_commands_of_the_readme_parse(args, monkeypatch, tmp_path):
-    for command in vars(cli).values():
-        if inspect.isclass(command) and hasattr(command, "run"):
-            monkeypatch.setattr(command, "run", lambda self: None)
+@pytest.mark.parametrize("args", shown_commands("nanochat-jax"))
+def test_the_commands_of_the_pages_parse(args, monkeypatch, tmp_path):
     monkeypatch.setattr(warnings, "showwarning", warnings.showwarning)
     (tmp_path / "configs").symlink_to(ROOT / "configs")
     monkeypatch.chdir(tmp_path)
     if "Qwen3-0.6B" in args:
         published()
-    try:
-        code = cli.main(args)
-    except SystemExit as stop:  # as after `--help`
-        code = stop.code
-    assert not code
+    if "--resume" in args:
+        with tarfile.open(ROOT / "tests/data/checkpoint_format_1.tar.xz") as archive:
+            archive.extractall(tmp_path / "runs" / "a", filter="data")
+    assert launch.command_of(args)  # what cannot be parsed exits
 
 
-def test_the_files_the_readme_names_exist():
-    links = re.findall(r"\]\(([^):#]+)\)", read(README))
-    files = re.findall(r"\b(?:benchmarks|configs|examples)/[\w/]+\.\w+", read(README))
-    assert {name for name in links + files if not (ROOT / name).exists()} == set()
-
-
-@pytest.mark.parametrize("row", table_rows())
-def test_the_sizes_in_the_readme_are_those_of_the_report(row):
-    """`| name | `file` `--flag value` | MB of matrices | % of them | % of all |`"""
-    file, *flags = re.findall(r"`([^`]+)`", row[1])
-    config = Config.from_toml(ROOT / "configs" / file)
-    for name, value in (flag.removeprefix("--").split() for flag in flags):
-        config = dataclasses.replace(config, **{name.replace("-", "_"): int(value)})
-    _, params = gpt.abstract_model(config)
-    report = nj.memory_report(nj.build_optimizer(config, params), params)
-    assert row[2:] == [
-        f"{report.matrix_bytes / 1e6:.1f} MB",
-        f"{100 * report.matrix_bytes / report.fp32_muon_bytes:.1f} %",
-        f"{100 * report.total_bytes / report.fp32_muon_adamw_bytes:.1f} %",
-    ]
+@pytest.mark.parametrize("page", PAGES)
+def test_the_files_that_a_page_names_exist(page):
+    links = re.findall(r"\]\(([^):#]+)(?:#[^)]*)?\)", read(page))
+    files = re.findall(r"\b(?:benchmarks|configs|examples)/[\w/]+\.\w+", read(page))
+    missing = {name for name in links if not (page.parent / name).exists()}
+    assert missing | {name for name in files if not (ROOT / name).exists()} == set()
