@@ -18,6 +18,16 @@ import importlib.metadata
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    __version__: str
+    from nanochat_jax import (
+        codecs as codecs,
+        config as config,
+        interop as interop,
+        numerics as numerics,
+        optimizer as optimizer,
+        polynomials as polynomials,
+        transforms as transforms,
+    )
     from nanochat_jax.codecs import (
         Codec as Codec,
         Dynamic8 as Dynamic8,
@@ -82,6 +92,7 @@ _NAMES = {
     "optimizer": "MUON_STATIC build_optimizer bytes_per_device describe distribute "
     "init_sharded label_params learning_rates memory_report muon state_sharding "
     "update_in_backward",
+    "polynomials": "",
     "transforms": "Basis MatrixAxes RandomizedSVD as_matrices dequantize galore "
     "master_weights momentum orthogonalize quantization_error quantize quantize_state "
     "round_updates scale_by_shape sequence split_master",
@@ -91,17 +102,19 @@ _PACKAGES = {name: package for package in _NAMES for name in _NAMES[package].spl
 __all__ = [*_PACKAGES]  # pyright: ignore[reportUnsupportedDunderAll]
 
 
-def __getattr__(name: str) -> Any:
-    """Loads a public name, or a package, on its first use."""
-    if name == "__version__":
-        return importlib.metadata.version("nanochat-jax")
-    package = _PACKAGES.get(name, name)
-    if package not in _NAMES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    module = importlib.import_module(f"{__name__}.{package}")
-    value = module if name == package else getattr(module, name)
-    globals()[name] = value
-    return value
+if not TYPE_CHECKING:  # or a type checker would take any name for one
+
+    def __getattr__(name: str) -> Any:
+        """Loads a public name, or a package, on its first use."""
+        if name == "__version__":
+            return importlib.metadata.version("nanochat-jax")
+        package = _PACKAGES.get(name, name)
+        if package not in _NAMES:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        module = importlib.import_module(f"{__name__}.{package}")
+        value = module if name == package else getattr(module, name)
+        globals()[name] = value
+        return value
 
 
 def __dir__() -> list[str]:

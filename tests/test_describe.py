@@ -137,6 +137,7 @@ def test_what_a_view_cannot_keep_of_a_sharding_is_said():
         ({"rank": 32}, "Muon, GaLore rank 32 projects no matrix"),
         ({"bits": 8, "min_size": 1}, None),
         ({"rank": 8}, None),
+        ({"rank": 8, "bits": 8, "min_size": 1, "complement_bits": 2}, None),
         ({"bits": 8, "min_size": 1, "quantize_embeddings": False}, None),
     ],
 )

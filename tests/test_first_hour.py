@@ -127,7 +127,7 @@ def test_the_other_recipes_do_what_they_say(reader):
     assert stored(names["plain"]) == set()
     names = reader.read_to("nj.init_sharded(")
     shapes = lambda tree: jax.tree.map(lambda x: (x.shape, x.sharding), tree)
-    assert shapes(names["like"]) == shapes(names["placed"])
+    assert shapes(names["wanted"]) == shapes(names["placed"])
     names = reader.read_to("inject_hyperparams")
     injected, params, grads = (names[k] for k in ("injected", "params", "grads"))
     halved = names["adjustable"].update(grads, injected, params)[0]

@@ -1,5 +1,7 @@
 """Plain Muon against Optax's and against ten lines of NumPy."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -236,3 +238,21 @@ def test_vectors_are_not_decayed_and_tables_are_as_told():
         helpers.assert_close(updates["bias"], jnp.zeros(24))
         helpers.assert_close(updates["embed"], jnp.full((16, 8), -of_tables))
         helpers.assert_close(updates["wide"], jnp.full((8, 24), -0.1))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ({"complement_bits": 2, "refresh_every": 9}, "`rank` is required by"),
+        ({"rank": 4, "complement": -1.0}, "`complement` must be at least 0"),
+        ({"rank": 4, "refresh_every": 0}, "`refresh_every` must be at least 1"),
+        ({"beta": 2.0, "min_size": -1}, "`min_size` must be at least 0"),
+        ({"beta": 1.0}, "`beta` must lie in"),
+        ({"adam_b2": 1.0}, "`adam_b1` and `adam_b2` must lie in"),
+        ({"weight_decay": -1.0}, "`weight_decay` must be at least 0"),
+        ({"learning_rate": -0.1}, "`learning_rate` must be at least 0"),
+    ],
+)
+def test_arguments_are_refused_by_their_own_names(arguments, said):
+    with pytest.raises(ValueError, match=re.escape(said)):
+        nj.muon(**{"learning_rate": 0.02} | arguments)

@@ -157,6 +157,12 @@ def test_the_gram_form_refuses_short_types(dtype):
             call()
 
 
+def test_the_gram_form_asks_for_float32_where_no_type_is_given():
+    params = {"a": jnp.ones((4, 8))}
+    tx = nj.orthogonalize(form="gram")
+    tx.update(params, tx.init(params))
+
+
 def test_auto_takes_the_form_with_fewer_operations():
     for shape in [(64, 64), (64, 95), (64, 97), (256, 64), (3, 64, 256)]:
         flops = {

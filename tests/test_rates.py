@@ -63,6 +63,35 @@ def test_other_transformations_and_injected_rates_are_refused():
         nj.learning_rates(tx, tx.init(PARAMS), PARAMS)
 
 
+def test_of_two_optimizers_each_tells_its_own():
+    two = optax.partition(
+        {"a": nj.muon(0.3), "b": nj.muon(0.1)}, {"up": {"kernel": "a", "bias": "b"}}
+    )
+    rates = {leaf.path: leaf.rate for leaf in nj.describe(two, PARAMS).leaves}
+    assert rates == {"up/kernel": "0.3", "up/bias": "0.015"}
+    for tx in (two, optax.chain(nj.muon(0.3), nj.muon(FALLS))):
+        with pytest.raises(ValueError, match="of 2 optimizers"):
+            nj.learning_rates(tx, tx.init(PARAMS), PARAMS)
+
+
+def test_a_state_of_another_optimizer_is_refused():
+    for other in (optax.adam(0.1), nj.muon(0.02)):
+        with pytest.raises(ValueError, match=r"not of one|another optimizer"):
+            nj.learning_rates(nj.muon(FALLS), other.init(PARAMS), PARAMS)
+
+
+def test_a_rate_in_settings_has_a_gradient():
+    def total(rate):
+        tx = configured(lr=rate, fallback_lr=rate)
+        return jnp.sum(tx.update(GRADS, tx.init(PARAMS), PARAMS)[0]["up"]["bias"])
+
+    wanted = jax.jit(jax.grad(total))(0.1)
+    assert wanted < 0
+    np.testing.assert_allclose(jax.grad(total)(0.1), wanted, rtol=1e-6)
+    with pytest.raises(ValueError, match="`weight_decay` must be known"):
+        jax.grad(lambda x: configured(weight_decay=x) and x)(0.1)
+
+
 def test_without_total_steps_the_rate_stays_and_a_decay_asks_for_them():
     steady = nj.learning_rates(tx := configured(), after(tx, 3), PARAMS)
     assert float(steady["matrix"]) == np.float32(0.02)

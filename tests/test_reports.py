@@ -380,6 +380,6 @@ def test_a_state_of_plain_dicts_is_refused_with_the_way_to_restore_it(name, who)
         return [plain(x) for x in node] if isinstance(node, tuple) else node
 
     state = plain(jax.eval_shape(tx.init, params))
-    message = f"`{who}` needs a .*State(.|\n)*got a dict(.|\n)*ocp.load"
+    message = f"`{who}` needs a .*State(.|\n)*got a dict(.|\n)*StandardCheckpointer"
     with pytest.raises(TypeError, match=message):
         jax.eval_shape(tx.update, params, state, params)

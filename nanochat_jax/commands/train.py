@@ -133,6 +133,8 @@ class Train(Config, TrainFlags):
 
     def how_to_go_on(self) -> str:
         """Returns what is saved of a run that Ctrl-C ended at once, and what to do."""
+        if self.resume is not None:  # what its flags change need not be saved yet
+            return "Give the same command again: it goes on from what is saved."
         total = self.total_steps if self.epochs is None else sys.maxsize
         return messages.how_to_go_on(self._folder, self._unstored, total)
 

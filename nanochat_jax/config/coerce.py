@@ -1,6 +1,7 @@
 """Values as the types of their fields want them."""
 
 import math
+import sys
 import types
 import typing
 from collections.abc import Callable, Mapping
@@ -66,11 +67,8 @@ def _is_rate(hint: Any) -> bool:
 
 
 def _is_traced(value: Any) -> bool:
-    try:
-        _as_python(value)
-    except TypeError:
-        return True
-    return False
+    jax = sys.modules.get("jax")  # where it is not loaded, nothing is traced
+    return jax is not None and isinstance(value, jax.core.Tracer)
 
 
 def _as_python(value: Any) -> Any:
@@ -79,15 +77,14 @@ def _as_python(value: Any) -> Any:
     Raises:
       TypeError: If the number is traced.
     """
-    if getattr(value, "ndim", None) != 0 or not hasattr(value, "item"):
-        return value
-    try:
-        return value.item()
-    except Exception:
+    if _is_traced(value):  # even if `item` knows it, as under `jax.grad`
         raise TypeError(
             "must be known when the settings are made, got a traced value. `muon`, and "
             "`lr` and `fallback_lr` of an `OptimizerConfig`, take one."
-        ) from None
+        )
+    if getattr(value, "ndim", None) != 0 or not hasattr(value, "item"):
+        return value
+    return value.item()
 
 
 def _coerce_to_any(value: Any, options: list[Any]) -> Any:

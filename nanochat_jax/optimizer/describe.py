@@ -9,6 +9,7 @@ from jax.tree_util import keystr
 from nanochat_jax.codecs import is_quantized
 from nanochat_jax.interop import as_arrays
 from nanochat_jax.optimizer import advice
+from nanochat_jax.optimizer.notes import notes_by_label
 from nanochat_jax.optimizer.roles import Role
 from nanochat_jax.optimizer.sharding import bytes_per_device
 from nanochat_jax.transforms import ResolvedAxes, locate, record
@@ -107,7 +108,7 @@ def describe(tx: optax.GradientTransformation, params: optax.Params) -> Descript
     for path, x in jax.tree.leaves_with_path(params):
         name, shape = keystr(path), tuple(getattr(x, "shape", ()))
         role = told.roles.get(name)
-        note = told.optimizers.get(role.label if role else "")
+        note = told.optimizers.get(name)
         state, size = held.get(name, ("", 0))
         leaves.append(
             Described(
@@ -123,7 +124,7 @@ def describe(tx: optax.GradientTransformation, params: optax.Params) -> Descript
             )
         )
     warnings = (
-        *advice.without_effect(leaves, told.optimizers),
+        *advice.without_effect(leaves, notes_by_label(told)),
         *advice.frozen(params, leaves),
         *advice.unnamed_heads(leaves),
         *advice.moved(told, params),
@@ -155,6 +156,8 @@ def _held(state: optax.OptState, params: optax.Params) -> dict[str, tuple[str, i
         if place.name is None or not place.fields:
             continue
         kind = type(node.codec).__name__ if is_quantized(node) else node.dtype.name
-        fields.setdefault(place.name, []).append(f"{place.fields[-1]} {kind}")
+        # A momentum of the complement is the complement's, as its codec is named.
+        field = place.field(("complement",)) or place.fields[-1]
+        fields.setdefault(place.name, []).append(f"{field} {kind}")
         sizes[place.name] = sizes.get(place.name, 0) + bytes_per_device(node)
     return {name: (", ".join(fields[name]), sizes[name]) for name in fields}

@@ -118,12 +118,15 @@ def muon(
       ValueError: If an argument is out of range; at `init`, if nothing tells which axes
         of a leaf are a matrix.
     """
-    _require_static(locals())
+    arguments = dict(locals())
+    _require_static(arguments)
+    _require_rank(arguments)
     if bits not in (32, 8, 4):
         raise ValueError(f"`bits` must be 32, 8 or 4, got {bits}.")
     if rank is not None:
         check_rank(rank)
-    config = OptimizerConfig(
+    config = _configuration(
+        arguments,
         use_8bit_optim=bits < 32,
         quant_bits=8 if bits == 32 else bits,
         use_galore=rank is not None,
@@ -162,6 +165,60 @@ def muon(
     return assemble(
         config, rule, lambda tree: settle(tree, labels=labels, matrix_axes=matrix_axes)
     )
+
+
+# Arguments by the names that they have in an `OptimizerConfig`.
+_NAMES = {
+    "lr": "learning_rate",
+    "galore_residual": "complement",
+    "galore_rest_bits": "complement_bits",
+    "galore_rest_momentum": "complement_beta",
+    "galore_update_freq": "refresh_every",
+    "galore_rank": "rank",
+    "projector_bits": "basis_bits",
+    "muon_momentum": "beta",
+    "muon_scale": "scale",
+    "quant_block_size": "block_size",
+    "quant_min_size": "min_size",
+    "adam_betas": "adam_b1` and `adam_b2",
+}
+
+
+def _configuration(arguments: dict[str, Any], **settings: Any) -> OptimizerConfig:
+    """Returns settings, checked with the numbers that are known, by muon's names."""
+    numbers = {
+        "lr": arguments["learning_rate"],
+        "weight_decay": arguments["weight_decay"],
+        "muon_momentum": arguments["beta"],
+        "adam_betas": (arguments["adam_b1"], arguments["adam_b2"]),
+    }
+    parts = lambda x: x if isinstance(x, tuple) else (x,)
+    known = {
+        name: x
+        for name, x in numbers.items()
+        if all(isinstance(each, int | float | str) for each in parts(x))
+    }
+    try:
+        return OptimizerConfig(**settings, **known)
+    except ValueError as error:
+        message = str(error)
+        for theirs, ours in _NAMES.items():
+            message = message.replace(f"`{theirs}", f"`{ours}")
+        raise ValueError(message) from None
+
+
+def _require_rank(arguments: dict[str, Any]) -> None:
+    """Refuses arguments about a low-rank space where there is none."""
+    defaults = {
+        name: inspect.signature(muon).parameters[name].default
+        for name in (
+            "complement", "complement_bits", "complement_beta", "refresh_every",
+            "basis_bits",
+        )
+    }  # fmt: skip
+    given = [f"`{k}`" for k, value in defaults.items() if arguments[k] != value]
+    if given and arguments["rank"] is None:
+        raise ValueError(f"`rank` is required by {', '.join(given)}, got none.")
 
 
 _INJECTABLE = {

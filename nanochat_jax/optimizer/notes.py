@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from nanochat_jax.config import OptimizerConfig
 from nanochat_jax.optimizer.rule import Rule
 from nanochat_jax.optimizer.storage import fallback_codecs, state_codecs
+from nanochat_jax.transforms import record
 
 
 class Note(NamedTuple):
@@ -59,6 +60,19 @@ def notes_of(config: OptimizerConfig, rule: Rule) -> dict[str, Note]:
         "head": table,
         "vector": Note(fallback, rule.fallback_rate, few),
         "frozen": Note("none", None, {}),
+    }
+
+
+def notes_by_label(told: record.Record) -> dict[str, Note]:
+    """Returns the notes that were told at `init`, by label of the parameters.
+
+    Args:
+      told: What transforms told.
+    """
+    return {
+        role.label: told.optimizers[path]
+        for path, role in told.roles.items()
+        if told.optimizers.get(path) is not None
     }
 
 

@@ -5,11 +5,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
-from jax.tree_util import DictKey
 from jaxtyping import Array, Float
 
 from nanochat_jax.interop import as_arrays
+from nanochat_jax.optimizer.notes import notes_by_label
 from nanochat_jax.transforms import record
+
+_LABELS = ("matrix", "embedding", "head", "vector")
 
 
 def learning_rates(
@@ -21,7 +23,7 @@ def learning_rates(
       >>> params = {"up": {"kernel": jnp.ones((64, 256)), "bias": jnp.zeros(256)}}
       >>> tx = muon(optax.linear_schedule(0.02, 0.0, 100))
       >>> learning_rates(tx, tx.init(params), params)
-      {'matrix': Array(0.02, dtype=float32), 'vector': Array(0.003, dtype=float32)}
+      {'vector': Array(0.003, dtype=float32), 'matrix': Array(0.02, dtype=float32)}
 
     Args:
       tx: `muon` or `build_optimizer`, also in a chain or a wrapper.
@@ -32,8 +34,9 @@ def learning_rates(
       Learning rates by label, of the labels that parameters have.
 
     Raises:
-      ValueError: If `tx` is another transformation, or the state holds its rates
-        itself, as that of `optax.inject_hyperparams` does.
+      ValueError: If `tx` is another transformation, or has two of them; if the state is
+        not one of `tx`, or holds the rates itself, as that of
+        `optax.inject_hyperparams` does.
     """
     told = record.recorded_init(tx, as_arrays(params))[1]
     if not told.optimizers:
@@ -41,27 +44,48 @@ def learning_rates(
             "`learning_rates` reads the rates of `muon` and `build_optimizer`, got "
             "another transformation."
         )
-    if optax.tree.get_all_with_path(state, "hyperparams"):
+    injected = lambda node: hasattr(node, "hyperparams")
+    nodes = jax.tree.leaves(state, is_leaf=injected)
+    if any(_parts(node.inner_state) for node in nodes if injected(node)):
         raise ValueError(
             "the state is that of `optax.inject_hyperparams`, which holds the rates "
             'itself. Read them by `optax.tree.get(state, "hyperparams")`.'
         )
-    labels = {role.label for role in told.roles.values()}
+    parts = _parts(state)
+    if len(parts) != 1:
+        raise ValueError(
+            f"the state is that of {len(parts)} optimizers by `muon` or "
+            "`build_optimizer`, not of one. Give each with its own part of the state. "
+            "A state that was restored as plain dicts counts as none: restore it into "
+            "`jax.eval_shape(tx.init, params)`."
+        )
     return {
-        label: _in_force(note.rate, label, state)
-        for label, note in told.optimizers.items()
-        if label in labels and note.rate is not None
+        label: _in_force(note.rate, parts[0].inner_states[label])
+        for label, note in notes_by_label(told).items()
+        if note.rate is not None
     }
 
 
-def _in_force(rate: Any, label: str, state: optax.OptState) -> Array:
+def _parts(state: optax.OptState) -> list[optax.PartitionState]:
+    """Returns the states of partitions by Muon's labels."""
+    is_part = lambda node: isinstance(node, optax.PartitionState)
+    found = [x for x in jax.tree.leaves(state, is_leaf=is_part) if is_part(x)]
+    return [
+        part
+        for x in found
+        for part in ([x] if {*_LABELS} <= {*x.inner_states} else _parts(x.inner_states))
+    ]
+
+
+def _in_force(rate: Any, state: optax.OptState) -> Array:
     if not callable(rate):
         return jnp.asarray(rate, jnp.float32)
     is_schedule = lambda node: isinstance(node, optax.ScaleByScheduleState)
-    nodes = jax.tree.leaves_with_path(state, is_leaf=is_schedule)
-    counts = [
-        node.count
-        for path, node in nodes
-        if is_schedule(node) and DictKey(label) in path
-    ]
+    nodes = jax.tree.leaves(state, is_leaf=is_schedule)
+    counts = [node.count for node in nodes if is_schedule(node)]
+    if not counts:
+        raise ValueError(
+            "the state counts no steps of a schedule: it is that of another optimizer, "
+            "whose learning rate is a number."
+        )
     return jnp.asarray(rate(counts[0]), jnp.float32)

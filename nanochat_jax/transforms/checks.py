@@ -113,8 +113,8 @@ def require_state(state: Any, kinds: type | tuple[type, ...], who: str) -> None:
             f"`{who}` needs a {names} for a state, got a {type(state).__name__}. A "
             "state belongs to the optimizer that made it, with the same bits and rank. "
             "What is restored without a target comes as plain dicts and lists: restore "
-            "it into a state of this optimizer, as in `ocp.load(path, "
-            "jax.eval_shape(tx.init, params))`."
+            "it into a state of this optimizer, as Orbax does by "
+            "`StandardCheckpointer().restore(path, jax.eval_shape(tx.init, params))`."
         )
 
 

@@ -1,6 +1,5 @@
 """Orthogonalised updates: the step that makes momentum into Muon."""
 
-import functools
 import math
 from collections.abc import Sequence
 from typing import Any, Literal
@@ -81,11 +80,18 @@ def orthogonalize(
       ValueError: If `form` is not safe in `dtype`; at `update`, if a leaf has fewer
         than two axes.
     """
-    resolved = resolve_dtype(dtype)
-    resolve_form((1, 1), resolved, form)
-    iterate = functools.partial(
-        newton_schulz, polynomials=polynomials, dtype=resolved, form=form
-    )
+    if dtype == "auto" and form == "gram":
+        dtype = "float32"
+    if dtype != "auto":
+        resolve_form((1, 1), dtype, form)
+
+    def resolved() -> str:
+        # Not before an update: it starts the backend, which must not be running yet
+        # when `jax.distributed.initialize` is called.
+        return resolve_dtype(dtype)
+
+    def iterate(x: Array, **kwargs: Any) -> Array:
+        return newton_schulz(x, polynomials, dtype=resolved(), form=form, **kwargs)
 
     def most() -> int:
         return piece_bytes() if max_bytes is None else max_bytes
@@ -105,7 +111,7 @@ def orthogonalize(
         if 4 * math.prod(leaves[0].shape[-2:]) > max_matrix_bytes:
             work = lambda x, names: iterate(x, axis_name=names)
             return [whole_matrices.in_columns(work, x, sharding) for x in leaves]
-        sent = resolved if resolved == "bfloat16" else leaves[0].dtype
+        sent = "bfloat16" if resolved() == "bfloat16" else leaves[0].dtype
         return whole_matrices.share_out(iterate_in_parts, leaves, sharding, sent)
 
     def update_fn(

@@ -26,7 +26,7 @@ class Record:
       views: How leaves that are not matrices as they are were seen.
       roles: Part that each parameter plays, and why; empty without
         `partition_by_role`.
-      optimizers: Notes on the optimizer by label.
+      optimizers: Notes on the optimizer of each parameter.
     """
 
     views: dict[str, ResolvedAxes] = dataclasses.field(default_factory=dict)

@@ -77,8 +77,7 @@ def _apart(
         except argparse.ArgumentError as error:
             name = str(error.argument_name).split("/")[0]
             errors.append(_wrong_count(by_name[name], words))
-            both = (name, name.replace("--", "--no-", 1))
-            words = [word for word in words if word.partition("=")[0] not in both]
+            words = _without(name, words)
 
 
 def _parser(flags: Mapping[str, Flag]) -> argparse.ArgumentParser:
@@ -98,6 +97,17 @@ def _parser(flags: Mapping[str, Flag]) -> argparse.ArgumentParser:
         if not flag.is_positional:
             parser.add_argument(flag.name, dest=flag.field, **how)
     return parser
+
+
+def _without(name: str, words: Sequence[str]) -> list[str]:
+    """Returns words without a flag and its values, wherever it is given."""
+    kept, is_value = [], False
+    for word in words:
+        if _is_flag(word):
+            is_value = word.partition("=")[0].replace("--no-", "--", 1) == name
+        if not is_value:
+            kept.append(word)
+    return kept
 
 
 def _with_dashes(word: str) -> str:
@@ -134,8 +144,13 @@ def _wrong_count(flag: Flag, words: Sequence[str]) -> str:
         off = flag.name.replace("--", "--no-", 1)
         return f"`{flag.name}` takes no value. Write `{flag.name}` or `{off}` alone."
     wanted = "a value" if (flag.takes or 1) == 1 else f"{flag.takes} values"
-    after = words[words.index(flag.name) + 1 :] if flag.name in words else ()
-    got = next((i for i, word in enumerate(after) if _is_flag(word)), len(after))
+    behind = [words[i + 1 :] for i, word in enumerate(words) if word == flag.name]
+    counts = [
+        next((i for i, word in enumerate(after) if _is_flag(word)), len(after))
+        for after in behind
+    ]
+    got = min(counts, default=0)
+    after = behind[counts.index(got)] if behind else ()
     line = f"`{flag.name}` needs {wanted}, got {got or 'none'}."
     if not got and after and not after[0].startswith("--"):
         line += f" A value that begins with a dash is written `{flag.name}={after[0]}`."

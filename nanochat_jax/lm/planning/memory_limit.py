@@ -198,12 +198,14 @@ def relaxed(config: Config) -> list[Config]:
     Args:
       config: Settings to begin with; they come first.
     """
+    backward = {
+        "update_in_backward": True,
+        "scan_layers": True,
+        "remat": config.remat,  # it recomputes by itself
+    }
     steps: list[dict[str, Any]] = [
-        {
-            "update_in_backward": True,
-            "scan_layers": True,
-            "remat": config.remat,  # it recomputes by itself
-        },
+        # A single layer is no stack, of which one is updated at a time.
+        *([backward] if config.n_layers > 1 else []),
         {
             "batch_size": 1,
             "grad_accum_steps": config.batch_size * config.grad_accum_steps,

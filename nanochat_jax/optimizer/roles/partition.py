@@ -69,7 +69,9 @@ def partition_by_role(
         params = as_arrays(params)
         roles = settle(params)
         if record.is_recording():
-            record.tell(roles=roles, optimizers=notes())
+            known = notes()
+            by_path = {path: known.get(role.label) for path, role in roles.items()}
+            record.tell(roles=roles, optimizers=by_path)
         trained = _without_frozen(params, roles)
         return parts(trained, roles).init(trained)
 
