@@ -213,7 +213,7 @@ def test_rates_decays_and_betas_of_muon_can_be_injected(bits):
 
 def test_what_must_not_be_traced_is_said_in_one_message():
     tx = optax.inject_hyperparams(nj.muon)(learning_rate=0.02, bits=8, rank=4)
-    with pytest.raises(TypeError, match=r"'bits', 'rank'.*'ns_steps'.*MUON_STATIC"):
+    with pytest.raises(TypeError, match=r"'bits', 'rank'.*'min_size'.*MUON_STATIC"):
         tx.init(TREE)
     for wrong in ({"bits": 16}, {"bits": 2}, {"rank": 0}, {"ns_method": "none"}):
         with pytest.raises(ValueError, match=f"`{next(iter(wrong))}`"):
@@ -256,3 +256,16 @@ def test_vectors_are_not_decayed_and_tables_are_as_told():
 def test_arguments_are_refused_by_their_own_names(arguments, said):
     with pytest.raises(ValueError, match=re.escape(said)):
         nj.muon(**{"learning_rate": 0.02} | arguments)
+
+
+@pytest.mark.parametrize("method", ["aol", "quintic", "polar_express_8"])
+def test_a_method_takes_its_own_number_of_steps(method):
+    params = {"up": {"kernel": jnp.ones((4, 8)), "bias": jnp.ones(8)}}
+    grads = {"up": {"kernel": jnp.eye(4, 8) + 0.1, "bias": jnp.ones(8)}}
+    steps = len(nj.POLYNOMIALS[method].coefficients)
+    by_itself, said = (
+        nj.muon(0.02, ns_method=method, ns_dtype="float32", **given)
+        for given in ({}, {"ns_steps": steps})
+    )
+    updates = [tx.update(grads, tx.init(params), params)[0] for tx in (by_itself, said)]
+    jax.tree.map(np.testing.assert_array_equal, *updates)

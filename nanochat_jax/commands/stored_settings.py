@@ -78,6 +78,12 @@ def resumed_folder(resume: str | None, checkpoint_dir: str | None) -> str | None
         return checkpoint_dir if _has_checkpoint(checkpoint_dir) else None
     schema.require(
         (
+            not Path(resume).is_file(),
+            f"`resume` must be a folder of checkpoints, but {resume} is a file.",
+        )
+    )
+    schema.require(
+        (
             _has_checkpoint(resume),
             f"`resume` is {resume}, and no checkpoint is there. `--resume {AUTO} "
             f"--checkpoint-dir {resume}` starts a run where there is none.",

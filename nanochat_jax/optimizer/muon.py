@@ -11,6 +11,7 @@ from nanochat_jax.config import OptimizerConfig
 from nanochat_jax.optimizer.build import assemble
 from nanochat_jax.optimizer.roles import settle
 from nanochat_jax.optimizer.rule import Rule
+from nanochat_jax.polynomials import POLYNOMIALS
 from nanochat_jax.transforms import Rank, ShapeScale, check_rank
 
 ADAM_SHARE = 0.15
@@ -31,7 +32,7 @@ def muon(
     nesterov: bool = True,
     bias_correction: bool = False,
     ns_method: str = "quintic",
-    ns_steps: int = 5,
+    ns_steps: int | None = None,
     ns_dtype: Literal["auto", "float32", "bfloat16"] = "auto",
     scale: ShapeScale = "width",
     weight_decay: optax.ScalarOrSchedule = 0.0,
@@ -90,7 +91,8 @@ def muon(
       bias_correction: Whether its early bias is corrected, as `optax.contrib.muon`
         does.
       ns_method: Newton-Schulz polynomials, by their name in `POLYNOMIALS`.
-      ns_steps: Newton-Schulz steps.
+      ns_steps: Newton-Schulz steps; as many as the method has if not given, such as 5
+        of the quintic.
       ns_dtype: Type of the iteration; `"auto"` is bfloat16 where it is native.
       scale: Shape rule of the updates of matrices, as for `scale_by_shape`.
       weight_decay: Decoupled weight decay of matrices, or a schedule.
@@ -122,7 +124,7 @@ def muon(
     _require_static(arguments)
     _require_rank(arguments)
     if bits not in (32, 8, 4):
-        raise ValueError(f"`bits` must be 32, 8 or 4, got {bits}.")
+        raise ValueError(f"`bits` must be 32, 8 or 4, got {bits!r}.")
     if rank is not None:
         check_rank(rank)
     config = _configuration(
@@ -137,7 +139,7 @@ def muon(
         galore_update_freq=refresh_every,
         projector_bits=basis_bits,
         ns_method=ns_method,
-        ns_steps=ns_steps,
+        ns_steps=_steps(ns_method) if ns_steps is None else ns_steps,
         ns_dtype=ns_dtype,
         muon_scale=scale,
         grad_clip=grad_clip,
@@ -205,6 +207,12 @@ def _configuration(arguments: dict[str, Any], **settings: Any) -> OptimizerConfi
         for theirs, ours in _NAMES.items():
             message = message.replace(f"`{theirs}", f"`{ours}")
         raise ValueError(message) from None
+
+
+def _steps(method: str) -> int:
+    """Returns the steps of a method; one of an unknown one, which is refused later."""
+    known = POLYNOMIALS.get(method)
+    return len(known.coefficients) if known else 1
 
 
 def _require_rank(arguments: dict[str, Any]) -> None:

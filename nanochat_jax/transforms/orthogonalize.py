@@ -1,5 +1,6 @@
 """Orthogonalised updates: the step that makes momentum into Muon."""
 
+import functools
 import math
 from collections.abc import Sequence
 from typing import Any, Literal
@@ -85,10 +86,9 @@ def orthogonalize(
     if dtype != "auto":
         resolve_form((1, 1), dtype, form)
 
-    def resolved() -> str:
-        # Not before an update: it starts the backend, which must not be running yet
-        # when `jax.distributed.initialize` is called.
-        return resolve_dtype(dtype)
+    # Resolved at an update and not before: that starts the backend, which must not be
+    # running yet when `jax.distributed.initialize` is called.
+    resolved = functools.partial(resolve_dtype, dtype)
 
     def iterate(x: Array, **kwargs: Any) -> Array:
         return newton_schulz(x, polynomials, dtype=resolved(), form=form, **kwargs)

@@ -45,8 +45,9 @@ def check_meta(
     raise ValueError(
         "The checkpoint is from a run with other settings.\n"
         f"{listed(differences(offending, 'now'), most=len(offending))}\n"
-        f"{''.join(hints)}Set these as they were, as `--resume` without "
-        "`--config-file` does, or train from the start in a new `--checkpoint-dir`."
+        f"{''.join(hints)}Set these as they were, by leaving out the flags or the "
+        "`--config-file` that change them, or train from the start in a new "
+        "`--checkpoint-dir`."
     )
 
 
