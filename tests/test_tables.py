@@ -5,6 +5,7 @@ import re
 from pathlib import Path
 
 import jax.numpy as jnp
+import optax
 import pytest
 
 import nanochat_jax as nj
@@ -45,9 +46,8 @@ def shares(report):
 @parametrized("README.md", "write | momentum | optimizer | loss | choose it")
 def test_shares_of_variants_are_those_of_the_memory_report(row, nano):
     code = row[0].strip("`")
-    if code.startswith("nj.muon"):
-        tx = eval(code, {"nj": nj})
-        assert row[1:3] == shares(nj.memory_report(tx, nano))
+    tx = eval(code, {"nj": nj, "optax": optax})
+    assert row[1:3] == shares(nj.memory_report(tx, nano))
 
 
 @parametrized(

@@ -178,7 +178,7 @@ def _unexpected(word: str, flags: Mapping[str, Flag], given: Mapping[str, Any]) 
     missing = [f for f in flags.values() if f.is_required and f.field not in given]
     meant = None
     if word.lower() in _SWITCHED:
-        return f"unexpected `{word}`. Switches take no value: `--remat`, `--no-remat`."
+        return f"unexpected `{word}`. Switches take no value: `--NAME`, `--no-NAME`."
     if has_value and field in flags:
         meant = f"{flags[field].name} {value}"
     elif word.endswith(".toml") and "config_file" in flags:
