@@ -12,6 +12,7 @@ from typing import Any
 
 import jax
 import optax
+import peers
 from rich.console import Console
 from rich.table import Table
 
@@ -38,14 +39,7 @@ def optax_muon(
     rate: float, beta: float = 0.95, axes: Mapping[str, Any] | None = None
 ) -> optax.GradientTransformation:
     """Returns Optax's Muon, by axes of paths, else for the last two, stacked or not."""
-    numbers = optax.contrib.MuonDimensionNumbers
-    last = numbers(-2, -1)
-    given = {k: numbers(v.fan_in, v.fan_out) for k, v in (axes or {}).items() if v}
-    name = lambda path: jax.tree_util.keystr(path, simple=True, separator="/")
-    dimensions = lambda params: jax.tree.map_with_path(
-        lambda path, _: given.get(name(path), last), params
-    )
-    return optax.contrib.muon(rate, beta=beta, muon_weight_dimension_numbers=dimensions)
+    return peers.installed().muon(rate, axes, beta=beta)
 
 
 def median(values: Sequence[float]) -> float:
@@ -85,10 +79,14 @@ def write(path: str | Path | None, result: Any) -> None:
     """Writes a result as JSON, in one piece, if there is a path for it."""
     if path is None:
         return
-    path = Path(path)
+    write_text(Path(path), json.dumps(result, indent=2))
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes a file in one piece."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps(result, indent=2) + "\n")
+    temporary.write_text(text + "\n")
     temporary.replace(path)
 
 

@@ -2,11 +2,14 @@
 
     python benchmarks/optimizer_step.py --size 28m --output step.json
     python benchmarks/optimizer_step.py --size nano_125m_heads --only muon muon_8bit
+    python benchmarks/optimizer_step.py --peer ../optax/optax --peer ../muon.py:build
 
 Peers and variants are compiled for the same parameters and called in turn, each on its
 own donated state, in one process. Columns: median seconds of a step without a change of
 basis, its ratio to `optax.contrib.muon`, bytes of state, bytes of temporaries that the
-compiler plans, and seconds to compile.
+compiler plans, and seconds to compile. `--peer` adds the Muon of a checkout, a package
+folder or a file, and a column of ratios to each; it is imported beside the installed
+packages, and rows name its version.
 
 `nano_125m_heads` has the kernels of attention in three axes, `[features, heads,
 head_dim]`, and times each variant once more on the same matrices in two.
@@ -21,6 +24,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import peers
 
 import nanochat_jax as nj
 from nanochat_jax.optimizer import matrix_optimizer
@@ -42,6 +46,8 @@ def axes_of(path, shape):
     return nj.MatrixAxes((0, 1), 2) if heads_first else nj.MatrixAxes(0, (1, 2))
 
 
+INSTALLED = "optax.contrib.muon"
+
 SIZES = {
     "tiny": layer(256, 1024),
     "tiny_heads": [*attention(256, 4), (256, 1024), (1024, 256)],
@@ -53,7 +59,7 @@ SIZES = {
 }
 
 
-def variants(dim):
+def variants(dim, others):
     """Returns the transforms to compare; learning rates do not matter for time."""
     config = lambda ns_dtype="float32", **kwargs: matrix_optimizer(
         nj.OptimizerConfig(galore_rank=dim // 4, ns_dtype=ns_dtype, **kwargs)
@@ -61,7 +67,7 @@ def variants(dim):
     both = {"use_galore": True, "use_8bit_optim": True}
     plain = {"galore_residual": 0.0}
     return {
-        "optax.contrib.muon": common.optax_muon(0.02),
+        **{name: peer.muon(0.02) for name, peer in others.items()},
         "optax.contrib.galore": optax.contrib.galore(0.02, rank=dim // 4),
         "optax.adamw": optax.adamw(0.02),
         "muon": config(),
@@ -79,7 +85,7 @@ def variants(dim):
     }
 
 
-def with_heads(chosen, params):
+def with_heads(chosen, params, others):
     """Returns steps on kernels of three axes, and beside each on the same in two."""
     rule = lambda path, shape: axes_of(path, shape) if len(shape) == 3 else None
     views = {name: rule(name, x.shape) for name, x in params.items()}
@@ -90,8 +96,8 @@ def with_heads(chosen, params):
     steps = {}
     for name, tx in chosen.items():
         seen = nj.sequence(nj.as_matrices(tx, rule))
-        if name == "optax.contrib.muon":
-            seen = common.optax_muon(0.02, axes=views)
+        if name in others:
+            seen = others[name].muon(0.02, axes=views)
         steps[name] = Step(seen, params)
         steps[f"{name}, 2 axes"] = Step(tx, flat)
     return steps
@@ -123,8 +129,18 @@ def main():
     parser.add_argument("--size", choices=SIZES, default="28m")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--only", nargs="*", help="variants, beside optax.contrib.muon")
+    parser.add_argument(
+        "--peer",
+        action="append",
+        default=[],
+        metavar="PATH[:FUNCTION]",
+        help="checkout's Muon: contrib.muon of a package, muon of a file, if not given",
+    )
     parser.add_argument("--output", help="JSON file to write")
     args = parser.parse_args()
+    others = {INSTALLED: peers.installed()}
+    for peer in map(peers.load, args.peer):
+        others[peer.version] = peer
 
     shapes = SIZES[args.size]
     rng = np.random.default_rng(0)
@@ -132,30 +148,38 @@ def main():
         f"w{i}": jnp.asarray(rng.normal(size=shape) * 0.02, jnp.float32)
         for i, shape in enumerate(shapes)
     }
-    chosen = variants(max(shapes[0]))
+    chosen = variants(max(shapes[0]), others)
     unknown = set(args.only or []) - chosen.keys()
     if unknown:
         parser.error(f"--only takes some of {list(chosen)}, got {sorted(unknown)}")
     if args.only:
-        names = {"optax.contrib.muon", *args.only}
+        names = {*others, *args.only}
         chosen = {name: tx for name, tx in chosen.items() if name in names}
     steps = {name: Step(tx, params) for name, tx in chosen.items()}
     if args.size.endswith("heads"):
-        steps = with_heads(chosen, params)
+        steps = with_heads(chosen, params, others)
     seconds = common.interleave(steps, args.repeats)
-    base = seconds["optax.contrib.muon"]
     rows = [
         {
             "variant": name,
             "seconds": common.median(seconds[name]),
-            "ratio": common.ratio(base, seconds[name]),
+            "ratio": common.ratio(seconds[INSTALLED], seconds[name]),
+            "ratios": {
+                peer.version: common.ratio(seconds[other], seconds[name])
+                for other, peer in others.items()
+            },
             "state_bytes": step.state_bytes,
             "temp_bytes": step.temp_bytes,
             "compile_seconds": step.compile_seconds,
         }
         for name, step in steps.items()
     ]
-    result = {"size": args.size, "machine": common.machine(), "rows": rows}
+    result = {
+        "size": args.size,
+        "machine": common.machine(),
+        "peers": {name: peer.version for name, peer in others.items()},
+        "rows": rows,
+    }
     common.write(args.output, result)
     print(result["machine"])
     count = sum(math.prod(shape) for shape in shapes)
@@ -165,7 +189,7 @@ def main():
             {
                 "variant": row["variant"],
                 "s": f"{row['seconds']:.3f}",
-                "times faster": f"{row['ratio']:.2f}",
+                **{f"over {name}": f"{x:.2f}" for name, x in row["ratios"].items()},
                 "state MB": f"{row['state_bytes'] / 1e6:.1f}",
                 "temp MB": f"{row['temp_bytes'] / 1e6:.1f}",
                 "compile s": f"{row['compile_seconds']:.1f}",

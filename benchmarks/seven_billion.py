@@ -1,7 +1,7 @@
 """Trains real steps of a random 7B model, every layer updated in the backward pass.
 
     python benchmarks/seven_billion.py --variant both --rank 256 --seq-len 128
-    python benchmarks/seven_billion.py --model 1b --variant 4bit
+    python benchmarks/seven_billion.py --model 1b --variant 4bit --output step.json
 
 Weights are bfloat16, rounded stochastically, and gradients one layer's. All steps
 see one batch, so that the loss has to fall. The most resident memory of the process is
@@ -12,6 +12,8 @@ of it. With 24 GB of memory nothing else may run. On a GPU the peak is the devic
 import argparse
 import resource
 import time
+import tomllib
+from pathlib import Path
 
 import common
 import jax
@@ -30,8 +32,11 @@ VARIANTS = {
 
 def main():
     args = _arguments()
+    model = {"model": args.model}
+    if args.config_file:
+        model = tomllib.loads(Path(args.config_file).read_text())
     values = {
-        "model": args.model,
+        **model,
         "batch_size": 1,
         "seq_len": args.seq_len,
         "param_dtype": "bfloat16",
@@ -47,39 +52,56 @@ def main():
     step = compile_train_step(run)
     planned = run_memory.plan_run(run, step)
     size = sum(x.size for x in jax.tree.leaves(run.params))
+    planned_bytes = run_memory.step_bytes(planned)
     print(common.machine())
-    print(f"{args.model}, {args.variant}: {size / 1e9:.2f} billion parameters")
+    name = args.config_file or args.model
+    print(f"{name}, {args.variant}: {size / 1e9:.3f} billion parameters")
     print(f"  compiled in {time.perf_counter() - start:.0f} s")
-    for name, held in run_memory.step_bytes(planned).items():
-        print(f"  {name} {held / 1e9:.2f} GB planned")
+    for part, held in planned_bytes.items():
+        print(f"  {part} {held / 1e9:.2f} GB planned")
     state = jax.block_until_ready(init_state(run))
-    print(f"  state made, {_peak()}", flush=True)
+    print(f"  state made, {_peak() / 1e9:.2f} GB at most", flush=True)
     shape = (1, 1, config.sequence + 1)
     batch = jax.random.randint(jax.random.key(1), shape, 0, config.vocab_size)
+    rows = []
     for i in range(args.steps):
         start = time.perf_counter()
         state, metrics = step(state, jnp.asarray(batch, jnp.int32))
-        loss = float(metrics["loss"])
-        seconds = time.perf_counter() - start
-        print(f"  step {i}: loss {loss:.3f}, {seconds:.0f} s, {_peak()}", flush=True)
+        row = {
+            "variant": args.variant,
+            "step": i,
+            "loss": float(metrics["loss"]),
+            "seconds": time.perf_counter() - start,
+            "most_bytes": _peak(),
+            "planned_bytes": planned_bytes["peak_bytes"],
+        }
+        rows.append(row)
+        print(
+            f"  step {i}: loss {row['loss']:.3f}, {row['seconds']:.3g} s, "
+            f"{row['most_bytes'] / 1e9:.2f} GB at most",
+            flush=True,
+        )
+        result = {"model": name, "machine": common.machine(), "rows": rows}
+        common.write(args.output, result)
 
 
-def _peak() -> str:
+def _peak() -> int:
+    """Returns the most bytes so far: in use on a GPU, else resident."""
     stats = jax.devices()[0].memory_stats() or {}
-    if "peak_bytes_in_use" in stats:
-        return f"{stats['peak_bytes_in_use'] / 1e9:.2f} GB in use at most"
-    most = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return f"{most / 1e9:.2f} GB resident at most"
+    resident = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return stats.get("peak_bytes_in_use", resident)
 
 
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--model", default="7b", choices=("1b", "7b", "70b"))
+    parser.add_argument("--config-file", help="model of a TOML file, in place of these")
     parser.add_argument("--variant", default="both", choices=VARIANTS)
     parser.add_argument("--rank", type=int, default=1024, help="of GaLore")
     parser.add_argument("--seq-len", type=int, default=128, help="tokens of the batch")
     parser.add_argument("--steps", type=int, default=3)
     parser.add_argument("--lr", type=float, default=0.02)
+    parser.add_argument("--output", help="JSON file to write")
     return parser.parse_args()
 
 
