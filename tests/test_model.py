@@ -14,9 +14,10 @@ import pytest
 from flax import nnx
 from jax.tree_util import keystr
 
+import helpers
 from nanochat_jax import label_params
 from nanochat_jax.config import ModelConfig
-from nanochat_jax.lm.model import block, gpt, next_token_loss, param_sharding
+from nanochat_jax.lm.model import attention, gpt, next_token_loss, param_sharding
 from nanochat_jax.lm.model.flops import count_flops_per_token
 from nanochat_jax.lm.model.loss import cross_entropy
 from nanochat_jax.lm.model.sampling import _next_token, generate, sample
@@ -239,7 +240,42 @@ def test_logits_do_not_depend_on_later_tokens(t):
     assert (jnp.abs(a[:, t:] - b[:, t:]).max(axis=-1) > 1e-4).all()
 
 
-rotate = jax.jit(functools.partial(block.rotate, theta=10_000.0))
+def _attention_and_gradients(attend, inputs):
+    """Returns a jitted function of `inputs`, compiled."""
+    f = lambda *inputs: jax.vjp(attend, *inputs)[1](jnp.cos(inputs[0]))
+    both = lambda *inputs: (attend(*inputs), f(*inputs))
+    return jax.jit(both).lower(*inputs).compile()
+
+
+@pytest.mark.parametrize("keep_scores", [True, False])
+def test_attention_in_parts_is_attention_to_all_earlier_keys(keep_scores):
+    shapes = [(2, 200, heads, 16) for heads in (4, 2, 2)]  # parts of 64, the last of 8
+    inputs = [3 * jax.random.normal(jax.random.key(i), x) for i, x in enumerate(shapes)]
+    whole = functools.partial(jax.nn.dot_product_attention, is_causal=True)
+    parts = functools.partial(attention.causal_attention, keep_scores=keep_scores)
+    run = [_attention_and_gradients(attend, inputs) for attend in (whole, parts)]
+    chex.assert_trees_all_close(*(f(*inputs) for f in run), atol=1e-4)
+    short = [x.astype(jnp.bfloat16) for x in inputs]
+    exact = whole(*(x.astype(jnp.float32) for x in short))
+    error = lambda f: float(jnp.linalg.norm(jax.jit(f)(*short) - exact))
+    assert 0 < error(parts) < 1.1 * error(whole)
+
+
+@helpers.on_processors
+def test_one_part_of_the_scores_is_held_where_they_are_not_kept():
+    inputs = [jnp.ones((1, 1024, 2, 8))] * 3
+    scores = 4 * 2 * 1024**2
+
+    def held(keep_scores):
+        attend = functools.partial(attention.causal_attention, keep_scores=keep_scores)
+        gradient = jax.jit(lambda *inputs: jax.vjp(attend, *inputs)[1](inputs[0]))
+        return gradient.lower(*inputs).compile().memory_analysis().temp_size_in_bytes
+
+    # Of a part: its scores, their weights, and the gradient of these.
+    assert held(False) < 0.9 * scores < 1.3 * scores < held(True)
+
+
+rotate = jax.jit(functools.partial(attention.rotate, theta=10_000.0))
 
 
 def test_rotation_makes_scores_depend_on_distance_only():
@@ -401,7 +437,11 @@ def test_flops_are_three_forward_passes_as_the_compiler_counts_them():
     forward = jax.jit(functools.partial(gpt.apply, graphdef)).lower(params, batch)
     analysis: Any = forward.cost_analysis()
     counted = analysis["flops"] / (2 * 256)
-    assert 1.0 <= 3 * counted / count_flops_per_token(config, 256) < 1.03
+    count = functools.partial(count_flops_per_token, config)
+    # Of four parts of the queries the first needs a quarter of the keys, and so on; the
+    # convention counts all.
+    attention = 2 * (count(256) - count(128))
+    assert 1.0 <= 3 * counted / (count(256) - 3 / 8 * attention) < 1.03
     assert count_flops_per_token(config) > count_flops_per_token(config, 256)
 
 

@@ -1,6 +1,7 @@
 """The GPT: its layers, loss, sampling, and shardings on a mesh.
 
 activation_sharding  shardings of batches and activations
+attention            rotary positions, and causal attention in parts
 block                attention, feed-forward layer, and the block made of them
 flops                operations of training, counted from the shape
 functions            the loss, also as functions around the stacked blocks
@@ -9,7 +10,6 @@ layer_stacking       parameters of stacked blocks, one by one
 loss                 cross-entropy in chunks of positions
 param_sharding       the mesh of devices, and the shardings of parameters
 roles                labels and matrix axes of the parameters, for the optimizer
-rotary               rotary positions of queries and keys
 sampling             generation of tokens with a cache
 table                look-up and read-out, in pieces of the vocabulary
 ternary              linear layers with weights of -1, 0 and 1

@@ -13,11 +13,12 @@ from typing import Any, ClassVar, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from nanochat_jax.config import ModelConfig
-from nanochat_jax.lm.model.rotary import rotate
+from nanochat_jax.lm.model.attention import causal_attention, rotate
 from nanochat_jax.lm.model.ternary import TernaryLinear
 from nanochat_jax.transforms import after, run_after
 
@@ -66,12 +67,12 @@ class Attention(nnx.Module):
         self.key_norm = _head_norm(config, rngs)
         self.head_size = config.head_size
         self.rope_theta, self.rope_scaling = config.rope_theta, config.rope_scaling
-        self.saves_memory = config.param_dtype == "bfloat16"
+        self.keeps_scores = config.param_dtype != "bfloat16"
 
     def __call__(
         self,
         x: Float[Array, "B S D"],
-        positions: Int[Array, "S"],
+        positions: Int[Array | np.ndarray, "S"],
         cache: LayerCache | None = None,
     ) -> tuple[Float[Array, "B S D"], LayerCache | None]:
         """Returns the attention output, and the cache with `x` added to it."""
@@ -82,8 +83,7 @@ class Attention(nnx.Module):
         turn = lambda y: rotate(y, positions, self.rope_theta, self.rope_scaling)
         query, key = turn(self.query_norm(query)), turn(self.key_norm(key))
         if cache is None:
-            attend = _attend_again if self.saves_memory else _attend
-            y = attend(query, key, value)
+            y = causal_attention(query, key, value, keep_scores=self.keeps_scores)
         else:
             put = lambda old, new: jax.lax.dynamic_update_slice_in_dim(
                 old, new, positions[0], axis=1
@@ -127,33 +127,13 @@ class Block(nnx.Module):
     def __call__(
         self,
         x: Float[Array, "B S D"],
-        positions: Int[Array, "S"],
+        positions: Int[Array | np.ndarray, "S"],
         cache: LayerCache | None = None,
     ) -> tuple[Float[Array, "B S D"], LayerCache | None]:
         """Returns the residual stream after this block, and the cache."""
         y, cache = self.attention(self.attention_norm(x), positions, cache)
         x = x + y
         return x + self.ffn(self.ffn_norm(x)), cache
-
-
-@jax.custom_vjp
-def _attend_again(query: Array, key: Array, value: Array) -> Array:
-    """Returns causal attention that keeps no scores for the backward pass."""
-    return _attend(query, key, value)
-
-
-def _attend_forward(*inputs: Array) -> tuple[Array, tuple[Array, ...]]:
-    return _attend(*inputs), inputs
-
-
-def _attend_backward(inputs: tuple[Array, ...], g: Array) -> tuple[Array, ...]:
-    # Scores are computed again only when there is a gradient of them.
-    waiting = [x + after(jnp.int32(0), g).astype(x.dtype) for x in inputs]
-    return jax.vjp(_attend, *waiting)[1](g)
-
-
-_attend_again.defvjp(_attend_forward, _attend_backward)
-_attend = functools.partial(jax.nn.dot_product_attention, is_causal=True)
 
 
 def norm(

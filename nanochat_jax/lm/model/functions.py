@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float32, Int, Int32
@@ -64,7 +65,8 @@ def as_functions(
         return whole(rest).look_up(batch[0][:, :-1])
 
     def block(layer: Params, x: Array) -> Array:
-        y, _ = nnx.merge(block_def, layer)(x, jnp.arange(x.shape[1]))
+        positions = np.arange(x.shape[1], dtype=np.int32)
+        y, _ = nnx.merge(block_def, layer)(x, positions)
         return activation_sharding.divide_sequences(y)
 
     def head(rest: Params, x: Array, batch: tuple[Array, Array]) -> Array:

@@ -12,6 +12,7 @@ from typing import Any, ClassVar, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Float32, Int, Int32
@@ -83,7 +84,7 @@ class GPT(nnx.Module):
 
     def features(self, tokens: Int[Array, "B S"]) -> Float[Array, "B S D"]:
         """Returns the hidden states of `tokens`, the input of `logits`."""
-        positions = jnp.arange(tokens.shape[1])
+        positions = np.arange(tokens.shape[1], dtype=np.int32)
         caches = None if self.scans else [None] * self.n_layers
         return self._run_blocks(tokens, positions, caches)[0]
 
@@ -150,7 +151,7 @@ class GPT(nnx.Module):
         x = take_rows(table, jnp.maximum(tokens, ~tokens)).astype(self.dtype)
         return activation_sharding.columns_to_sequences(x)
 
-    def _run_blocks(self, tokens: Array, positions: Array, caches: Any) -> Any:
+    def _run_blocks(self, tokens: Array, positions: ArrayLike, caches: Any) -> Any:
         """Returns the normalised residual stream, and the caches of the blocks."""
         blocks: Any = self.blocks
         graphdef = nnx.graphdef(blocks if self.scans else blocks[0])
