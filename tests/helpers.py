@@ -11,7 +11,19 @@ import optax
 import pytest
 
 import nanochat_jax as nj
-from nanochat_jax.transforms import precision, round_updates, split_master
+from nanochat_jax.codecs import BFloat16
+from nanochat_jax.transforms import (
+    PowerStep,
+    average_weights,
+    decay_weights,
+    fix_norms,
+    floor_updates,
+    normalize_rows,
+    precision,
+    precondition,
+    round_updates,
+    split_master,
+)
 
 INT8 = {"momentum": nj.Int8(16)}
 BOTH = {"momentum": nj.Int8(16), "basis": nj.Int4(16)}
@@ -49,12 +61,24 @@ def built(tree=None, **kwargs):
     return nj.build_optimizer(config, tree, matrix_axes=last_two)
 
 
+def preconditioned(inner, **kwargs):
+    return precondition(inner, basis=PowerStep(2), **kwargs)
+
+
+SOAP = {
+    "momentum": nj.Int8(16),
+    "gram_short": nj.Int8(16),
+    "basis_short": BFloat16(),
+    "second_moment": nj.Dynamic8(16, signed=False, zero=False),
+}
 STOCHASTIC = {"momentum": nj.Int8(16, stochastic_rounding=True)}
 
 TRANSFORMS = {
     "momentum": nj.momentum,
     "orthogonalize": nj.orthogonalize,
     "scale_by_shape": nj.scale_by_shape,
+    "normuon": lambda: optax.chain(muon(), normalize_rows(beta=0.9)),
+    "muon_eq": lambda: optax.chain(normalize_rows("both"), muon()),
     "int8(momentum)": lambda: quantized(nj.momentum(), INT8),
     "stochastic int8(muon)": lambda: quantized(muon(), STOCHASTIC),
     "int8(adam.mu)": lambda: quantized(optax.scale_by_adam(), {"mu": nj.Int8()}),
@@ -74,6 +98,24 @@ TRANSFORMS = {
     "sequence(int8(joint))": lambda: nj.sequence(quantized(joint(), BOTH), max_bytes=1),
     "round_updates(momentum)": lambda: optax.chain(nj.momentum(), round_updates()),
     "split_master(momentum)": lambda: optax.chain(nj.momentum(), split_master()),
+    "precondition": lambda: preconditioned(nj.momentum(), sides="both"),
+    "few bits(soap muon)": lambda: quantized(
+        optax.chain(preconditioned(nj.momentum()), nj.orthogonalize(dtype="float32")),
+        SOAP,
+    ),
+    "galore(precondition)": lambda: low_rank(preconditioned(nj.momentum())),
+    "cautious decay": lambda: optax.chain(
+        nj.momentum(),
+        decay_weights(
+            lambda count: 0.1 * jnp.exp(-count.astype(jnp.float32)), cautious=True
+        ),
+    ),
+    "floors, fixed norms": lambda: optax.chain(
+        floor_updates(0.4), floor_updates(0.5, by="neuron"), optax.sgd(0.1), fix_norms()
+    ),
+    "int8(average)": lambda: quantized(
+        average_weights(1, 2), {"average": nj.Int8(16, stochastic_rounding=True)}
+    ),
     "built, both flags": lambda: built(use_8bit_optim=True, use_galore=True),
 }
 

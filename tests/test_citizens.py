@@ -16,7 +16,7 @@ every = pytest.mark.parametrize("name", helpers.TRANSFORMS)
 ALIKE = {
     "stochastic int8(muon)", "galore(adam)", "galore(int8(momentum))",
     "int8(galore(muon))", "int8(joint)", "as_matrices(int8(joint))",
-    "sequence(int8(joint))",
+    "sequence(int8(joint))", "muon_eq", "precondition", "galore(precondition)",
 }  # fmt: skip
 wrapped = pytest.mark.parametrize(
     "name",

@@ -9,11 +9,13 @@ import hypothesis.extra.numpy as hnp
 import hypothesis.strategies as st
 import jax
 import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
 import pytest
 from hypothesis import given
 
 import nanochat_jax as nj
+from nanochat_jax.codecs import BFloat16
 from nanochat_jax.codecs.hartley import rotate
 
 UNSIGNED = nj.Dynamic8(16, signed=False)
@@ -306,9 +308,40 @@ def test_stochastic_rounding_is_unbiased_and_within_a_step(kind):
     assert draws.std(0).max() > 0.4 * step.min()
 
 
-def test_stochastic_rounding_without_a_key_is_refused():
+@pytest.mark.parametrize("kind", [nj.Int8, BFloat16])
+def test_stochastic_rounding_without_a_key_is_refused(kind):
     with pytest.raises(ValueError, match="needs a `key`, got None"):
-        nj.Int8(stochastic_rounding=True).encode(jnp.ones(4))
+        kind(stochastic_rounding=True).encode(jnp.ones(4))
+
+
+@given(arrays)
+def test_bfloat16_is_a_cast_of_each_entry_by_itself(x):
+    x[np.abs(x) < 1e-30] = 0  # denormal numbers are flushed
+    stored = BFloat16().encode(jnp.asarray(x))
+    decoded = np.asarray(stored.decode())
+    np.testing.assert_array_equal(decoded, x.astype(ml_dtypes.bfloat16))
+    assert (np.abs(decoded - x) <= 2.0**-8 * np.abs(x)).all()
+    again = BFloat16().encode(jnp.asarray(decoded))
+    np.testing.assert_array_equal(again.codes, stored.codes)
+    assert stored.shape == x.shape
+    assert stored.nbytes == 2 * x.size + 2 * x.size // x.shape[-1]
+
+
+def test_bfloat16_dithers_between_its_neighbours_without_bias():
+    codec = BFloat16(stochastic_rounding=True)
+    x = (
+        jax.random.normal(jax.random.key(0), (8, 64))
+        .at[0, :3]
+        .set(jnp.asarray([0.0, jnp.inf, jnp.nan]))
+    )
+    keys = jax.random.split(jax.random.key(1), 1000)
+    draws = np.asarray(jax.vmap(lambda key: codec.encode(x, key).decode())(keys))
+    kept = np.broadcast_to(x[0, :3], (1000, 3))
+    np.testing.assert_array_equal(draws[:, 0, :3], kept)
+    x, draws = np.asarray(x)[1:], draws[:, 1:]
+    step = 2.0 ** (np.floor(np.log2(np.abs(x))) - 7)
+    assert (np.abs(draws - x) < step).all()
+    assert (np.abs(draws.mean(0) - x) <= 5 * 0.5 * step / 1000**0.5).all()
 
 
 @every_codec

@@ -27,7 +27,7 @@ from nanochat_jax.config import (
 from nanochat_jax.optimizer import schedule
 
 CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.toml"))
-FAMILIES = ("nano_125m", "tiny_cpu", "compare_3m")
+FAMILIES = ("nano_125m", "tiny_cpu", "compare_3m", "nanochat_groups")
 VARIANTS = {
     "muon": {},
     "muon_8bit": {"use_8bit_optim": True},

@@ -11,7 +11,7 @@ import pytest
 
 import helpers
 import nanochat_jax as nj
-from nanochat_jax.config import Config, OptimizerConfig, schema
+from nanochat_jax.config import Config, Group, OptimizerConfig, schema
 from nanochat_jax.lm.training import (
     compile_train_step,
     fit,
@@ -49,7 +49,13 @@ OPTIMIZER_KEYS = {
     "galore_residual": 0.5, "galore_rest_bits": 4, "galore_rest_momentum": 0.5,
     "projector_bits": 8, "weight_rounding": "split", "master_bits": 16,
     "adam_betas": (0.5, 0.95), "lion_betas": (0.5, 0.99), "seed": 1,
-    "freeze": ("embed",),
+    "freeze": ("embed",), "groups": (Group("embed", lr=0.5),),
+    "fallback_weight_decay": 0.3, "weight_decay_schedule": "cosine",
+    "cautious_decay": True, "muon_momentum_warmup_steps": 3, "muon_momentum_start": 0.5,
+    "vector_adam_b2": 0.5, "update_floor": 0.1, "row_floor": 0.1, "fixed_norm": True,
+    "normalize_rows": "normuon", "normuon_beta": 0.5, "precondition": "both",
+    "precondition_every": 3, "precondition_beta": 0.5, "precondition_bits": 16,
+    "average_horizon": 4, "average_start_frac": 0.5,
 }  # fmt: skip
 
 RUN = Config(
@@ -71,8 +77,11 @@ RUN_KEYS = {
     "eval_interval": 2, "eval_batches": 3, "max_skipped_steps": 2, "spike_skip": 5.0,
 }  # fmt: skip
 # Only the command asks for these: test_train_command.py holds the metric that the first
-# adds, and test_import.py the state with which a run starts.
-ELSEWHERE = {"measure_optimizer": True, "init_from": "models/a"}
+# adds, test_import.py the state with which a run starts, and test_averages.py the
+# weights that are evaluated.
+ELSEWHERE = {
+    "measure_optimizer": True, "init_from": "models/a", "average_share": 0.5,
+}  # fmt: skip
 WITHOUT_EFFECT = {
     "checkpoint_interval": 100, "keep_last_checkpoints": 1,
     "keep_checkpoint_every": 1000, "sample_interval": 1, "sample_tokens": 5,
@@ -88,6 +97,12 @@ NEEDED = {
     "dataset": {"data_path": (), "token_dtype": None},
     "hardware": {"galore_rank": None},
     "lion_betas": {"fallback": "lion"},
+    "muon_momentum_start": {"muon_momentum_warmup_steps": 2},
+    "normuon_beta": {"normalize_rows": "normuon"},
+    "precondition_every": {"precondition": "short"},
+    "precondition_beta": {"precondition": "short"},
+    "precondition_bits": {"precondition": "short", "use_galore": False},
+    "average_start_frac": {"average_horizon": 2},
     "update_in_backward": {"scan_layers": True},
     "remat_segment": {"n_layers": 2, "scan_layers": True, "update_in_backward": True},
 }
@@ -209,8 +224,8 @@ def test_a_key_of_bfloat16_weights_changes_their_state_or_update_alone(key, usua
 
 @pytest.mark.parametrize("key", [key for key in OPTIMIZER_KEYS if DECLARED[key].needs])
 def test_a_key_without_its_switch_changes_nothing(key, usual):
-    off = dict.fromkeys(DECLARED[key].needs, False)
-    off |= {"galore_rest_bits": 0} | NEEDED.get(key, {})
+    off = {"galore_rest_bits": 0} | NEEDED.get(key, {})
+    off |= {name: getattr(OptimizerConfig(), name) for name in DECLARED[key].needs}
     changed = dataclasses.replace(OPTIMIZER, **off | {key: OPTIMIZER_KEYS[key]})
     assert program_of_update(changed) == usual(off)
 

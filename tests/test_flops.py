@@ -16,14 +16,17 @@ def flops_of(config):
     return update_flops(config, PARAMS, matrix_axes={"w": nj.MatrixAxes(-2, -1)})
 
 
-@pytest.mark.parametrize("ns_dtype", ["float32", "bfloat16"])
-def test_muon_counts_the_products_of_its_update(ns_dtype):
-    config = nj.OptimizerConfig(ns_dtype=ns_dtype)
+def counted_flops(config):
     tx = matrix_optimizer(config)
     state = jax.eval_shape(tx.init, PARAMS)
     update = lambda grads, state: tx.update(grads, state, grads)
-    counted = helpers.count_product_flops(update, PARAMS, state)
-    assert counted == sum(flops_of(config).values())
+    return helpers.count_product_flops(update, PARAMS, state)
+
+
+@pytest.mark.parametrize("ns_dtype", ["float32", "bfloat16"])
+def test_muon_counts_the_products_of_its_update(ns_dtype):
+    config = nj.OptimizerConfig(ns_dtype=ns_dtype)
+    assert counted_flops(config) == sum(flops_of(config).values())
 
 
 def test_plain_galore_iterates_in_the_low_rank_space():
@@ -44,3 +47,15 @@ def test_a_leaf_left_at_full_rank_counts_as_one():
     config = nj.OptimizerConfig(use_galore=True, galore_rank=96, ns_dtype="float32")
     expected = flops_of(nj.OptimizerConfig(ns_dtype="float32"))
     assert flops_of(config) == expected
+
+
+@pytest.mark.parametrize("sides", ["short", "both"])
+def test_preconditioning_counts_the_products_of_its_update_and_those_of_bases(sides):
+    settings = {"ns_dtype": "float32", "precondition": sides}
+    config = nj.OptimizerConfig(**settings, precondition_every=10**9)
+    # Bases are computed in a branch, which is not counted.
+    assert counted_flops(config) == sum(flops_of(config).values())
+    often = flops_of(nj.OptimizerConfig(**settings, precondition_every=1))
+    more = often["precondition"] - flops_of(config)["precondition"]
+    sizes = [96, 256] if sides == "both" else [96]
+    assert more == 2 * sum(5 * 2 * d**3 + 8 * d**3 // 3 for d in sizes)

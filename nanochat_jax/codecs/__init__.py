@@ -20,6 +20,7 @@ linear   `Int8` and `Int4`
 dynamic  `Dynamic8`
 normal   `Normal4` and `Normal2`
 hartley  the rotation of blocks for `Normal4` and `Normal2`
+short_float  `BFloat16`, a cast of each entry
 
 | codec | levels | for |
 |---|---|---|
@@ -27,6 +28,7 @@ hartley  the rotation of blocks for `Normal4` and `Normal2`
 | `Dynamic8` | a fixed count a decade | second moments; scales mixed within a block |
 | `Normal4` | for normal entries, of rotated blocks | momentum in 4 bits |
 | `Normal2` | likewise, without a zero, and cut | a complement's momentum in 2 bits |
+| `BFloat16` | those of bfloat16, without blocks | any field, in half the bytes |
 """
 
 from nanochat_jax.codecs.base import (
@@ -38,3 +40,4 @@ from nanochat_jax.codecs.base import (
 from nanochat_jax.codecs.dynamic import Dynamic8 as Dynamic8
 from nanochat_jax.codecs.linear import Int4 as Int4, Int8 as Int8
 from nanochat_jax.codecs.normal import Normal2 as Normal2, Normal4 as Normal4
+from nanochat_jax.codecs.short_float import BFloat16 as BFloat16

@@ -58,7 +58,7 @@ def describe(run: Run, tell: Callable[[str], object]) -> None:
     tell(f"Data:   {run.corpus.description}, {len(run.corpus.train):,} tokens")
     count = report.total_params
     tell(f"Model:  {count:,} parameters on {machine.device_names()}")
-    if run.config.freeze:
+    if run.config.freeze or any(group.freeze for group in run.config.groups):
         tell(frozen(run))
     if mesh := param_sharding.mesh_summary(run.params, run.config):
         tell(mesh)
@@ -89,12 +89,13 @@ def frozen(run: Run) -> str:
     Args:
       run: The run.
     """
-    found = roles.frozen_by(run.config.freeze, run.params)
+    found = roles.frozen_by(run.config.freeze, run.params, run.config.groups)
+    by_group = [group.match for group in run.config.groups if group.freeze]
     sizes = {keystr(path): x.size for path, x in jax.tree.leaves_with_path(run.params)}
     count, total = sum(sizes[name] for name in found), sum(sizes.values())
     return (
         f"Frozen: {count:,} of {total:,} parameters, without gradient and state "
-        f"({', '.join(run.config.freeze)})"
+        f"({', '.join([*run.config.freeze, *by_group])})"
     )
 
 

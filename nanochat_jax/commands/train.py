@@ -40,6 +40,7 @@ from nanochat_jax.lm.training import (
     make_run,
     make_sampler,
     parse_steps,
+    read_out,
     resume,
 )
 from nanochat_jax.optimizer import planned_bytes
@@ -173,7 +174,7 @@ class Train(Config, TrainFlags):
             return received
         tell(f"\n{messages.done(metrics, first)}\n{messages.held(job.run, state)}\n")
         if job.sampler:
-            text = job.sampler(state.params, int(state.step))
+            text = job.sampler(read_out(job.run)(state), int(state.step))
             say(console, f"A sample:\n{text}\n")
         self._end(job, console)
         return None

@@ -8,7 +8,9 @@ removed    keys and values of earlier versions
 depth      settings that follow from the depth of a model
 presets    settings that follow from the name of a model
 base       base class of the settings: from TOML to checked values
+group      `Group`, settings of some of the parameters
 optimizer  `OptimizerConfig`
+optimizer_checks  its checks
 model      `ModelConfig`
 run        `Config`, all settings of a run
 """
@@ -24,11 +26,11 @@ from nanochat_jax.config.base import (
     PARENT_ONLY as PARENT_ONLY,
     derived_from as derived_from,
 )
+from nanochat_jax.config.group import Group as Group, Rate as Rate
 from nanochat_jax.config.model import ModelConfig as ModelConfig
 from nanochat_jax.config.optimizer import (
     HARDWARE_RANKS as HARDWARE_RANKS,
     OptimizerConfig as OptimizerConfig,
-    Rate as Rate,
 )
 from nanochat_jax.config.presets import ModelName as ModelName
 from nanochat_jax.config.removed import (

@@ -116,7 +116,7 @@ class Settings:
           ValueError: If a key or value is not allowed.
         """
         try:
-            values = {**derive(values), **values}
+            values = _with_groups({**derive(values), **values})
         except ValueError as error:
             raise ValueError(f"{source}: {error}") from None
         ignored = [key for key in (*PARENT_ONLY, *REMOVED) if key in values]
@@ -128,12 +128,31 @@ class Settings:
 
 def _keys_of_a_run() -> set[str]:
     """Returns the keys that the file of a run may hold: all that a class declares."""
-    keys, classes = {"depth", "model"}, Settings.__subclasses__()
+    keys, classes = {"depth", "group", "model"}, Settings.__subclasses__()
     while classes:
         cls = classes.pop()
         keys |= schema.declared(cls).keys()
         classes += cls.__subclasses__()
     return keys
+
+
+def _with_groups(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns values with the tables `[[group]]` under the name of their field.
+
+    Raises:
+      ValueError: If `group` is no array of tables.
+    """
+    if "group" not in values:
+        return dict(values)
+    tables = values["group"]
+    schema.require(
+        (
+            isinstance(tables, list) and all(isinstance(x, dict) for x in tables),
+            f"`group` must be tables, `[[group]]` with `match` below it, got {tables}.",
+        )
+    )
+    rest = {key: value for key, value in values.items() if key != "group"}
+    return {**rest, "groups": tables}
 
 
 def _warn(

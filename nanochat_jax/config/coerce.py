@@ -13,7 +13,7 @@ def coerce(value: Any, hint: Any) -> Any:
 
     Whole numbers are floats where those are asked for, lists are tuples, and numbers of
     NumPy and JAX are numbers of Python. Learning rates, which may be functions, may
-    also be traced.
+    also be traced. A type with a class method `from_table` takes tables.
 
     Args:
       value: Value to convert.
@@ -37,6 +37,8 @@ def coerce(value: Any, hint: Any) -> Any:
             return None
         options = tuple(o for o in options if typing.get_origin(o) is not Callable)
         return _coerce_to_any(value, [o for o in options if o is not type(None)])
+    if hasattr(hint, "from_table"):
+        return hint.from_table(value)
     if origin is dict:
         if not isinstance(value, Mapping):
             raise TypeError(f"must be a table, such as {{data = 2}}, got {value!r}.")
@@ -45,7 +47,7 @@ def coerce(value: Any, hint: Any) -> Any:
         items = [value] if isinstance(value, str) else value
         if not isinstance(items, list | tuple):
             raise TypeError(f"must be a list, got {value!r}.")
-        return tuple(coerce(v, options[0]) for v in items)
+        return _coerce_each(items, options[0])
     if origin is tuple:
         if not isinstance(value, list | tuple) or len(value) != len(options):
             raise TypeError(f"must be a list of {len(options)} values, got {value!r}.")
@@ -85,6 +87,21 @@ def _as_python(value: Any) -> Any:
     if getattr(value, "ndim", None) != 0 or not hasattr(value, "item"):
         return value
     return value.item()
+
+
+def _coerce_each(items: Any, hint: Any) -> tuple[Any, ...]:
+    """Returns items as a type wants them; tables that are not allowed are all named."""
+    if not hasattr(hint, "from_table"):
+        return tuple(coerce(item, hint) for item in items)
+    found, errors = [], []
+    for item in items:
+        try:
+            found.append(coerce(item, hint))
+        except TypeError as error:
+            errors.append(str(error))
+    if errors:
+        raise TypeError("\n".join(errors))
+    return tuple(found)
 
 
 def _coerce_to_any(value: Any, options: list[Any]) -> Any:

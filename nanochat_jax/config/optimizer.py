@@ -2,17 +2,13 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable
-from typing import Any, Literal
+from typing import Literal
 
-from nanochat_jax.config import schema
+from nanochat_jax.config import optimizer_checks, schema
 from nanochat_jax.config.base import Settings
 from nanochat_jax.config.depth import FALLBACK_LR
+from nanochat_jax.config.group import Group, Rate
 from nanochat_jax.config.schema import setting
-from nanochat_jax.polynomials import POLYNOMIALS
-
-Rate = float | Callable[[Any], Any]
-"""A learning rate: a number, which may be traced, or an Optax schedule."""
 
 HARDWARE_RANKS = {"a": 512, "b": 256, "c": 384}
 """GaLore rank by the parent project's hardware presets."""
@@ -35,6 +31,11 @@ _low_rank = functools.partial(
 _fallback = functools.partial(
     setting, group="Optimizer of embeddings, head and vectors"
 )
+_size = functools.partial(setting, group="Size of updates and weights")
+_before = functools.partial(setting, group="Preconditioning and row norms")
+_average = functools.partial(
+    setting, group="Average of weights", needs=("average_horizon",), adamw=True
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,6 +49,12 @@ class OptimizerConfig(Settings):
       fallback_lr: Peak learning rate of that optimizer, as `lr`; 0.003 for AdamW and
         0.0003 for Lion if not given.
       weight_decay: Decoupled weight decay of everything but vectors.
+      fallback_weight_decay: That of embeddings and head, if another.
+      weight_decay_schedule: Weight decay over the steps, a factor beside the learning
+        rate: "constant", or down to zero at the end along a line, "linear", or half a
+        cosine, "cosine".
+      cautious_decay: Whether only those weights decay that the update makes smaller
+        too (arXiv:2510.12402).
       warmup_steps: Steps of linear warm-up.
       total_steps: Steps of training, at whose end the learning rate has fallen. If not
         given, "wsd" never falls; the other schedules need it.
@@ -58,6 +65,8 @@ class OptimizerConfig(Settings):
       min_lr_frac: Final learning rate as a fraction of its peak.
       grad_clip: Largest global norm of the gradient; 0 does not clip.
       muon_momentum: Decay of the momentum of matrices.
+      muon_momentum_warmup_steps: Steps in which that decay rises along a line.
+      muon_momentum_start: Decay of the momentum before these steps.
       muon_scale: Shape rule of the updates of matrices, as in `scale_by_shape`.
       ns_method: Newton-Schulz polynomials, by their name in `POLYNOMIALS`.
       ns_steps: Newton-Schulz steps.
@@ -88,9 +97,30 @@ class OptimizerConfig(Settings):
       master_bits: Further bits of "split": 16 make float32.
       adam_betas: Decays of AdamW.
       lion_betas: Decays of Lion.
+      vector_adam_b2: Decay of AdamW's second moment for vectors, if another.
+      update_floor: Smallest norm of an update of a matrix, before the learning rate,
+        as a part of the norm of its weights; 0 for none.
+      row_floor: The same for the weights of each output neuron.
+      fixed_norm: Whether matrices keep their initial norm (arXiv:2606.16899).
+      normalize_rows: Division of the entries of each output neuron by their norm:
+        "normuon" by a running one after orthogonalisation (arXiv:2510.05491),
+        "muon_plus" by the present one (arXiv:2602.21545), "muon_eq" by the present one
+        before it (arXiv:2603.28254).
+      normuon_beta: Decay of the running one.
+      precondition: Sides whose eigenbases updates are scaled in before they are
+        orthogonalised, as in SOAP: "short" or "both".
+      precondition_every: Steps between two computations of these bases.
+      precondition_beta: Decay of the averages that they are the bases of, and of the
+        second moment in them.
+      precondition_bits: Bits of these averages and bases; 8 with `use_8bit_optim`, else
+        32, if not given. The second moment has 8 with that and 32 without.
+      average_horizon: Steps that an average of the weights reaches back, 0 for none;
+        evaluations, samples, `generate` and `export` then read it.
+      average_start_frac: Fraction of the steps after which it begins.
       freeze: Parameters that are left as they are, without gradient, state and weight
         decay: globs on their paths, such as "embed" or "*/attention". One that
         matches a module freezes all of it.
+      groups: Parameters with settings of their own, `[[group]]` in a file.
       seed: Seed of sketches and stochastic rounding; in a run also of the parameters
         and of the order of the data.
     """
@@ -99,6 +129,9 @@ class OptimizerConfig(Settings):
     fallback: Literal["adamw", "lion"] = _muon("adamw")
     fallback_lr: Rate | None = _muon(None, least=0)  # noqa: RUF009
     weight_decay: float = _muon(0.0, least=0, adamw=True)
+    fallback_weight_decay: float | None = _muon(None, least=0)
+    weight_decay_schedule: Literal["constant", "linear", "cosine"] = _muon("constant")
+    cautious_decay: bool = _muon(False)
     warmup_steps: int = _muon(0, least=0, adamw=True)
     total_steps: int | None = _muon(None, least=1)
     schedule: Literal["wsd", "cosine", "linear"] = _muon("wsd", adamw=True)
@@ -106,6 +139,8 @@ class OptimizerConfig(Settings):
     min_lr_frac: float = _muon(0.0, adamw=True)
     grad_clip: float = _muon(1.0, least=0, adamw=True)
     muon_momentum: float = _muon(0.95)
+    muon_momentum_warmup_steps: int = _muon(0, least=0)
+    muon_momentum_start: float = _muon(0.85, needs=("muon_momentum_warmup_steps",))
     muon_scale: Literal["width", "rms", "none"] = _muon("width")
     ns_method: str = _muon("quintic")
     ns_steps: int = _muon(5, least=1)
@@ -130,7 +165,22 @@ class OptimizerConfig(Settings):
     master_bits: Literal[8, 16] = _muon(8, adamw=True)
     adam_betas: tuple[float, float] = _fallback((0.9, 0.95), adamw=True)
     lion_betas: tuple[float, float] = _fallback((0.9, 0.99))
+    vector_adam_b2: float | None = _fallback(None)
+    update_floor: float = _size(0.0, least=0)
+    row_floor: float = _size(0.0, least=0)
+    fixed_norm: bool = _size(False)
+    normalize_rows: Literal["normuon", "muon_plus", "muon_eq"] | None = _before(None)
+    normuon_beta: float = _before(0.95)
+    precondition: Literal["short", "both"] | None = _before(None)
+    precondition_every: int = _before(10, least=1, needs=("precondition",))
+    precondition_beta: float = _before(0.9, needs=("precondition",))
+    precondition_bits: Literal[32, 16, 8] | None = _before(
+        None, needs=("precondition",), affects="storage"
+    )
+    average_horizon: int = _average(0, least=0, needs=())
+    average_start_frac: float = _average(0.8)
     freeze: tuple[str, ...] = _muon(())
+    groups: tuple[Group, ...] = _muon((), flag=False)
     seed: int = setting(0, group="Random numbers", least=0)
 
     def _checks(self) -> list[schema.Check]:
@@ -139,6 +189,10 @@ class OptimizerConfig(Settings):
             "galore_rest_momentum": [self.galore_rest_momentum],
             "adam_betas": self.adam_betas,
             "lion_betas": self.lion_betas,
+            "muon_momentum_start": [self.muon_momentum_start],
+            "vector_adam_b2": [self.vector_adam_b2 or 0.0],
+            "normuon_beta": [self.normuon_beta],
+            "precondition_beta": [self.precondition_beta],
         }
         return [
             *(
@@ -148,15 +202,21 @@ class OptimizerConfig(Settings):
                 )
                 for name, betas in fractions.items()
             ),
-            *_method_checks(self.ns_method, self.ns_steps),
-            *_rank_checks(self.galore_rank),
+            *optimizer_checks.all_checks(self),
             (
                 self.galore_residual > 0 or not self.galore_rest_bits,
                 "`galore_rest_bits` stores a momentum of what `galore_residual = 0` "
                 "leaves out. Set one of them otherwise.",
             ),
             (self.seed < 2**32, f"`seed` must be below 2**32, got {self.seed}."),
-            *_schedule_checks(self),
+            (
+                self.normalize_rows != "muon_eq"
+                or not self.use_galore
+                or self.galore_residual > 0,
+                '`normalize_rows = "muon_eq"` stands between momentum and '
+                "orthogonalisation, which are both in the low-rank space with "
+                "`galore_residual = 0`. Set one of them otherwise.",
+            ),
         ]
 
     @property
@@ -181,9 +241,27 @@ class OptimizerConfig(Settings):
         return FALLBACK_LR[self.fallback] if given is None else given
 
     @property
+    def fallback_peak_decay(self) -> float:
+        """Weight decay of embeddings and head."""
+        given = self.fallback_weight_decay
+        return self.weight_decay if given is None else given
+
+    @property
     def stored_projector_bits(self) -> int:
         """Bits of the stored basis: `projector_bits`, else by `use_8bit_optim`."""
         return self.projector_bits or (4 if self.use_8bit_optim else 8)
+
+    @property
+    def stored_precondition_bits(self) -> int:
+        """Bits of Gram averages and bases of `precondition`."""
+        return self.precondition_bits or (8 if self.use_8bit_optim else 32)
+
+    @property
+    def average(self) -> tuple[int, int] | None:
+        """Start and horizon of the average of weights; `None` without one."""
+        if not self.average_horizon or self.total_steps is None:
+            return None
+        return round(self.average_start_frac * self.total_steps), self.average_horizon
 
     @property
     def variant(self) -> str:
@@ -192,49 +270,3 @@ class OptimizerConfig(Settings):
         if self.use_galore:
             base = "galore" if self.galore_residual else "galore_plain"
         return f"{base}_{self.quant_bits}bit" if self.use_8bit_optim else base
-
-
-def _schedule_checks(config: OptimizerConfig) -> list[schema.Check]:
-    last, end = config.total_steps, "the run does, at step {} = total_steps"
-    if config.schedule == "wsd":
-        last = config.decay_start
-        end = "the decay begins, at step {} = decay_start_frac x total_steps"
-    required = last is not None or config.schedule == "wsd"
-    fractions = {
-        name: getattr(config, name) for name in ("decay_start_frac", "min_lr_frac")
-    }
-    return [
-        *(
-            (0 <= value <= 1, f"`{name}` must lie in [0, 1], got {value}.")
-            for name, value in fractions.items()
-        ),
-        (
-            required,
-            f'`total_steps` is required by `schedule = "{config.schedule}"`, whose '
-            "rate falls until then.",
-        ),
-        (
-            last is None or config.warmup_steps <= last,
-            f"`warmup_steps` must end before {end.format(last)}, got "
-            f"{config.warmup_steps}.",
-        ),
-    ]
-
-
-def _rank_checks(rank: int | float | None) -> list[schema.Check]:
-    allowed, wanted = rank is None or rank >= 1, "at least 1"
-    if isinstance(rank, float):
-        allowed, wanted = 0 < rank < 1, "an int of at least 1 or a fraction in (0, 1)"
-    return [(allowed, f"`galore_rank` must be {wanted}, got {rank}.")]
-
-
-def _method_checks(method: str, steps: int) -> list[schema.Check]:
-    known = POLYNOMIALS.get(method)
-    if known is None:
-        return [
-            (False, f"`ns_method` must be one of {[*POLYNOMIALS]}, got {method!r}.")
-        ]
-    most = len(known.coefficients)
-    allowed = steps <= most or known.repeats
-    message = f"`ns_steps` must be at most {most} for {method!r}, got {steps}."
-    return [(allowed, message)]

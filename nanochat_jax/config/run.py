@@ -72,6 +72,8 @@ class Config(OptimizerConfig, ModelConfig):
       eval_interval: Steps between two evaluations, besides those at the start and at
         the end; 0 for only these two.
       eval_batches: Batches of an evaluation, spread evenly over the held-out tokens.
+      average_share: Part of the average of weights in what is evaluated, sampled from
+        and exported; the rest is the weights themselves, since averages lag.
       checkpoint_interval: Steps between two checkpoints, besides the one at the end.
       keep_last_checkpoints: Number of latest checkpoints to keep.
       keep_checkpoint_every: Steps between two checkpoints that are never deleted, a
@@ -113,6 +115,7 @@ class Config(OptimizerConfig, ModelConfig):
     measure_optimizer: bool = _metrics(False)
     eval_interval: int = _metrics(100, least=0)
     eval_batches: int = _metrics(16, least=1)
+    average_share: float = _metrics(0.6, least=0, needs=("average_horizon",))
     checkpoint_interval: int = _checkpoints(500, least=1)
     keep_last_checkpoints: int = _checkpoints(3, least=1)
     keep_checkpoint_every: int | None = _checkpoints(None, least=1)
@@ -151,6 +154,10 @@ class Config(OptimizerConfig, ModelConfig):
                 == 0,
                 "`keep_checkpoint_every` must be a multiple of `checkpoint_interval`, "
                 f"got {self.keep_checkpoint_every} and {self.checkpoint_interval}.",
+            ),
+            (
+                self.average_share <= 1,
+                f"`average_share` must lie in [0, 1], got {self.average_share}.",
             ),
             *self._limit_checks(),
         ]

@@ -38,6 +38,7 @@ class Setting(NamedTuple):
         number of a run's results.
       needs: Switches, other keys, of which one must be on for this key to matter.
       adamw: Whether the AdamW baselines have a use for it.
+      flag: Whether it is a flag of commands too.
     """
 
     group: str
@@ -45,6 +46,7 @@ class Setting(NamedTuple):
     affects: Affects = "numbers"
     needs: tuple[str, ...] = ()
     adamw: bool = False
+    flag: bool = True
 
 
 def setting(default: Any, **described: Any) -> Any:
@@ -124,7 +126,8 @@ def read_toml(path: str | Path, tables: Collection[str] = ()) -> dict[str, Any]:
     if found:
         raise ValueError(
             f"{path}: settings are one flat table, but it has the tables {found}. "
-            "Move their keys to the top of the file and delete the headers."
+            "Move their keys to the top of the file and delete the headers. Only "
+            "`[[group]]`, with two brackets, is a table of its own."
         )
     return values
 
@@ -159,7 +162,7 @@ def build(
             try:
                 chosen[key] = coerce(value, fields[key])
             except TypeError as error:
-                errors.append(f"`{key}` {error}")
+                errors += [f"`{key}` {line}" for line in str(error).splitlines()]
     try:
         config = cls(**chosen)
         if not errors:
@@ -186,7 +189,8 @@ def check_types(config: Any) -> None:
         try:
             object.__setattr__(config, key, coerce(value, hint))
         except TypeError as error:
-            errors.append((False, f"`{key}` {error}"))
+            lines = str(error).splitlines()
+            errors += [(False, f"`{key}` {line}") for line in lines]
     require(*errors)
 
 

@@ -1,9 +1,11 @@
 """Muon for matrices, AdamW or Lion for the rest, put together from transforms.
 
 build      `build_optimizer`, from a configuration
+chains     transforms in a row, for one part of the parameters
 muon       `muon`, one line without a configuration
 rule       rates, decays and betas, and the schedule
 storage    codecs and ranks of a configuration
+groups/    parameters with settings of their own
 roles/     the part of every parameter, and the axes of its matrices
 notes      what the optimizer of a label is asked to do, for reports
 describe   a table of view, optimizer and state of every parameter
@@ -25,10 +27,8 @@ from nanochat_jax.optimizer.backward import (
     update_in_backward as update_in_backward,
 )
 from nanochat_jax.optimizer.baselines import build_adamw as build_adamw
-from nanochat_jax.optimizer.build import (
-    build_optimizer as build_optimizer,
-    matrix_optimizer as matrix_optimizer,
-)
+from nanochat_jax.optimizer.build import build_optimizer as build_optimizer
+from nanochat_jax.optimizer.chains import matrix_optimizer as matrix_optimizer
 from nanochat_jax.optimizer.describe import (
     Description as Description,
     describe as describe,
@@ -46,7 +46,11 @@ from nanochat_jax.optimizer.memory import (
 from nanochat_jax.optimizer.muon import MUON_STATIC as MUON_STATIC, muon as muon
 from nanochat_jax.optimizer.rates import learning_rates as learning_rates
 from nanochat_jax.optimizer.roles import label_params as label_params
-from nanochat_jax.optimizer.rule import Rule as Rule, schedule as schedule
+from nanochat_jax.optimizer.rule import (
+    Rule as Rule,
+    in_group as in_group,
+    schedule as schedule,
+)
 from nanochat_jax.optimizer.sharding import (
     bytes_per_device as bytes_per_device,
     distribute as distribute,

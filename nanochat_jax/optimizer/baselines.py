@@ -8,7 +8,7 @@ import optax
 import optax.contrib
 
 from nanochat_jax.config import OptimizerConfig
-from nanochat_jax.optimizer.build import has_short, landing
+from nanochat_jax.optimizer.chains import has_short, landing
 from nanochat_jax.optimizer.roles import label_params
 from nanochat_jax.optimizer.rule import schedule
 from nanochat_jax.transforms import in_float32
@@ -31,12 +31,19 @@ def build_adamw(
       An Optax transformation, from gradients to updates.
 
     Raises:
-      ValueError: If GaLore's rank is a fraction, or parameters are to be frozen.
+      ValueError: If GaLore's rank is a fraction, parameters are to be frozen, or there
+        are groups.
     """
     if config.freeze:
         raise ValueError(
             "the AdamW baselines train all parameters, but `freeze` is "
             f"{[*config.freeze]}. Leave one of the two out."
+        )
+    if config.groups:
+        matches = [group.match for group in config.groups]
+        raise ValueError(
+            "the AdamW baselines have the same settings for all parameters, but "
+            f"there are the groups {matches}. Leave one of the two out."
         )
     rate, betas = schedule(config, config.lr), config.adam_betas
     plain = optax.adamw(rate, *betas, weight_decay=config.weight_decay)
@@ -67,6 +74,7 @@ def build_adamw(
     if config.grad_clip:
         clip = optax.clip_by_global_norm(config.grad_clip)
         tx = optax.named_chain(("clip", clip), ("by_label", by_label))
-    if not has_short(params):
+    short = has_short(params)
+    if not short and config.average is None:
         return tx
-    return landing(in_float32(tx), config, short=True)
+    return landing(in_float32(tx), config, short, config.average)

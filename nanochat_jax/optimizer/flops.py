@@ -31,29 +31,51 @@ def update_flops(
 
     Returns:
       Operations by part: `newton_schulz`, `projection`, and `refresh`, the operations
-      of a change of basis divided by the steps between two changes.
+      of a change of basis divided by the steps between two changes; and
+      `precondition`, if there is that.
     """
-    roles = settle(params, matrix_axes=matrix_axes, freeze=config.freeze)
+    roles = settle(
+        params, matrix_axes=matrix_axes, freeze=config.freeze, groups=config.groups
+    )
     matrices = matrices_of(params, roles)
     total = {"newton_schulz": 0, "projection": 0, "refresh": 0}
     for x in jax.tree.leaves(matrices):
         for part, count in _leaf_flops(config, x.shape).items():
-            total[part] += count
+            total[part] = total.get(part, 0) + count
     return total
 
 
 def _leaf_flops(config: OptimizerConfig, shape: tuple[int, ...]) -> dict[str, int]:
     rank = rank_of(config, shape)
-    if rank is None:
-        return {"newton_schulz": newton_schulz_flops(config, shape)}
     count, (short, long) = math.prod(shape[:-2]), sorted(shape[-2:])
+    sides = _precondition_flops(config, count, short if rank is None else rank, long)
+    if rank is None:
+        return {"newton_schulz": newton_schulz_flops(config, shape), **sides}
     inside = shape if config.galore_residual else (count, rank, long)
     refresh = range_basis_flops((count, short, long), rank)
     return {
         "newton_schulz": newton_schulz_flops(config, inside),
         "projection": count * 2 * 2 * short * long * rank,
         "refresh": refresh // config.galore_update_freq,
+        **sides,
     }
+
+
+def _precondition_flops(
+    config: OptimizerConfig, count: int, short: int, long: int
+) -> dict[str, int]:
+    """Returns the operations of `precondition`, if there is that.
+
+    For each side of size d a Gram matrix and three rotations, of gradients, of updates
+    and back; at each computation of a basis five products of d x d matrices, and a QR
+    decomposition with its orthonormal factor, 8/3 d³.
+    """
+    if config.precondition is None:
+        return {}
+    sides = (short, long) if config.precondition == "both" else (short,)
+    products = sum(4 * 2 * d * short * long for d in sides)
+    bases = sum(38 * d**3 // 3 for d in sides) // config.precondition_every
+    return {"precondition": count * (products + bases)}
 
 
 def newton_schulz_flops(config: OptimizerConfig, shape: tuple[int, ...]) -> int:

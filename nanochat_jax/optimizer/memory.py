@@ -52,11 +52,14 @@ class MemoryReport:
       rows: Bytes by label, field and type.
       params: Number of parameters by label.
       full_rank: Paths of the matrices that `galore` leaves unprojected.
+      leaf_bytes: Bytes held for each parameter that has state, by path as
+        `jax.tree_util.keystr` has it.
     """
 
     rows: tuple[MemoryRow, ...]
     params: dict[str, int]
     full_rank: tuple[str, ...] = ()
+    leaf_bytes: Mapping[str, int] = dataclasses.field(default_factory=dict)
 
     @property
     def matrix_params(self) -> int:
@@ -147,6 +150,7 @@ def memory_report(
     state = _placed_state(tx, params)
     places = locate(state, params)
     sums: dict[tuple[str, str, str], list[int]] = {}
+    leaf_bytes: dict[str, int] = {}
     for path, node in jax.tree.leaves_with_path(state, is_leaf=is_quantized):
         place = places[keystr(path)]
         label = label_of[place.name] if place.name is not None else "other"
@@ -155,6 +159,9 @@ def memory_report(
         parts = {"": node.codes, ".scales": node.scales} if stored else {"": node}
         for suffix, x in parts.items():
             key = (label, field + suffix, x.dtype.name)
+            if place.name is not None:
+                size = leaf_bytes.get(place.name, 0) + x.size * x.dtype.itemsize
+                leaf_bytes[place.name] = size
             counted = (x.size, x.size * x.dtype.itemsize, bytes_per_device(x))
             sums[key] = [a + b for a, b in zip(sums.get(key, (0,) * 3), counted)]  # noqa: B905
     spread = shardings_of(params) is not None
@@ -162,7 +169,8 @@ def memory_report(
         MemoryRow(*key, entries, size, here if spread else None)
         for key, (entries, size, here) in sums.items()
     )
-    return MemoryReport(rows, counts, _full_rank(state, places, label_of))
+    full_rank = _full_rank(state, places, label_of)
+    return MemoryReport(rows, counts, full_rank, leaf_bytes)
 
 
 def compiled_bytes(

@@ -1,13 +1,15 @@
 """Muon as one function, a drop-in for `optax.contrib.muon` or `optax.adamw`."""
 
+import dataclasses
 import inspect
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import jax
 import optax
 from jax.typing import ArrayLike
 
-from nanochat_jax.config import OptimizerConfig
+from nanochat_jax.config import Group, OptimizerConfig
 from nanochat_jax.optimizer.build import assemble
 from nanochat_jax.optimizer.roles import settle
 from nanochat_jax.optimizer.rule import Rule
@@ -28,7 +30,7 @@ def muon(
     complement_beta: float = 0.8,
     refresh_every: int = 200,
     basis_bits: Literal[32, 8, 4] | None = None,
-    beta: ArrayLike = 0.95,
+    beta: optax.ScalarOrSchedule = 0.95,
     nesterov: bool = True,
     bias_correction: bool = False,
     ns_method: str = "quintic",
@@ -42,6 +44,19 @@ def muon(
     adam_b2: ArrayLike = 0.95,
     adam_weight_decay: optax.ScalarOrSchedule | None = None,
     adam_nesterov: bool = False,
+    adam_vector_b2: ArrayLike | None = None,
+    cautious_decay: bool = False,
+    update_floor: float = 0.0,
+    row_floor: float = 0.0,
+    fixed_norm: bool = False,
+    normalize_rows: Literal["normuon", "muon_plus", "muon_eq"] | None = None,
+    normuon_beta: float = 0.95,
+    precondition: Literal["short", "both"] | None = None,
+    precondition_every: int = 10,
+    precondition_beta: float = 0.9,
+    precondition_bits: Literal[32, 16, 8] | None = None,
+    average_horizon: int = 0,
+    average_start: int = 0,
     block_size: int = 128,
     min_size: int = 4096,
     stochastic_rounding: bool = False,
@@ -49,6 +64,7 @@ def muon(
     seed: int = 0,
     matrix_axes: Any = None,
     labels: Any = None,
+    groups: Sequence[Group] = (),
 ) -> optax.GradientTransformationExtraArgs:
     """Makes Muon for the matrices of a model, and AdamW for its other parameters.
 
@@ -86,7 +102,7 @@ def muon(
       refresh_every: Steps between two changes of basis.
       basis_bits: Bits of the stored basis; 4 with quantised moments, else 8, if not
         given.
-      beta: Decay of the momentum of matrices.
+      beta: Decay of the momentum of matrices, or a schedule.
       nesterov: Whether that momentum looks one step ahead.
       bias_correction: Whether its early bias is corrected, as `optax.contrib.muon`
         does.
@@ -104,6 +120,23 @@ def muon(
       adam_weight_decay: Decoupled weight decay of embeddings and head; that of the
         matrices if not given. Vectors have none.
       adam_nesterov: Whether AdamW looks one step ahead.
+      adam_vector_b2: Decay of AdamW's second moment for vectors, if another.
+      cautious_decay: Whether only those weights decay that the update makes smaller.
+      update_floor: Ratio of `floor_updates` for matrices; 0 for none.
+      row_floor: The same for the weights of each output neuron.
+      fixed_norm: Whether matrices keep their initial norm, as for `fix_norms`.
+      normalize_rows: Norms of output neurons that updates are divided by: running ones
+        after orthogonalisation, or present ones after it, or before it.
+      normuon_beta: Decay of the running ones.
+      precondition: Sides whose eigenbases updates are scaled in before they are
+        orthogonalised, as for `precondition`.
+      precondition_every: Steps between two computations of these bases.
+      precondition_beta: Decay of the averages behind them, and of the second moment.
+      precondition_bits: Bits of these averages and bases; 8 with quantised moments,
+        else 32, if not given.
+      average_horizon: Steps that an average of the weights reaches back, for
+        `averaged_weights`; 0 for none.
+      average_start: Steps before the first weights that count in it.
       block_size: Entries of a stored moment that share a scale.
       min_size: Arrays with fewer entries are not quantised.
       stochastic_rounding: Whether first moments are rounded stochastically.
@@ -111,6 +144,8 @@ def muon(
       seed: Seed of random sketches and of stochastic rounding.
       matrix_axes: Axes of matrices, as for `build_optimizer`.
       labels: Labels, as for `build_optimizer`.
+      groups: Parameters with settings of their own. A number in `lr` is one for all
+        steps, also where `learning_rate` is a schedule.
 
     Returns:
       An Optax transformation, from gradients to updates.
@@ -118,7 +153,7 @@ def muon(
     Raises:
       TypeError: If an argument that fixes shapes or programs is traced.
       ValueError: If an argument is out of range; at `init`, if nothing tells which axes
-        of a leaf are a matrix.
+        of a leaf are a matrix, or a group matches no parameter.
     """
     arguments = dict(locals())
     _require_static(arguments)
@@ -127,6 +162,8 @@ def muon(
         raise ValueError(f"`bits` must be 32, 8 or 4, got {bits!r}.")
     if rank is not None:
         check_rank(rank)
+    if ns_steps is None:  # an unknown method is refused later
+        ns_steps = len(getattr(POLYNOMIALS.get(ns_method), "coefficients", [None]))
     config = _configuration(
         arguments,
         use_8bit_optim=bits < 32,
@@ -138,16 +175,11 @@ def muon(
         galore_rest_momentum=complement_beta,
         galore_update_freq=refresh_every,
         projector_bits=basis_bits,
-        ns_method=ns_method,
-        ns_steps=_steps(ns_method) if ns_steps is None else ns_steps,
-        ns_dtype=ns_dtype,
+        ns_steps=ns_steps,
         muon_scale=scale,
-        grad_clip=grad_clip,
         quant_block_size=block_size,
         quant_min_size=min_size,
-        stochastic_rounding=stochastic_rounding,
-        quantize_embeddings=quantize_embeddings,
-        seed=seed,
+        **{name: arguments[name] for name in _SHARED},
     )
     if adam_learning_rate is None:
         adam_learning_rate = _share_of(learning_rate)
@@ -163,11 +195,24 @@ def muon(
         fallback_decay=adam_weight_decay,
         fallback_betas=(adam_b1, adam_b2),
         fallback_nesterov=adam_nesterov,
+        vector_b2=adam_vector_b2,
+        average=(average_start, average_horizon) if average_horizon else None,
     )
     return assemble(
-        config, rule, lambda tree: settle(tree, labels=labels, matrix_axes=matrix_axes)
+        config,
+        rule,
+        lambda tree: settle(
+            tree, labels=labels, matrix_axes=matrix_axes, groups=config.groups
+        ),
     )
 
+
+# Numbers that may be traced or schedules, or whose defaults are found here.
+_OWN = {"ns_steps", "weight_decay", "average_horizon"}
+
+_SHARED = {field.name for field in dataclasses.fields(OptimizerConfig)}.intersection(
+    inspect.signature(muon).parameters
+) - _OWN
 
 # Arguments by the names that they have in an `OptimizerConfig`.
 _NAMES = {
@@ -180,6 +225,7 @@ _NAMES = {
     "projector_bits": "basis_bits",
     "muon_momentum": "beta",
     "muon_scale": "scale",
+    "vector_adam_b2": "adam_vector_b2",
     "quant_block_size": "block_size",
     "quant_min_size": "min_size",
     "adam_betas": "adam_b1` and `adam_b2",
@@ -193,6 +239,7 @@ def _configuration(arguments: dict[str, Any], **settings: Any) -> OptimizerConfi
         "weight_decay": arguments["weight_decay"],
         "muon_momentum": arguments["beta"],
         "adam_betas": (arguments["adam_b1"], arguments["adam_b2"]),
+        "vector_adam_b2": arguments["adam_vector_b2"],
     }
     parts = lambda x: x if isinstance(x, tuple) else (x,)
     known = {
@@ -207,12 +254,6 @@ def _configuration(arguments: dict[str, Any], **settings: Any) -> OptimizerConfi
         for theirs, ours in _NAMES.items():
             message = message.replace(f"`{theirs}", f"`{ours}")
         raise ValueError(message) from None
-
-
-def _steps(method: str) -> int:
-    """Returns the steps of a method; one of an unknown one, which is refused later."""
-    known = POLYNOMIALS.get(method)
-    return len(known.coefficients) if known else 1
 
 
 def _require_rank(arguments: dict[str, Any]) -> None:
@@ -230,14 +271,9 @@ def _require_rank(arguments: dict[str, Any]) -> None:
 
 
 _INJECTABLE = {
-    "learning_rate",
-    "weight_decay",
-    "beta",
-    "adam_learning_rate",
-    "adam_b1",
-    "adam_b2",
-    "adam_weight_decay",
-}
+    "learning_rate", "weight_decay", "beta", "adam_learning_rate", "adam_b1", "adam_b2",
+    "adam_vector_b2", "adam_weight_decay",
+}  # fmt: skip
 
 MUON_STATIC = tuple(
     name for name in inspect.signature(muon).parameters if name not in _INJECTABLE

@@ -7,21 +7,24 @@ import jax
 import jax.numpy as jnp
 
 from nanochat_jax.config import OptimizerConfig
-from nanochat_jax.optimizer.rule import Rule
+from nanochat_jax.optimizer.roles import Role
+from nanochat_jax.optimizer.rule import Rule, in_group
 from nanochat_jax.optimizer.storage import fallback_codecs, state_codecs
 from nanochat_jax.transforms import record
 
 
 class Note(NamedTuple):
-    """What the optimizer of a label is asked to do.
+    """What the optimizer of a parameter is asked to do.
 
     Attributes:
       name: Its name.
+      part: Key of its state.
       rate: Learning rate, a number or a schedule; `None` without one.
       codecs: Names of the codecs of its state, by field.
     """
 
     name: str
+    part: str
     rate: Any
     codecs: Mapping[str, str]
 
@@ -39,28 +42,36 @@ class Note(NamedTuple):
             return "traced"
 
 
-def notes_of(config: OptimizerConfig, rule: Rule) -> dict[str, Note]:
-    """Returns notes on the optimizers of a configuration, by label.
+def part_of(config: OptimizerConfig, role: Role) -> str:
+    """Returns the key of the state of a parameter's optimizer.
+
+    Args:
+      config: Settings of the optimizer.
+      role: Role of the parameter.
+    """
+    wanted = role.group.optimizer if role.group else None
+    return role.label if wanted in (None, "muon", config.fallback) else wanted
+
+
+def note_of(config: OptimizerConfig, rule: Rule, role: Role) -> Note:
+    """Returns a note on the optimizer of a parameter.
 
     Args:
       config: Settings of the optimizer, except for the numbers in `rule`.
       rule: Rates, decays and betas.
+      role: Role of the parameter.
     """
-    name = "Muon"
-    if config.use_galore:
-        name += f", GaLore rank {config.rank}"
-    few = _names(fallback_codecs(config))
-    fallback = {"adamw": "AdamW", "lion": "Lion"}[config.fallback]
-    table = Note(
-        fallback, rule.fallback_rate, few if config.quantize_embeddings else {}
-    )
-    return {
-        "matrix": Note(name, rule.rate, _names(state_codecs(config))),
-        "embedding": table,
-        "head": table,
-        "vector": Note(fallback, rule.fallback_rate, few),
-        "frozen": Note("none", None, {}),
-    }
+    if role.label == "frozen":
+        return Note("none", "", None, {})
+    part = part_of(config, role)
+    config, rule = in_group(config, rule, role.group)
+    if role.label == "matrix":
+        rank = f", GaLore rank {config.rank}" if config.use_galore else ""
+        return Note(f"Muon{rank}", part, rule.rate, _names(state_codecs(config)))
+    name = {"adamw": "AdamW", "lion": "Lion"}[config.fallback]
+    plain = part in ("embedding", "head") and not config.quantize_embeddings
+    codecs = {} if plain else _names(fallback_codecs(config))
+    return Note(name, part, rule.fallback_rate, codecs)
 
 
 def notes_by_label(told: record.Record) -> dict[str, Note]:

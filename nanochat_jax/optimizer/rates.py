@@ -8,7 +8,7 @@ import optax
 from jaxtyping import Array, Float
 
 from nanochat_jax.interop import as_arrays
-from nanochat_jax.optimizer.notes import notes_by_label
+from nanochat_jax.optimizer.roles import Role
 from nanochat_jax.transforms import record
 
 _LABELS = ("matrix", "embedding", "head", "vector")
@@ -31,7 +31,8 @@ def learning_rates(
       params: Parameters, as arrays or `jax.ShapeDtypeStruct`s.
 
     Returns:
-      Learning rates by label, of the labels that parameters have.
+      Learning rates by label, of the labels that parameters have; of groups by label
+      and pattern, such as `"head lm_head"`.
 
     Raises:
       ValueError: If `tx` is another transformation, or has two of them; if the state is
@@ -59,11 +60,17 @@ def learning_rates(
             "A state that was restored as plain dicts counts as none: restore it into "
             "`jax.eval_shape(tx.init, params)`."
         )
+    notes = {_name(role): told.optimizers[path] for path, role in told.roles.items()}
     return {
-        label: _in_force(note.rate, parts[0].inner_states[label])
-        for label, note in notes_by_label(told).items()
-        if note.rate is not None
+        name: _in_force(note.rate, parts[0].inner_states[note.part])
+        for name, note in notes.items()
+        if note is not None and note.rate is not None
     }
+
+
+def _name(role: Role) -> str:
+    """Returns the label of a parameter, and the group that it is in."""
+    return f"{role.label} {role.group.match}" if role.group else role.label
 
 
 def _parts(state: optax.OptState) -> list[optax.PartitionState]:

@@ -1,11 +1,13 @@
 """Numbers of the update rules: learning rates, weight decays and betas."""
 
 import dataclasses
+from collections.abc import Mapping
+from typing import Any
 
 import optax
 from jax.typing import ArrayLike
 
-from nanochat_jax.config import OptimizerConfig, Rate
+from nanochat_jax.config import Group, OptimizerConfig, Rate
 
 
 @dataclasses.dataclass(frozen=True)
@@ -17,24 +19,28 @@ class Rule:
     Attributes:
       rate: Learning rate of the matrices.
       decay: Decoupled weight decay of the matrices.
-      beta: Decay of the momentum of matrices.
+      beta: Decay of the momentum of matrices, or a schedule.
       nesterov: Whether that momentum looks one step ahead.
       bias_correction: Whether its early bias is corrected.
       fallback_rate: Learning rate of embeddings, head and vectors.
       fallback_decay: Decoupled weight decay of embeddings and head.
       fallback_betas: Decays of AdamW or Lion.
       fallback_nesterov: Whether AdamW looks one step ahead.
+      vector_b2: Decay of AdamW's second moment for vectors, if another.
+      average: Start and horizon of the average of weights, if there is one.
     """
 
     rate: optax.ScalarOrSchedule
     decay: optax.ScalarOrSchedule
-    beta: ArrayLike
+    beta: optax.ScalarOrSchedule
     fallback_rate: optax.ScalarOrSchedule
     fallback_decay: optax.ScalarOrSchedule
     fallback_betas: tuple[ArrayLike, ArrayLike]
     nesterov: bool = True
     bias_correction: bool = False
     fallback_nesterov: bool = False
+    vector_b2: ArrayLike | None = None
+    average: tuple[int, int] | None = None
 
     @classmethod
     def of(cls, config: OptimizerConfig) -> "Rule":
@@ -42,12 +48,71 @@ class Rule:
         lion = config.fallback == "lion"
         return cls(
             rate=schedule(config, config.lr),
-            decay=config.weight_decay,
-            beta=config.muon_momentum,
+            decay=decay_schedule(config, config.weight_decay),
+            beta=momentum_schedule(config, config.muon_momentum),
             fallback_rate=schedule(config, config.fallback_peak_lr),
-            fallback_decay=config.weight_decay,
+            fallback_decay=decay_schedule(config, config.fallback_peak_decay),
             fallback_betas=config.lion_betas if lion else config.adam_betas,
+            vector_b2=config.vector_adam_b2,
+            average=config.average,
         )
+
+
+def in_group(
+    config: OptimizerConfig, rule: Rule, group: Group | None, *, decays: bool = True
+) -> tuple[OptimizerConfig, Rule]:
+    """Returns settings and numbers of the parameters of a group.
+
+    Args:
+      config: Settings of the optimizer.
+      rule: Numbers of all parameters.
+      group: The group, if there is one.
+      decays: Whether weight decay for everything but vectors is for them.
+    """
+    if not decays:
+        rule = dataclasses.replace(rule, fallback_decay=0.0)
+        if rule.vector_b2 is not None and config.fallback == "adamw":
+            betas = (rule.fallback_betas[0], rule.vector_b2)
+            rule = dataclasses.replace(rule, fallback_betas=betas)
+    if group is None:
+        return config, rule
+    given = {"muon_scale": group.muon_scale or config.muon_scale}
+    changed: dict[str, Any] = {}
+    if group.optimizer in ("adamw", "lion") and group.optimizer != config.fallback:
+        given["fallback"] = group.optimizer
+        lion = group.optimizer == "lion"
+        changed["fallback_betas"] = config.lion_betas if lion else config.adam_betas
+    if group.betas is not None:
+        changed["fallback_betas"] = group.betas
+    if group.lr is not None:
+        rate = schedule(config, group.lr)
+        changed |= {"rate": rate, "fallback_rate": rate}
+    if group.weight_decay is not None:
+        decay = decay_schedule(config, group.weight_decay)
+        changed |= {"decay": decay, "fallback_decay": decay}
+    if group.muon_momentum is not None:
+        changed["beta"] = momentum_schedule(config, group.muon_momentum)
+    config = dataclasses.replace(config, groups=(), **given)
+    return config, dataclasses.replace(rule, **changed)
+
+
+def alike(rules: Mapping[Any, Rule]) -> dict[Any, Rule]:
+    """Returns rules that have schedules for the same numbers.
+
+    A schedule counts steps, and a state must not tell which numbers have one.
+
+    Args:
+      rules: Rules by name.
+    """
+    changed: dict[Any, dict[str, Any]] = {name: {} for name in rules}
+    for field in ("rate", "decay", "beta", "fallback_rate", "fallback_decay"):
+        values = {name: getattr(rule, field) for name, rule in rules.items()}
+        if any(map(callable, values.values())):
+            for name, x in values.items():
+                changed[name][field] = x if callable(x) else optax.constant_schedule(x)
+    return {
+        name: dataclasses.replace(rule, **changed[name]) for name, rule in rules.items()
+    }
 
 
 def schedule(config: OptimizerConfig, peak: Rate) -> optax.Schedule:
@@ -74,3 +139,30 @@ def schedule(config: OptimizerConfig, peak: Rate) -> optax.Schedule:
     else:
         fall = optax.linear_schedule(peak, floor * peak, length)
     return optax.join_schedules([rise, plateau, fall], [warmup, start])
+
+
+def decay_schedule(config: OptimizerConfig, peak: float) -> optax.ScalarOrSchedule:
+    """Builds the weight decay by step.
+
+    Args:
+      config: Settings of the schedule.
+      peak: Weight decay of the first step.
+    """
+    if config.weight_decay_schedule == "constant" or config.total_steps is None:
+        return peak
+    if config.weight_decay_schedule == "cosine":
+        return optax.cosine_decay_schedule(peak, config.total_steps)
+    return optax.linear_schedule(peak, 0.0, config.total_steps)
+
+
+def momentum_schedule(config: OptimizerConfig, last: float) -> optax.ScalarOrSchedule:
+    """Builds the decay of the momentum by step.
+
+    Args:
+      config: Settings of the schedule.
+      last: Decay after the warm-up.
+    """
+    steps = config.muon_momentum_warmup_steps
+    if not steps:
+        return last
+    return optax.linear_schedule(config.muon_momentum_start, last, steps)

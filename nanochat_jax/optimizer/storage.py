@@ -4,7 +4,7 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
-from nanochat_jax.codecs import Codec, Dynamic8, Int4, Int8, Normal2, Normal4
+from nanochat_jax.codecs import BFloat16, Codec, Dynamic8, Int4, Int8, Normal2, Normal4
 from nanochat_jax.config import OptimizerConfig
 from nanochat_jax.transforms import projection, saves_bytes
 
@@ -25,12 +25,41 @@ def state_codecs(config: OptimizerConfig) -> dict[str, Codec]:
         few = Int4 if config.stochastic_rounding else Normal4
         codec = Int8 if config.quant_bits == 8 else few
         codecs["momentum"] = _first_moment(config, codec)
+    codecs |= _precondition_codecs(config)
     if config.use_galore and config.stored_projector_bits in _BASIS_CODECS:
         codec = _BASIS_CODECS[config.stored_projector_bits]
         codecs["basis"] = codec(config.quant_block_size, scale_dtype=_SCALES)
     if config.use_galore and config.galore_rest_bits in _COMPLEMENT_CODECS:
         codec = _COMPLEMENT_CODECS[config.galore_rest_bits]
         codecs["complement"] = _blocks(config, codec)
+    return codecs
+
+
+def average_codecs(config: OptimizerConfig) -> dict[str, Codec]:
+    """Returns the codec of the average of weights, by field.
+
+    Args:
+      config: Settings of the optimizer.
+    """
+    if not config.use_8bit_optim:
+        return {}
+    # To nearest, what a late small update adds to the difference would be lost.
+    return {"average": _blocks(config, Int8, stochastic_rounding=True)}
+
+
+def _precondition_codecs(config: OptimizerConfig) -> dict[str, Codec]:
+    if config.precondition is None:
+        return {}
+    codecs: dict[str, Codec] = {}
+    if config.use_8bit_optim:
+        codecs["second_moment"] = _blocks(config, Dynamic8, signed=False, zero=False)
+    if config.stored_precondition_bits < 32:
+        few = config.stored_precondition_bits == 8
+        sides = ("short", "long") if config.precondition == "both" else ("short",)
+        for field in (f"{name}_{side}" for name in ("gram", "basis") for side in sides):
+            # Nearly diagonal, and of many magnitudes, are the averages.
+            codec = Dynamic8 if field.startswith("gram") else Int8
+            codecs[field] = _blocks(config, codec) if few else BFloat16()
     return codecs
 
 

@@ -18,6 +18,8 @@ orthogonalize  Newton-Schulz on updates, and factors by shape
 as_matrices    leaves of any shape seen as matrices; `axes` describes the view
 quantize       state in few bits; `plain_states` reads and converts such states
 galore/        a low-rank space of the gradient
+links/         further links of a chain
+precondition/  updates scaled in the eigenbases of their gradients
 scheduling/    groups of leaves one after another, which bounds temporaries
 sharding/      the same transforms on a mesh of devices
 applying       updates applied where they are made
@@ -63,6 +65,17 @@ from nanochat_jax.transforms.galore import (
     projection as projection,
     saves_bytes as saves_bytes,
 )
+from nanochat_jax.transforms.links import (
+    AverageWeightsState as AverageWeightsState,
+    DecayWeightsState as DecayWeightsState,
+    NormalizeRowsState as NormalizeRowsState,
+    average_weights as average_weights,
+    averaged_weights as averaged_weights,
+    decay_weights as decay_weights,
+    fix_norms as fix_norms,
+    floor_updates as floor_updates,
+    normalize_rows as normalize_rows,
+)
 from nanochat_jax.transforms.momentum import (
     CorrectedMomentumState as CorrectedMomentumState,
     MomentumState as MomentumState,
@@ -88,6 +101,11 @@ from nanochat_jax.transforms.precision import (
     split_master as split_master,
     split_weights as split_weights,
     widened as widened,
+)
+from nanochat_jax.transforms.precondition import (
+    PowerStep as PowerStep,
+    PreconditionState as PreconditionState,
+    precondition as precondition,
 )
 from nanochat_jax.transforms.quantize import (
     QuantizeState as QuantizeState,

@@ -83,7 +83,8 @@ def seen_by(
     def init_fn(params: optax.Params) -> optax.OptState:
         views = resolve(rule, params)
         record.tell(views=views)
-        return inner.init(_seen(views, params))
+        with record.seen(views):
+            return inner.init(_seen(views, params))
 
     def update_fn(
         updates: optax.Updates,

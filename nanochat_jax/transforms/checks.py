@@ -33,6 +33,49 @@ def require_real(tree: Any, who: str) -> None:
         )
 
 
+def require_matrices(tree: Any, who: str) -> None:
+    """Refuses complex leaves, and leaves of fewer than two axes.
+
+    Args:
+      tree: Parameters or updates.
+      who: Transform of matrices.
+
+    Raises:
+      TypeError: If a leaf is complex; with all that are.
+      ValueError: If a leaf has fewer than two axes; with all that have.
+    """
+    require_real(tree, who)
+    found = [
+        f"  {keystr(path)} has shape {x.shape}"
+        for path, x in jax.tree.leaves_with_path(tree)
+        if x.ndim < 2
+    ]
+    if found:
+        raise ValueError(
+            f"`{who}` needs leaves of two or more axes, but\n"
+            + "\n".join(found)
+            + "\nSend them to another transform with `optax.partition`."
+        )
+
+
+def require_params(params: Any, who: str) -> Any:
+    """Returns the parameters of an update, which must be given.
+
+    Args:
+      params: Parameters that an `update` was given.
+      who: Transform that needs them.
+
+    Raises:
+      ValueError: If there are none.
+    """
+    if params is None:
+        raise ValueError(
+            f"`{who}` requires the current value of parameters, but `params` was not "
+            "given to `update`: call `tx.update(grads, state, params)`."
+        )
+    return params
+
+
 def require_codecs(codecs: Any) -> None:
     """Refuses anything but a mapping from names of fields to codecs.
 

@@ -5,7 +5,6 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-from jax.typing import ArrayLike
 from jaxtyping import Array, Int32
 
 from nanochat_jax.transforms import checks, precision
@@ -22,7 +21,7 @@ class MomentumState(NamedTuple):
 
 
 class CorrectedMomentumState(NamedTuple):
-    """State of `momentum` that corrects the early bias.
+    """State of `momentum` that counts steps: with a schedule, or bias correction.
 
     Attributes:
       count: Steps taken.
@@ -34,7 +33,7 @@ class CorrectedMomentumState(NamedTuple):
 
 
 def momentum(
-    beta: ArrayLike = 0.95,
+    beta: optax.ScalarOrSchedule = 0.95,
     *,
     nesterov: bool = True,
     bias_correction: bool = False,
@@ -56,7 +55,7 @@ def momentum(
       Array([0.1, 0.1, 0.1], dtype=float32)
 
     Args:
-      beta: Decay `β` of the average.
+      beta: Decay `β` of the average, or an Optax schedule, such as a warm-up.
       nesterov: Whether to look one step ahead.
       bias_correction: Whether to divide `m` by `1 - βᵗ` after `t` steps, and with
         `nesterov` its two terms by `1 - βᵗ⁺¹` and `1 - βᵗ`, as `optax.contrib.muon`
@@ -64,14 +63,23 @@ def momentum(
       dtype: Type of the state, whatever the type of the parameters.
 
     Returns:
-      A transformation whose state is a `MomentumState`, or with `bias_correction` a
-      `CorrectedMomentumState`.
+      A transformation whose state is a `MomentumState`, or with `bias_correction` or a
+      schedule a `CorrectedMomentumState`.
+
+    Raises:
+      ValueError: If `bias_correction` is to correct the bias of a schedule.
     """
+    counts = bias_correction or callable(beta)
+    if bias_correction and callable(beta):
+        raise ValueError(
+            "`bias_correction` of `momentum` divides by `1 - βᵗ` and needs one number "
+            "`beta`, got a schedule. Leave one of the two out."
+        )
 
     def init_fn(params: optax.Params) -> MomentumState | CorrectedMomentumState:
         checks.require_real(params, "momentum")
         zeros = optax.tree.zeros_like(params, dtype=dtype)
-        if bias_correction:
+        if counts:
             return CorrectedMomentumState(jnp.zeros([], jnp.int32), zeros)
         return MomentumState(zeros)
 
@@ -82,20 +90,25 @@ def momentum(
     ) -> tuple[optax.Updates, MomentumState | CorrectedMomentumState]:
         del params
         checks.require_state(state, (MomentumState, CorrectedMomentumState), "momentum")
-        average = lambda g, m: beta * m + (1 - beta) * g.astype(m.dtype)
+        now = beta(state.count) if callable(beta) else beta
+        average = lambda g, m: now * m + (1 - now) * g.astype(m.dtype)
         # A traced `beta` must not change the type of the state.
         m = jax.tree.map(
             lambda g, m: average(g, m).astype(m.dtype), updates, state.momentum
         )
         if not bias_correction:
             ahead = jax.tree.map(average, updates, m) if nesterov else m
-            return precision.cast_like(ahead, updates), MomentumState(m)
+            ahead = precision.cast_like(ahead, updates)
+            if not counts:
+                return ahead, MomentumState(m)
+            count = jnp.asarray(optax.safe_increment(state.count))
+            return ahead, CorrectedMomentumState(count, m)
         count = jnp.asarray(optax.safe_increment(state.count))
-        bias = lambda steps: (1 - beta**steps).astype(dtype)
-        now, later = bias(count), bias(count + 1)
-        ahead = jax.tree.map(lambda m: m / now, m)
+        bias = lambda steps: (1 - now**steps).astype(dtype)
+        first, later = bias(count), bias(count + 1)
+        ahead = jax.tree.map(lambda m: m / first, m)
         if nesterov:
-            term = lambda g, m: average(g.astype(m.dtype) / now, m / later)
+            term = lambda g, m: average(g.astype(m.dtype) / first, m / later)
             ahead = jax.tree.map(term, updates, m)
         return precision.cast_like(ahead, updates), CorrectedMomentumState(count, m)
 

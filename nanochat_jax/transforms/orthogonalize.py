@@ -2,7 +2,7 @@
 
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import jax
@@ -35,9 +35,12 @@ from nanochat_jax.transforms.sharding import (
 
 ShapeScale = Literal["width", "rms", "none"]
 
+Iteration = Callable[[Array], Array]
+"""A function from whole matrices, `[*batch, m, n]`, to semi-orthogonal ones."""
+
 
 def orthogonalize(
-    polynomials: Polynomials = QUINTIC,
+    polynomials: Polynomials | Iteration = QUINTIC,
     *,
     dtype: str = "auto",
     form: Form = "auto",
@@ -60,9 +63,15 @@ def orthogonalize(
       >>> tx = orthogonalize(POLYNOMIALS["polar_express_5"], dtype="float32")
       >>> params = {"a": jnp.ones((8, 16)), "b": jnp.ones((8, 16))}
       >>> updates, _ = tx.update(params, tx.init(params))
+      >>> def by_decomposition(x):  # a function of one's own for Newton-Schulz
+      ...     u, _, vt = jnp.linalg.svd(x, full_matrices=False)
+      ...     return u @ vt
+      >>> updates, _ = orthogonalize(by_decomposition).update(params, tx.init(params))
 
     Args:
-      polynomials: Newton-Schulz polynomials, one for each step.
+      polynomials: Newton-Schulz polynomials, one for each step; or a function in place
+        of the iteration, which is given whole matrices, `[n, rows, columns]`, in the
+        type of the updates, and returns as many of that shape and type.
       dtype: Type of the iteration; the updates keep theirs. "auto" is bfloat16 where
         it is native, as for `resolve_dtype`.
       form: Form of the iteration; see `newton_schulz`.
@@ -72,26 +81,19 @@ def orthogonalize(
         on more, and all of it elsewhere. On several devices it is for each of them.
       max_matrix_bytes: Most float32 bytes of a sharded matrix that one device is given
         whole. All devices iterate on a larger one together, each on some of its
-        columns, and add up a Gram matrix in each step.
+        columns, and add up a Gram matrix in each step. A function of one's own is given
+        whole ones of any size.
 
     Returns:
       A stateless transformation.
 
     Raises:
-      ValueError: If `form` is not safe in `dtype`; at `update`, if a leaf has fewer
-        than two axes.
+      ValueError: If `form` is not safe in `dtype`, or either is given for a function;
+        at `update`, if a leaf has fewer than two axes, or a function changes shape or
+        type.
     """
-    if dtype == "auto" and form == "gram":
-        dtype = "float32"
-    if dtype != "auto":
-        resolve_form((1, 1), dtype, form)
-
-    # Resolved at an update and not before: that starts the backend, which must not be
-    # running yet when `jax.distributed.initialize` is called.
-    resolved = functools.partial(resolve_dtype, dtype)
-
-    def iterate(x: Array, **kwargs: Any) -> Array:
-        return newton_schulz(x, polynomials, dtype=resolved(), form=form, **kwargs)
+    own = not isinstance(polynomials, Polynomials)
+    iterate = _iteration(polynomials, dtype, form)
 
     def most() -> int:
         return piece_bytes() if max_bytes is None else max_bytes
@@ -108,10 +110,11 @@ def orthogonalize(
             stack = jnp.stack(leaves)
             done = iterate_in_parts(stack.reshape(-1, *stack.shape[-2:]))
             return list(done.reshape(stack.shape))
-        if 4 * math.prod(leaves[0].shape[-2:]) > max_matrix_bytes:
+        if not own and 4 * math.prod(leaves[0].shape[-2:]) > max_matrix_bytes:
             work = lambda x, names: iterate(x, axis_name=names)
             return [whole_matrices.in_columns(work, x, sharding) for x in leaves]
-        sent = "bfloat16" if resolved() == "bfloat16" else leaves[0].dtype
+        short = not own and resolve_dtype(dtype) == "bfloat16" and form != "gram"
+        sent = "bfloat16" if short else leaves[0].dtype
         return whole_matrices.share_out(iterate_in_parts, leaves, sharding, sent)
 
     def update_fn(
@@ -122,7 +125,7 @@ def orthogonalize(
         **extra_args: Any,
     ) -> tuple[optax.Updates, Any]:
         del params, extra_args
-        _require_matrices(updates, "orthogonalize")
+        checks.require_matrices(updates, "orthogonalize")
         flat, treedef = jax.tree.flatten_with_path(precision.inexact(updates))
         leaves, places = [x for _, x in flat], [placement.sharding(*x) for x in flat]
         stack_bytes = max(most(), group_bytes())
@@ -171,23 +174,41 @@ def scale_by_shape(mode: ShapeScale = "width") -> optax.GradientTransformation:
         updates: optax.Updates, params: optax.Params | None = None
     ) -> optax.Updates:
         del params
-        _require_matrices(updates, "scale_by_shape")
+        checks.require_matrices(updates, "scale_by_shape")
         scale = lambda x: x * rules[mode](*x.shape[-2:])
         return jax.tree.map(scale, precision.inexact(updates))
 
     return optax.stateless(update_fn)
 
 
-def _require_matrices(updates: optax.Updates, who: str) -> None:
-    checks.require_real(updates, who)
-    found = [
-        f"  {jax.tree_util.keystr(path)} has shape {x.shape}"
-        for path, x in jax.tree.leaves_with_path(updates)
-        if x.ndim < 2
-    ]
-    if found:
-        raise ValueError(
-            f"`{who}` needs leaves of two or more axes, but\n"
-            + "\n".join(found)
-            + "\nSend them to another transform with `optax.partition`."
+def _iteration(
+    polynomials: Polynomials | Iteration, dtype: str, form: Form
+) -> Callable[..., Array]:
+    """Returns the function that makes matrices semi-orthogonal."""
+    if isinstance(polynomials, Polynomials):
+        if dtype == "auto" and form == "gram":
+            dtype = "float32"
+        if dtype != "auto":
+            resolve_form((1, 1), dtype, form)
+        # Resolved at an update and not before: that starts the backend, which must not
+        # be running yet when `jax.distributed.initialize` is called.
+        return lambda x, **kwargs: newton_schulz(
+            x, polynomials, dtype=resolve_dtype(dtype), form=form, **kwargs
         )
+    if (dtype, form) != ("auto", "auto"):
+        raise ValueError(
+            "`dtype` and `form` of `orthogonalize` are for polynomials, got them for "
+            f"the function {polynomials}. Let the function choose its own."
+        )
+    return functools.partial(_checked, polynomials)
+
+
+def _checked(iteration: Iteration, x: Array) -> Array:
+    """Returns `iteration(x)`, if it has shape and type of `x`."""
+    y = iteration(x)
+    if (y.shape, y.dtype) != (x.shape, x.dtype):
+        raise ValueError(
+            f"the function given to `orthogonalize` must return {x.dtype} of shape "
+            f"{x.shape}, as it is given, got {y.dtype} of shape {y.shape}."
+        )
+    return y

@@ -27,13 +27,20 @@ class Record:
       roles: Part that each parameter plays, and why; empty without
         `partition_by_role`.
       optimizers: Notes on the optimizer of each parameter.
+      averages: View of each parameter whose weights are averaged, `None` where it is
+        averaged as it is.
+      stacks: Shardings of arrays with an entry for each matrix of a stack, by path of
+        its first member.
     """
 
     views: dict[str, ResolvedAxes] = dataclasses.field(default_factory=dict)
     roles: dict[str, Any] = dataclasses.field(default_factory=dict)
     optimizers: dict[str, Any] = dataclasses.field(default_factory=dict)
+    averages: dict[str, ResolvedAxes | None] = dataclasses.field(default_factory=dict)
+    stacks: dict[str, Any] = dataclasses.field(default_factory=dict)
 
 
+_VIEWS: ContextVar[Mapping[str, ResolvedAxes]] = ContextVar("_VIEWS", default={})  # noqa: B039
 _RECORD: ContextVar[Record | None] = ContextVar("_RECORD", default=None)
 
 
@@ -50,6 +57,29 @@ def recording() -> Iterator[Record]:
         yield found
     finally:
         _RECORD.reset(token)
+
+
+@contextlib.contextmanager
+def seen(views: Mapping[str, ResolvedAxes]) -> Iterator[None]:
+    """Marks an `init` that is given parameters in views.
+
+    Args:
+      views: The views by path.
+    """
+    token = _VIEWS.set(views)
+    try:
+        yield
+    finally:
+        _VIEWS.reset(token)
+
+
+def view_of(name: str) -> ResolvedAxes | None:
+    """Returns the view in which the present `init` is given a parameter, if in one.
+
+    Args:
+      name: Path of the parameter.
+    """
+    return _VIEWS.get().get(name)
 
 
 def is_recording() -> bool:

@@ -4,6 +4,8 @@ import dataclasses
 import typing
 from typing import Any, NamedTuple
 
+from nanochat_jax.config import schema
+
 POSITIONAL = "Positional"
 """Mark of a field that is given without a flag: `Annotated[..., POSITIONAL]`."""
 
@@ -57,7 +59,19 @@ def flags_of(kind: Any) -> dict[str, Flag]:
     return {
         field.name: _flag(field, hints[field.name])
         for field in dataclasses.fields(kind)
+        if has_flag(kind, field.name)
     }
+
+
+def has_flag(kind: Any, field: str) -> bool:
+    """Returns whether a field of a command is a flag: not tables of a file.
+
+    Args:
+      kind: Dataclass of the command.
+      field: Name of the field.
+    """
+    known = schema.declared(kind).get(field)
+    return known is None or known.flag
 
 
 def _flag(field: dataclasses.Field[Any], hint: Any) -> Flag:

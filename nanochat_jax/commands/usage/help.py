@@ -12,7 +12,7 @@ from typing import Any
 from rich.console import Console
 from rich.text import Text
 
-from nanochat_jax.commands.usage.flags import Flag, flags_of
+from nanochat_jax.commands.usage.flags import Flag, flags_of, has_flag
 from nanochat_jax.config import Config, schema
 
 _FLAGS = {
@@ -139,6 +139,8 @@ def _groups(kind: Any) -> Iterator[tuple[str, list[dataclasses.Field[Any]]]]:
     """Yields titles with their fields; only commands with settings have several."""
     has_settings, members = issubclass(kind, Config), {}
     for field in dataclasses.fields(kind):
+        if not has_flag(kind, field.name):
+            continue
         title = GROUPS.get(field.name, "General") if has_settings else "Flags"
         members.setdefault(title, []).append(field)
     yield from members.items()

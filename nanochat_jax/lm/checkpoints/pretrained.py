@@ -1,16 +1,20 @@
 """A trained model, read from a checkpoint: parameters, structure and tokenizer."""
 
 import dataclasses
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
+import jax
 from flax import nnx
 
-from nanochat_jax.config import ModelConfig, schema
+from nanochat_jax.config import Config, ModelConfig, schema
 from nanochat_jax.lm.checkpoints import record
 from nanochat_jax.lm.checkpoints.source import tokenizer_beside
 from nanochat_jax.lm.checkpoints.store import Checkpoints
 from nanochat_jax.lm.data import Tokenizer, load_tokenizer
-from nanochat_jax.lm.model import gpt
+from nanochat_jax.lm.model import build_optimizer, gpt
+from nanochat_jax.transforms import averaged_weights
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,6 +79,8 @@ class Trained:
 def load_trained(directory: str | Path) -> Trained:
     """Reads a model from a checkpoint, without the optimizer state.
 
+    If the run kept an average of its weights, they are read as it evaluated them.
+
     Args:
       directory: Checkpoint folder, or the folder of one step; else the latest is read.
 
@@ -90,13 +96,35 @@ def load_trained(directory: str | Path) -> Trained:
     stored = record.settings_in(meta, source)
     config = schema.build(ModelConfig, stored, source, others=stored)
     graphdef, params = gpt.abstract_model(config)
-    restored = checkpoints.restore({"params": params}, step, partial=True)
+    whole = Config.from_values(stored, source, derive=lambda values: {})
+    if whole.average is None or meta.get("contains") == "weights":
+        params = checkpoints.restore({"params": params}, step, partial=True)["params"]
+    else:
+        params = _averaged(checkpoints, whole, params, step, meta)
     return Trained(
         config,
         graphdef,
-        restored["params"],
+        params,
         step or 0,
         tokenizer_beside(checkpoints.directory) or stored["tokenizer"],
         stored["end_token"],
         meta["tokenizer"],
     )
+
+
+def _averaged(
+    checkpoints: Checkpoints,
+    config: Config,
+    params: gpt.Params,
+    step: int | None,
+    meta: Mapping[str, Any],
+) -> gpt.Params:
+    """Reads parameters and the state of their optimizer, and returns the average."""
+    tx = build_optimizer(config, params)
+    target = {"params": params, "opt_state": jax.eval_shape(tx.init, params)}
+    names = record.stored_names(meta)
+    found = checkpoints.restore(target, step, partial=True, names=names)
+    averaged = averaged_weights(
+        tx, found["opt_state"], found["params"], config.average_share
+    )
+    return jax.tree.map(lambda x, p: x.astype(p.dtype), averaged, params)

@@ -9,12 +9,14 @@ import jax.numpy as jnp
 import optax
 from jax.tree_util import keystr
 
-from nanochat_jax.config import Config
+from nanochat_jax.config import Config, OptimizerConfig
 from nanochat_jax.lm.model import count_flops_per_token, kernel_axes
 from nanochat_jax.optimizer import (
     MemoryReport,
+    Rule,
     fallback_codecs,
-    label_params,
+    in_group,
+    roles,
     state_codecs,
     update_flops,
 )
@@ -33,38 +35,55 @@ def parameter_groups(
       params: Shapes and types of its parameters.
       report: Memory of its optimizer.
     """
-    labels = jax.tree.leaves(
-        label_params(params, matrix_axes=kernel_axes, freeze=config.freeze)
+    found = roles.settle(
+        params, matrix_axes=kernel_axes, freeze=config.freeze, groups=config.groups
     )
+    matches = {group.match: number for number, group in enumerate(config.groups)}
+    members: dict[tuple[int, int], list[Any]] = {}
+    for path, x in jax.tree.leaves_with_path(params):
+        role = found[keystr(path)]
+        number = matches[role.group.match] if role.group else -1
+        place = ((*LABELS, "frozen").index(role.label), number)
+        members.setdefault(place, []).append((path, x))
+    return [
+        _group(config, report, found[keystr(leaves[0][0])], leaves)
+        for _, leaves in sorted(members.items(), key=lambda item: item[0])
+    ]
+
+
+def _group(
+    config: Config, report: MemoryReport, role: roles.Role, leaves: list[Any]
+) -> dict[str, Any]:
+    """Returns facts about parameters of one label that are in one group, or in none."""
+    matrix, frozen = role.label == "matrix", role.label == "frozen"
+    numbers = in_group(config, Rule.of(config), role.group, decays=role.decays)
+    settings, rule = numbers
+    rate = config.lr if matrix else settings.fallback_peak_lr
+    rate = role.group.lr if role.group and role.group.lr is not None else rate
+    decay = rule.decay if matrix else rule.fallback_decay
     dotted = lambda path: keystr(path, simple=True, separator=".")
-    paths = [(dotted(path), x) for path, x in jax.tree.leaves_with_path(params)]
-    groups = []
-    for label in (*LABELS, "frozen"):
-        members = [p for p, found in zip(paths, labels, strict=True) if found == label]
-        if not members:
-            continue
-        matrix, frozen = label == "matrix", label == "frozen"
-        optimizer = config.variant if matrix else config.fallback
-        rate = config.lr if matrix else config.fallback_peak_lr
-        decays = label not in ("vector", "frozen")
-        groups.append(
-            {
-                "label": label,
-                "optimizer": "none" if frozen else optimizer,
-                "lr": 0.0 if frozen else rate,
-                "weight_decay": config.weight_decay if decays else 0.0,
-                "params": sum(x.size for _, x in members),
-                "state_bytes": sum(r.bytes for r in report.rows if r.label == label),
-                "storage": storage(config, report, label),
-                "paths": pattern_counts(
-                    f"{name} {'x'.join(map(str, x.shape))}" for name, x in members
-                ),
-            }
-        )
-    return groups
+    return {
+        "label": role.label,
+        **({"match": role.group.match} if role.group else {}),
+        "optimizer": "none"
+        if frozen
+        else (config.variant if matrix else settings.fallback),
+        "lr": 0.0 if frozen else rate,
+        "weight_decay": 0.0 if frozen else decay,
+        "params": sum(x.size for _, x in leaves),
+        "state_bytes": sum(
+            report.leaf_bytes.get(keystr(path), 0) for path, _ in leaves
+        ),
+        "storage": storage(settings, report, role.label),
+        "paths": pattern_counts(
+            f"{dotted(path)} {'x'.join(map(str, x.shape))}" for path, x in leaves
+        ),
+    }
 
 
-def storage(config: Config, report: MemoryReport, label: str) -> dict[str, str]:
+def storage(
+    config: OptimizerConfig, report: MemoryReport, label: str
+) -> dict[str, str]:
     """Returns how the state of the parameters of a label is stored, by field.
 
     Args:

@@ -80,16 +80,17 @@ def group_table(groups: list[dict[str, Any]]) -> Group:
     table.add_column("stored as")
     members = Table.grid(padding=(0, 2))
     for group in groups:
+        name = " ".join(filter(None, (group["label"], group.get("match"))))
         stored = (f"{field} {name}" for field, name in group["storage"].items())
         table.add_row(
-            group["label"],
+            name,
             group["optimizer"],
             f"{group['lr']:g}",
             f"{group['params']:,}",
             megabytes(group["state_bytes"]),
             "\n".join(stored),
         )
-        members.add_row(f"  {group['label']}", "\n".join(group["paths"]))
+        members.add_row(f"  {name}", "\n".join(group["paths"]))
     return Group(table, members, "")
 
 

@@ -8,6 +8,7 @@ device_batches   batches on the devices that work on them
 loop             what the host does between two steps
 reporter         metrics, evaluations, speed and samples, at their intervals
 evaluation       validation loss
+read_out         weights that are evaluated, averages if these are kept
 text_samples     samples of text from a model in training
 optimizer_share  the optimizer's part of the time of a step
 profiler         a trace of some steps
@@ -24,6 +25,7 @@ from nanochat_jax.lm.training.profiler import (
     StepProfiler as StepProfiler,
     parse_steps as parse_steps,
 )
+from nanochat_jax.lm.training.read_out import read_out as read_out
 from nanochat_jax.lm.training.reporter import Reporter as Reporter
 from nanochat_jax.lm.training.run import (
     Run as Run,

@@ -10,6 +10,7 @@ from nanochat_jax.lm.checkpoints import Checkpoints
 from nanochat_jax.lm.training import guard
 from nanochat_jax.lm.training.device_batches import feed
 from nanochat_jax.lm.training.profiler import StepProfiler
+from nanochat_jax.lm.training.read_out import read_out
 from nanochat_jax.lm.training.reporter import Reporter, due
 from nanochat_jax.lm.training.run import Run
 from nanochat_jax.lm.training.step import TrainState
@@ -47,7 +48,7 @@ def fit(
     config, first, share = run.config, int(state.step), reporter.share
     if first == 0:
         reporter.start(state.params)
-    previous = None
+    previous, weights = None, read_out(run)
     with contextlib.closing(feed(run, first, config.total_steps)) as batches:
         for step, batch in batches:
             if profiler:
@@ -60,7 +61,8 @@ def fit(
                 # One step stays in flight while the host looks at the one before.
                 guard.check(previous, step, config.max_skipped_steps)
             previous, done = values, step + 1
-            reporter.step(done, state.params, values)
+            shown = weights(state) if reporter.reads(done) else state.params
+            reporter.step(done, shown, values)
             stopping = stop(done) or done == config.total_steps
             if checkpoints and (stopping or due(done, config.checkpoint_interval)):
                 checkpoints.save(done, state, run.meta)

@@ -101,7 +101,7 @@ class OptimizerShare:
 
 def _loss_and_norm(run: Run) -> Callable[[gpt.Params, Any], Any]:
     """Returns the compiled forward and backward pass, all microbatches of a step."""
-    frozen = roles.frozen_by(run.config.freeze, run.params)
+    frozen = roles.frozen_by(run.config.freeze, run.params, run.config.groups)
     loss_fn = lambda params, batch: next_token_loss(
         run.graphdef, roles.stop_gradients(params, frozen), batch
     )

@@ -66,12 +66,18 @@ class Reporter:
         self._report(0, self._evaluate(params))
         self._measure_from(0)
 
+    def reads(self, done: int) -> bool:
+        """Returns whether weights are evaluated, or sampled from, after a step."""
+        config, last = self._config, done == self._config.total_steps
+        sampled = self._sample is not None and due(done, config.sample_interval)
+        return last or due(done, config.eval_interval) or sampled
+
     def step(self, done: int, params: Params, values: Mapping[str, Any]) -> None:
         """Reports the metrics due after a step; blocks on the step only if any are.
 
         Args:
           done: Steps done.
-          params: Parameters after it.
+          params: Weights after it that are evaluated.
           values: Its metrics.
 
         Raises:

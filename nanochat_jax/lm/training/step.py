@@ -193,7 +193,7 @@ def compile_train_step(run: Run) -> jax.stages.Compiled:
       run: The run.
     """
     config = run.config
-    frozen = roles.frozen_by(config.freeze, run.params)
+    frozen = roles.frozen_by(config.freeze, run.params, config.groups)
     if config.update_in_backward:
         step = make_backward_step(
             run.graphdef,

@@ -1,8 +1,7 @@
 """Parameters that are frozen by patterns on their paths."""
 
-import difflib
 import fnmatch
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -10,9 +9,20 @@ import jax.numpy as jnp
 import optax
 from jax.tree_util import keystr
 
+from nanochat_jax.config import Group
+from nanochat_jax.optimizer.groups import (
+    groups_of,
+    layer_paths,
+    nearest_paths,
+    slashed_paths,
+    with_parents,
+)
 
-def frozen_by(patterns: Collection[str], params: optax.Params) -> dict[str, str]:
-    """Returns the parameters that patterns freeze.
+
+def frozen_by(
+    patterns: Collection[str], params: optax.Params, groups: Sequence[Group] = ()
+) -> dict[str, str]:
+    """Returns the parameters that patterns and groups freeze.
 
     A pattern is a glob of the shell, of `*`, `?` and `[...]`, where `*` takes slashes
     too. It is matched to the path of a parameter, such as
@@ -27,32 +37,35 @@ def frozen_by(patterns: Collection[str], params: optax.Params) -> dict[str, str]
     Args:
       patterns: The patterns.
       params: Parameters, as arrays or `jax.ShapeDtypeStruct`s.
+      groups: Groups of parameters, some of which may be frozen.
 
     Returns:
-      The first pattern that matches, by path of the parameter as
+      The first pattern that matches, or that of the group, by path of the parameter as
       `jax.tree_util.keystr` gives it.
 
     Raises:
-      ValueError: If a pattern matches nothing, or single layers of stacked blocks; if
-        nothing is left to train.
+      ValueError: If a pattern or a group matches nothing, or single layers of stacked
+        blocks; if nothing is left to train.
     """
     flat = jax.tree.leaves_with_path(params)
-    slashed = {
-        keystr(path): keystr(path, simple=True, separator="/") for path, _ in flat
-    }
-    shapes: dict[str, tuple[int, ...]] = {
-        slashed[keystr(path)]: tuple(getattr(x, "shape", ())) for path, x in flat
-    }
+    slashed = slashed_paths(params)
+    shapes = dict(slashed.values())
     found: dict[str, str] = {}
     errors = []
     for pattern in patterns:
-        matched = [name for name, path in slashed.items() if _matches(path, pattern)]
+        matched = [
+            name for name, (path, _) in slashed.items() if _matches(path, pattern)
+        ]
         found = dict.fromkeys(matched, pattern) | found
         if not matched:
             errors.append(_why_unmet(pattern, shapes))
+    in_group = groups_of(groups, params) if not errors else {}
+    held = {name: group.match for name, group in in_group.items() if group.freeze}
+    found = held | found
     left = any(_trains(x) and keystr(path) not in found for path, x in flat)
-    if patterns and not errors and not left:
-        errors.append(f"`freeze` {[*patterns]} leaves no parameter to train.")
+    if (patterns or held) and not errors and not left:
+        named = [*patterns, *dict.fromkeys(held.values())]
+        errors.append(f"`freeze` {named} leaves no parameter to train.")
     if errors:
         raise ValueError("\n".join(errors))
     return found
@@ -85,20 +98,13 @@ def _trains(x: Any) -> bool:
 
 
 def _matches(path: str, pattern: str) -> bool:
-    return any(fnmatch.fnmatchcase(part, pattern) for part in _with_parents(path))
-
-
-def _with_parents(path: str) -> Iterator[str]:
-    """Yields the paths of the modules around a parameter, and its own."""
-    parts = path.split("/")
-    for i in range(len(parts)):
-        yield "/".join(parts[: i + 1])
+    return any(fnmatch.fnmatchcase(part, pattern) for part in with_parents(path))
 
 
 def _why_unmet(pattern: str, shapes: Mapping[str, tuple[int, ...]]) -> str:
     """Returns why a pattern matches no parameter, and what to give instead."""
     for path, shape in shapes.items():
-        for layer in _layers(path, shape):
+        for layer in layer_paths(path, shape):
             if _matches(layer, pattern):
                 return (
                     f"`freeze` {pattern!r} is for layers by their number, such as "
@@ -106,19 +112,8 @@ def _why_unmet(pattern: str, shapes: Mapping[str, tuple[int, ...]]) -> str:
                     f"{list(shape)}. Freeze that one, or set `scan_layers` and "
                     "`update_in_backward` to false."
                 )
-    known = list(dict.fromkeys(part for path in shapes for part in _with_parents(path)))
-    near = difflib.get_close_matches(pattern, known, n=3) or known[:8]
+    near = nearest_paths(pattern, shapes)
     return (
         f"`freeze` {pattern!r} matches no parameter. It must be a path, such as "
         f"{', '.join(near)}, or a glob that matches one."
     )
-
-
-def _layers(path: str, shape: tuple[int, ...]) -> Iterator[str]:
-    """Yields the paths of the layers of an array, if it is one of stacked layers."""
-    parts = path.split("/")
-    count = shape[0] if len(shape) > 1 else 0
-    for at in range(1, len(parts)):
-        if not any(part.isdigit() for part in parts[at - 1 : at + 1]):
-            for layer in range(count):
-                yield "/".join([*parts[:at], str(layer), *parts[at:]])

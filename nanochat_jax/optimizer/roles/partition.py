@@ -22,26 +22,29 @@ Roles = Mapping[str, Role]
 
 
 def partition_by_role(
-    optimizers: Mapping[str, optax.GradientTransformation],
+    optimizers: Callable[[Roles], Mapping[str, optax.GradientTransformation]],
     settle: Callable[[optax.Params], Roles],
     around: Callable[
         [optax.GradientTransformation], optax.GradientTransformation
     ] = lambda tx: tx,
-    notes: Callable[[], Mapping[str, Any]] = dict,
+    part_of: Callable[[Role], str] = lambda role: role.label,
+    note_of: Callable[[Role], Any] = lambda role: None,
 ) -> optax.GradientTransformationExtraArgs:
     """Gives each parameter to the optimizer of its role.
 
+    Parameters with the label `"matrix"` are in the part `"matrix"`, and in no other.
     Matrices are seen as such, by `as_matrices`, one group of equal shapes after
     another. Frozen parameters, and leaves that are no arrays, have no state and no
     update: zeros where there is a gradient. `flax.nnx` variables are taken as the
     arrays they hold.
 
     Args:
-      optimizers: Optimizers by label: `"matrix"`, `"embedding"`, `"head"`, `"vector"`.
+      optimizers: Function from roles to optimizers by part.
       settle: Function from parameters to the role of each, by path.
       around: Wrapper of the partition, such as clipping by the norm of all
         gradients but those of frozen parameters.
-      notes: Function that returns notes on the optimizers, by label, for `describe`.
+      part_of: Function from a role to its part; by label if not given.
+      note_of: Function from a role to a note on its optimizer, for `describe`.
 
     Returns:
       A transformation, from gradients to updates. Its `update` takes the extra
@@ -53,24 +56,22 @@ def partition_by_role(
     """
 
     def parts(tree: Any, roles: Roles) -> optax.GradientTransformationExtraArgs:
-        trained = {k: role.label for k, role in roles.items() if not _is_frozen(role)}
+        trained = {k: part_of(x) for k, x in roles.items() if not _is_frozen(x)}
+        known: dict[Any, Any] = dict(optimizers(roles))
         # Labels of leaves that `sequence` has left out too, for the state has these.
         labels = jax.tree.map_with_path(
             lambda path, _: trained.get(keystr(path)), tree, is_leaf=lambda x: x is None
         )
-        matrices = _as_matrices(optimizers["matrix"], roles)
+        known["matrix"] = _as_matrices(known["matrix"], roles)
         # A tree that is an Equinox module can be called, and `partition` would do so.
-        by_label = _checked(
-            optax.partition({**optimizers, "matrix": matrices}, lambda _: labels)
-        )
+        by_label = _checked(optax.partition(known, lambda _: labels))
         return optax.with_extra_args_support(around(by_label))
 
     def init_fn(params: optax.Params) -> optax.OptState:
         params = as_arrays(params)
         roles = settle(params)
         if record.is_recording():
-            known = notes()
-            by_path = {path: known.get(role.label) for path, role in roles.items()}
+            by_path = {path: note_of(role) for path, role in roles.items()}
             record.tell(roles=roles, optimizers=by_path)
         trained = _without_frozen(params, roles)
         return parts(trained, roles).init(trained)

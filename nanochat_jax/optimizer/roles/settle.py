@@ -7,7 +7,7 @@ open then is refused.
 """
 
 import dataclasses
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -16,6 +16,8 @@ import optax
 from jax.tree_util import KeyPath, keystr
 
 from nanochat_jax import interop
+from nanochat_jax.config import Group
+from nanochat_jax.optimizer.groups import groups_of, in_group, require_use
 from nanochat_jax.optimizer.roles.freeze import frozen_by
 from nanochat_jax.optimizer.roles.given import (
     Label,
@@ -39,12 +41,21 @@ class Role:
       axes: Axes of its matrices, if it is a matrix.
       assumed: Whether two axes were taken as `(fan_in, fan_out)`, as nothing says
         otherwise.
+      group: Group that it is in, if it is in one.
+      usual: Label without that group; `None` if it is the same.
     """
 
     label: Label
     reason: str
     axes: MatrixAxes | None = None
     assumed: bool = False
+    group: Group | None = None
+    usual: Label | None = None
+
+    @property
+    def decays(self) -> bool:
+        """Whether weight decay for everything but vectors is for it."""
+        return (self.usual or self.label) != "vector"
 
 
 def settle(
@@ -53,6 +64,7 @@ def settle(
     labels: Any = None,
     matrix_axes: Any = None,
     freeze: Collection[str] = (),
+    groups: Sequence[Group] = (),
     refuse: bool = True,
 ) -> dict[str, Role]:
     """Settles the label of every parameter and the axes of every matrix.
@@ -74,6 +86,7 @@ def settle(
       matrix_axes: Axes, as for `as_matrices`, or what `matrix_axes(model)` returned,
         which has labels too; `None` in it leaves a leaf to names and classes.
       freeze: Patterns on paths of parameters that are frozen, as for `frozen_by`.
+      groups: Groups of parameters, whose optimizers and freezing stand before labels.
       refuse: Whether to refuse leaves that are left open; if not, they are matrices
         without axes, for reports.
 
@@ -82,11 +95,12 @@ def settle(
 
     Raises:
       TypeError: If a leaf is complex, or an entry of `matrix_axes` is not axes.
-      ValueError: If a label is not known, or the axes of a matrix are not, or a pattern
-        of `freeze` matches nothing.
+      ValueError: If a label is not known, or the axes of a matrix are not; if a pattern
+        of `freeze` or a group matches nothing, or a group has settings for none of its
+        parameters.
     """
     flat = jax.tree.leaves_with_path(params)
-    frozen = frozen_by(freeze, params)
+    frozen, grouped = frozen_by(freeze, params, groups), groups_of(groups, params)
     wanted = given_labels(labels, params)
     axes = given_axes(matrix_axes, params)
     derived = finder(entries(interop.in_tree(params)))
@@ -95,16 +109,21 @@ def settle(
     roles = {}
     for path, x in flat:
         why = _why_frozen(x)
+        group = grouped.get(keystr(path))
         if not why and keystr(path) in frozen:
-            why = f"`freeze` {frozen[keystr(path)]!r}"
+            by_group = group is not None and group.freeze
+            why = f"{'group' if by_group else '`freeze`'} {frozen[keystr(path)]!r}"
         if why:
             roles[keystr(path)] = Role("frozen", why)
             continue
         said = axes(path, x.shape)
         said = (said, "given") if said is not None else (derived(path), "module")
         role = _role(wanted(path), *said, readings[path], len(x.shape))
+        role = in_group(role, group, readings[path].axes, len(x.shape))
         roles[keystr(path)] = _checked(role, path, x.shape)
     if refuse:
+        shapes = {keystr(path): getattr(x, "shape", ()) for path, x in flat}
+        require_use(groups, shapes, roles)
         _refuse_complex(arrays, roles)
         _refuse_open(flat, roles)
     return roles
@@ -115,6 +134,7 @@ def label_params(
     labels: Any = None,
     matrix_axes: Any = None,
     freeze: Collection[str] = (),
+    groups: Sequence[Group] = (),
 ) -> optax.Params:
     """Labels every parameter by the part it plays.
 
@@ -132,6 +152,7 @@ def label_params(
       labels: As for `build_optimizer`.
       matrix_axes: As for `build_optimizer`.
       freeze: As for `settle`.
+      groups: As for `settle`.
 
     Returns:
       A tree like `params`, of labels.
@@ -139,7 +160,9 @@ def label_params(
     Raises:
       ValueError: As `build_optimizer`.
     """
-    roles = settle(params, labels=labels, matrix_axes=matrix_axes, freeze=freeze)
+    roles = settle(
+        params, labels=labels, matrix_axes=matrix_axes, freeze=freeze, groups=groups
+    )
     return jax.tree.map_with_path(lambda path, _: roles[keystr(path)].label, params)
 
 

@@ -7,6 +7,8 @@ import jax.numpy as jnp
 import optax
 from jax.tree_util import keystr
 
+from nanochat_jax.transforms import checks
+
 
 def is_short(x: Any) -> bool:
     """Returns whether a leaf is bfloat16."""
@@ -25,14 +27,10 @@ def require_params(params: optax.Params | None, who: str) -> optax.Params:
       TypeError: If a leaf is a float of fewer than 32 bits but not bfloat16; with all
         that are.
     """
-    if params is None:
-        raise ValueError(
-            f"`{who}` requires the current value of parameters, but `params` was not "
-            "given to `update`: call `tx.update(grads, state, params)`."
-        )
+    known = checks.require_params(params, who)
     found = [
         f"  {keystr(path)} is {x.dtype}"
-        for path, x in jax.tree.leaves_with_path(params)
+        for path, x in jax.tree.leaves_with_path(known)
         if jnp.issubdtype(x.dtype, jnp.floating)
         and x.dtype.itemsize < 4
         and not is_short(x)
@@ -45,4 +43,4 @@ def require_params(params: optax.Params | None, who: str) -> optax.Params:
             + "\nCast these leaves to bfloat16 or float32, or leave them out with "
             f"`optax.masked({who}(...), mask)`."
         )
-    return params
+    return known

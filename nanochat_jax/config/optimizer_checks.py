@@ -1,0 +1,89 @@
+"""Checks of the optimizer's settings that take more than the least value of a key."""
+
+from typing import Any
+
+from nanochat_jax.config import schema
+from nanochat_jax.polynomials import POLYNOMIALS
+
+
+def all_checks(config: Any) -> list[schema.Check]:
+    """Returns the checks of schedule, method, rank and groups.
+
+    Args:
+      config: An `OptimizerConfig`.
+    """
+    return [
+        *_method_checks(config.ns_method, config.ns_steps),
+        *_rank_checks(config.galore_rank),
+        *_schedule_checks(config),
+        *_group_checks(config),
+    ]
+
+
+def _schedule_checks(config: Any) -> list[schema.Check]:
+    last, end = config.total_steps, "the run does, at step {} = total_steps"
+    if config.schedule == "wsd":
+        last = config.decay_start
+        end = "the decay begins, at step {} = decay_start_frac x total_steps"
+    required = last is not None or config.schedule == "wsd"
+    fractions = {
+        name: getattr(config, name)
+        for name in ("decay_start_frac", "min_lr_frac", "average_start_frac")
+    }
+    to_the_end = {
+        "average_horizon": config.average_horizon > 0,
+        "weight_decay_schedule": config.weight_decay_schedule != "constant",
+    }
+    return [
+        *(
+            (0 <= value <= 1, f"`{name}` must lie in [0, 1], got {value}.")
+            for name, value in fractions.items()
+        ),
+        *(
+            (
+                config.total_steps is not None or not needed,
+                f"`total_steps` is required by `{name}`, which goes by it.",
+            )
+            for name, needed in to_the_end.items()
+        ),
+        (
+            required,
+            f'`total_steps` is required by `schedule = "{config.schedule}"`, whose '
+            "rate falls until then.",
+        ),
+        (
+            last is None or config.warmup_steps <= last,
+            f"`warmup_steps` must end before {end.format(last)}, got "
+            f"{config.warmup_steps}.",
+        ),
+    ]
+
+
+def _group_checks(config: Any) -> list[schema.Check]:
+    return [
+        (
+            group.optimizer in (None, "muon", config.fallback) or group.lr is not None,
+            f"`lr` is required in the group {group.match!r}: `fallback_lr` is that of "
+            f"{config.fallback}, not of {group.optimizer}.",
+        )
+        for group in config.groups
+    ]
+
+
+def _rank_checks(rank: int | float | None) -> list[schema.Check]:
+    allowed, wanted = rank is None or rank >= 1, "at least 1"
+    if isinstance(rank, float):
+        allowed, wanted = 0 < rank < 1, "an int of at least 1 or a fraction in (0, 1)"
+    return [(allowed, f"`galore_rank` must be {wanted}, got {rank}.")]
+
+
+def _method_checks(method: str, steps: int) -> list[schema.Check]:
+    known = POLYNOMIALS.get(method)
+    if known is None:
+        return [
+            (False, f"`ns_method` must be one of {[*POLYNOMIALS]}, got {method!r}.")
+        ]
+    most = len(known.coefficients)
+    allowed = steps <= most or known.repeats
+    message = f"`ns_steps` must be at most {most} for {method!r}, got {steps}."
+    return [(allowed, message)]
