@@ -30,6 +30,7 @@ import common
 import jax
 import jax.numpy as jnp
 
+from nanochat_jax.commands.launch import bound_arenas
 from nanochat_jax.config import Config
 from nanochat_jax.lm.planning import run_memory
 from nanochat_jax.lm.training.step import compile_train_step, init_state
@@ -115,6 +116,7 @@ def main():
         grad_accum_steps=1,
     )
     jax.config.update("jax_platforms", "cpu")
+    bound_arenas()  # as the command line does
     if args.child:
         config = dataclasses.replace(config, **VARIANTS[args.child])
         print(json.dumps(measure(config, args.steps)))

@@ -1,6 +1,7 @@
 """What is loaded at the start, and that Ctrl-C ends it at any time."""
 
 import ast
+import ctypes
 import importlib
 import io
 import os
@@ -156,3 +157,40 @@ assert jax.device_count() == 2
 """
     environment = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}
     subprocess.run([sys.executable, "-c", script], check=True, env=environment)
+
+
+ARENAS = """
+import ctypes, sys, tempfile, threading
+from nanochat_jax.commands.launch import bound_arenas
+if sys.argv[1] == "bound":
+    bound_arenas()
+barrier = threading.Barrier(8)
+def work():
+    kept = [bytearray(100_000) for _ in range(50)]
+    barrier.wait()
+threads = [threading.Thread(target=work) for _ in range(8)]
+[t.start() for t in threads]
+[t.join() for t in threads]
+libc = ctypes.CDLL(None)
+libc.fopen.restype = ctypes.c_void_p
+libc.malloc_info.argtypes = [ctypes.c_int, ctypes.c_void_p]
+with tempfile.NamedTemporaryFile() as file:
+    libc.malloc_info(0, libc.fopen(file.name.encode(), b"w"))
+    libc.fflush(None)
+    print(open(file.name).read().count("<heap"))
+"""
+
+
+@pytest.mark.skipif(
+    not hasattr(ctypes.CDLL(None), "malloc_info"), reason="of the GNU C library"
+)
+def test_threads_of_the_command_line_share_one_arena():
+    count = lambda how: int(
+        subprocess.run(
+            [sys.executable, "-c", ARENAS, how],
+            check=True,
+            capture_output=True,
+            env={k: v for k, v in os.environ.items() if k != "MALLOC_ARENA_MAX"},
+        ).stdout
+    )
+    assert count("bound") == 1 < count("free")
