@@ -77,10 +77,10 @@ def load(spec: str) -> Peer:
         owner = functools.reduce(getattr, parts[:-1], module)
         make = getattr(owner, parts[-1])
     except AttributeError:
-        raise ValueError(f"{place} has no function {'.'.join(parts)}.") from None
+        raise ValueError(f"{place} has no function `{'.'.join(parts)}`.") from None
     source = Path(inspect.getfile(inspect.unwrap(make))).resolve()
     if not source.is_relative_to(path):
-        raise ValueError(f"{'.'.join(parts)} of {place} comes from {source}.")
+        raise ValueError(f"`{'.'.join(parts)}` of {place} comes from {source}.")
     return Peer(make, getattr(owner, "MuonDimensionNumbers", None), _name(module, path))
 
 

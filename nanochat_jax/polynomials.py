@@ -1,8 +1,9 @@
 """Published Newton-Schulz polynomials, each with its source.
 
-A step maps every singular value `s` to `a s + b s³ + c s⁵`. The bands of a sequence of
-steps hold for singular values up to one, so the input is divided by its Frobenius
-norm, times a margin where a sequence grows fast beyond one, or rescaled row by row.
+A step maps every singular value `s` to `a s + b s³ + c s⁵`, in two products of matrices
+if `c` is 0 and else in three. The bands of a sequence of steps hold for singular values
+up to one, so the input is divided by its Frobenius norm, times a margin where a
+sequence grows fast beyond one, or rescaled row by row.
 """
 
 import dataclasses
@@ -114,6 +115,25 @@ POLYNOMIALS: dict[str, Polynomials] = {
             (2.2737, -1.6447, 0.4162),
         ),
         margin=1.02,
+    ),
+    # "How much orthogonalization does Muon need?" (2026), arXiv:2606.00371. Without the
+    # fifth power a step takes two products, not three; five take [0.01, 1] into [0.77,
+    # 1.30]. The first turns values over 1.0035 around, so rounding alone would break it
+    # without a margin.
+    "cubic": Polynomials(
+        (
+            (3.3656576, -3.3420992, 0.0),
+            (2.5744352, -1.4957376, 0.0),
+            (2.5368962, -1.4312570, 0.0),
+            (2.4418906, -1.2764040, 0.0),
+            (2.2230472, -0.9630650, 0.0),
+        ),
+        margin=1.02,
+    ),
+    # DeepSeek-V4 (2026): eight steps of the quintic, and two that converge; all ten
+    # take [1e-3, 1] into [1, 1.001].
+    "deepseek_v4": Polynomials(
+        ((3.4445, -4.7750, 2.0315),) * 8 + ((2.0, -1.5, 0.5),) * 2, repeats=True
     ),
 }
 """Polynomials by name."""

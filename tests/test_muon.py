@@ -117,6 +117,27 @@ def test_temporaries_are_those_of_the_matrices_worked_on_at_a_time():
     assert temporaries(16 * matrix) > 16 * 2 * matrix
 
 
+def test_a_function_in_place_of_newton_schulz_is_given_whole_matrices():
+    given = []
+
+    def double(x):
+        given.append(x.shape)
+        return 2 * x
+
+    tx = nj.orthogonalize(double)
+    updates, _ = tx.update(grads(0), tx.init(PARAMS))
+    helpers.assert_close(updates, jax.tree.map(lambda g: 2 * g, grads(0)))
+    assert given == [(1, 24, 8), (1, 8, 24)]
+
+
+def test_a_function_that_changes_shape_or_type_is_refused():
+    tx = nj.orthogonalize(lambda x: x[..., :1])
+    with pytest.raises(ValueError, match=r"must return float32 of shape \(1, 24, 8\)"):
+        tx.update(grads(0), tx.init(PARAMS))
+    with pytest.raises(ValueError, match="`dtype` and `form`"):
+        nj.orthogonalize(lambda x: x, dtype="float32")
+
+
 @pytest.mark.parametrize("make", [nj.orthogonalize, nj.scale_by_shape])
 def test_vectors_are_refused_all_at_once(make):
     tx = make()

@@ -134,8 +134,9 @@ def test_stacked_gains_are_vectors_and_stacked_kernels_matrices():
 @pytest.mark.parametrize("bits", [pytest.param(32, marks=pytest.mark.slow), 8])
 def test_updates_are_those_of_blocks_one_by_one(bits):
     config = nj.OptimizerConfig(
-        use_8bit_optim=bits == 8, quant_min_size=0, weight_decay=0.1, ns_steps=2
-    )
+        use_8bit_optim=bits == 8, quant_min_size=0, weight_decay=0.1, ns_steps=2,
+        ns_dtype="float32",
+    )  # fmt: skip
     apart, stacked = noisy(), stack_layers(noisy())
     grads = expected()[1]
     updates = update_twice(config, apart, grads)

@@ -7,6 +7,7 @@ Axis letters: `m` rows, `n` columns.
 """
 
 import functools
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -46,9 +47,11 @@ def newton_schulz(
     The standard form works on `X` in every step, in `k(4s²l + 2s³)` operations for `k`
     steps, short side `s` and long side `l`. The Gram form (Dao et al. 2026) works on
     `XXᵀ` and multiplies the result into `X`, in `4rs²l + (8k - 6r)s³` if it starts `r`
-    times. Symmetric products, half of the `4s²l` and all of the `s³`, take a quarter
-    less where they are halved. The Gram form squares the condition number, so it needs
-    float32, in which the two forms agree to 5e-4.
+    times. A step with `c = 0` takes `2s³` less in both. Symmetric products, half of the
+    `4s²l` and all of the `s³`, take a quarter less where they are halved. The Gram form
+    squares the condition number, so it needs float32, in which the two forms agree to
+    5e-4, or to the rounding errors that the steps themselves raise: by the product of
+    all `a`, 119 for `cubic` and 8e4 for `deepseek_v4`.
 
     Example:
       >>> o = newton_schulz(jax.random.normal(jax.random.key(0), (4, 64, 256)))
@@ -60,7 +63,9 @@ def newton_schulz(
       polynomials: The polynomials, one for each step, and the scaling they need.
       dtype: Type of the iterate. Products accumulate in float32 whatever it is.
       form: `"standard"`, `"gram"`, or `"auto"` for the one with fewer operations if
-        it is safe in `dtype`; see `resolve_form`.
+        it is safe in `dtype`; see `resolve_form`. For bfloat16, `"auto"` takes the Gram
+        form in float32 where that is faster and more exact: on processors without AMX,
+        for matrices over five times as long as wide.
       axis_name: Mesh axes over which the columns are sharded, under `jax.shard_map`. No
         matrix may then have more rows than columns in all. Gram matrices are added up
         over these devices, and nothing else of the size of a matrix is sent.
@@ -86,17 +91,28 @@ def _newton_schulz(
     axis_name: tuple[str, ...],
     products: Products,
 ) -> Array:
+    columns = x.shape[-1] * (jax.lax.axis_size(axis_name) if axis_name else 1)
+    form, dtype = _resolve((x.shape[-2], columns), dtype, form, products)
     wide = bool(axis_name) or x.shape[-2] <= x.shape[-1]
     gram_of = lambda y: _sum_over(axis_name, products.gram(y))
     y = normalize(x, polynomials.margin, axis_name).astype(dtype)
     y, known = y if wide else y.mT, None
     if polynomials.rescaling == "aol":
         y, known = _rescale_rows(y, gram_of(y), products)
-    columns = y.shape[-1] * (jax.lax.axis_size(axis_name) if axis_name else 1)
-    form = resolve_form((y.shape[-2], columns), dtype, form)
     iterate = _iterate if form == "standard" else _iterate_gram
     y = iterate(y, known, polynomials, gram_of, products)
     return (y if wide else y.mT).astype(x.dtype)
+
+
+def _resolve(
+    shape: tuple[int, ...], dtype: DTypeLike, form: Form, products: Products
+) -> tuple[Form, DTypeLike]:
+    """Returns form and type of the iteration."""
+    short, long = sorted(shape[-2:])
+    in_bf16 = jnp.dtype(dtype) == jnp.bfloat16
+    if form == "auto" and in_bf16 and long > products.wide_ratio * short:
+        return "gram", jnp.dtype(jnp.float32)
+    return resolve_form(shape, dtype, form), dtype
 
 
 def newton_schulz_flops(
@@ -118,14 +134,16 @@ def newton_schulz_flops(
     """
     products = products_here() if products is None else products
     short, long = sorted(shape[-2:])
-    steps = len(polynomials.coefficients)
+    steps = polynomials.coefficients
+    squares = sum(not _is_cubic(step) for step in steps)
     of_long = products.flops(short, long)
     square = products.flops(short, short)
     applied = 2 * short**2 * long
-    if resolve_form(shape, dtype, form) == "standard":
-        return math.prod(shape[:-2]) * steps * (of_long + square + applied)
+    if _resolve(shape, dtype, form, products)[0] == "standard":
+        total = len(steps) * (of_long + applied) + squares * square
+        return math.prod(shape[:-2]) * total
     starts = len(_segments(polynomials))
-    small = (4 * steps - 3 * starts) * square
+    small = (3 * (len(steps) - starts) + squares) * square
     return math.prod(shape[:-2]) * (starts * (of_long + applied) + small)
 
 
@@ -139,24 +157,38 @@ def _iterate(
     """Applies the polynomials to `y`, whose Gram matrix may be known."""
     steps = polynomials.coefficients
     if known is not None:
-        y, steps = _step(y, steps[0], known, products), steps[1:]
-    if not steps:
-        return y
-    # A loop: one step to compile, and a layout of `y` that does not change within.
-    advance = lambda y, step: (_step(y, step, gram_of(y), products), None)
-    return jax.lax.scan(advance, y, jnp.asarray(steps, jnp.float32))[0]
+        y, steps = _step(y, steps[0], known, products, _is_cubic(steps[0])), steps[1:]
+    for cubic, run in itertools.groupby(steps, _is_cubic):
+        # A loop: one step to compile, and a layout of `y` that does not change within.
+        advance = lambda y, step, cubic=cubic: (
+            _step(y, step, gram_of(y), products, cubic),
+            None,
+        )
+        y = jax.lax.scan(advance, y, jnp.asarray(list(run), jnp.float32))[0]
+    return y
 
 
 def _step(
-    y: Array, coefficients: Coefficients | Array, of_y: Halves, products: Products
+    y: Array,
+    coefficients: Coefficients | Array,
+    of_y: Halves,
+    products: Products,
+    cubic: bool,
 ) -> Array:
     a, b, c = coefficients
-    square = products.gram(mirror(of_y).astype(y.dtype))
     # Added in float32, whatever the products are rounded to.
     add = lambda b, x, c, z: b * x.astype(jnp.float32) + c * z.astype(jnp.float32)
+    multiply = lambda x: products.multiply("...ij,...jk->...ik", x, y)
+    if cubic:
+        return add(a, y, b, multiply(mirror(of_y).astype(y.dtype))).astype(y.dtype)
+    square = products.gram(mirror(of_y).astype(y.dtype))
     factor = jax.tree.map(lambda g, s: add(b, g, c, s).astype(y.dtype), of_y, square)
-    applied = products.multiply("...ij,...jk->...ik", mirror(factor), y)
-    return add(a, y, 1.0, applied).astype(y.dtype)
+    return add(a, y, 1.0, multiply(mirror(factor))).astype(y.dtype)
+
+
+def _is_cubic(coefficients: Coefficients) -> bool:
+    """Returns whether a step lacks the fifth power, and so takes two products."""
+    return coefficients[2] == 0
 
 
 def _iterate_gram(
@@ -196,23 +228,28 @@ def _gram_polynomial(
     # All are polynomials of one symmetric matrix, so they commute.
     multiply = lambda p, q: mirror(products.commuting(p, q)).astype(dtype)
 
-    def factor_of(x: Array, coefficients: Coefficients | Array) -> Array:
+    def factor_of(x: Array, coefficients: Coefficients | Array, cubic: bool) -> Array:
         a, b, c = coefficients
-        return (a * eye + b * wide(x) + c * wide(multiply(x, x))).astype(dtype)
+        factor = a * eye + b * wide(x)
+        if not cubic:
+            factor += c * wide(multiply(x, x))
+        return factor.astype(dtype)
 
     def advance(
-        carry: tuple[Array, ...], step: Array
+        carry: tuple[Array, ...], step: Array, cubic: bool
     ) -> tuple[tuple[Array, ...], None]:
         x, factor, total = carry
         x = multiply(factor, multiply(x, factor))
-        factor = factor_of(x, step)
+        factor = factor_of(x, step, cubic)
         return (x, factor, multiply(factor, total)), None
 
-    factor = factor_of(x, steps[0])
-    if len(steps) == 1:
-        return factor
-    later = jnp.asarray(steps[1:], jnp.float32)
-    return jax.lax.scan(advance, (x, factor, factor), later)[0][2]
+    factor = factor_of(x, steps[0], _is_cubic(steps[0]))
+    carry = x, factor, factor
+    for cubic, run in itertools.groupby(steps[1:], _is_cubic):
+        later = jnp.asarray(list(run), jnp.float32)
+        step = functools.partial(advance, cubic=cubic)
+        carry = jax.lax.scan(step, carry, later)[0]
+    return carry[2]
 
 
 def _rescale_rows(y: Array, of_y: Halves, products: Products) -> tuple[Array, Halves]:

@@ -7,6 +7,7 @@ Axis letters: `s` rows and columns of a symmetric matrix, `h` rows of its upper 
 """
 
 import dataclasses
+import math
 import sys
 from typing import NamedTuple
 
@@ -14,6 +15,8 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
+
+from nanochat_jax.numerics.forms import wide_ratio
 
 HALVES_FROM = 512
 """Size from which two products of parts take less time than the full product.
@@ -44,10 +47,13 @@ class Products:
       short_results: Whether products of bfloat16 are rounded to bfloat16. Products are
         added up in float32 either way, but on accelerators writing and reading float32
         takes as long as the product itself.
+      wide_ratio: Long side over short side above which Newton-Schulz in float32, in the
+        Gram form, takes less time than in bfloat16.
     """
 
     halves_from: int = sys.maxsize
     short_results: bool = False
+    wide_ratio: float = math.inf
 
     def multiply(self, axes: str, x: Array, y: Array) -> Float[Array, "..."]:
         """Returns the product over `axes`, in float32 unless results are short."""
@@ -99,8 +105,9 @@ class Products:
 
 def products_here() -> Products:
     """Returns how JAX's default backend multiplies matrices."""
-    on_cpu = jax.default_backend() == "cpu"
-    return Products(HALVES_FROM) if on_cpu else Products(short_results=True)
+    if jax.default_backend() != "cpu":
+        return Products(short_results=True)
+    return Products(HALVES_FROM, wide_ratio=wide_ratio())
 
 
 def product(

@@ -17,44 +17,32 @@ _BARRIER_HOLDS = jax.__version_info__ >= (0, 11)
 
 
 def in_turn(
-    step: Step, inputs: Any, result: Any = None, devices: int = 1
+    step: Callable[..., Any], inputs: Any, result: Any = None, devices: int = 1
 ) -> tuple[Any, Any]:
-    """Returns `step(*inputs)`, worked on after `result` is there, and `result`.
+    """Returns `step(*inputs)`, begun once `result` is there, and `result`.
 
-    Before JAX 0.11 the order is kept by a loop, which reverse-mode differentiation does
-    not pass. On several devices the compiler decides it there, so that collectives
-    stay out of loops.
+    On several devices the compiler decides the order before JAX 0.11, so that
+    collectives stay out of conditionals.
 
     Args:
       step: Work to do.
-      inputs: Updates, state and params, complete before any of the work is begun.
+      inputs: Its arguments.
       result: Arrays to wait for, if any.
       devices: Number of devices that the inputs are on.
     """
+    if result is None:
+        return step(*inputs), result
     if _BARRIER_HOLDS or devices > 1 or varying_axes(inputs):
         inputs, result = jax.lax.optimization_barrier((inputs, result))
         return step(*inputs), result
-    # Compilers before JAX 0.11 drop the barrier before they schedule. A loop they keep;
-    # its trip count, 1, depends on the result, so that it is not unrolled.
-    updates, state, params = inputs
-    step = jax.jit(step)  # traced once, for the shapes of its results and for the loop
-    times = 1 - _zero_after((updates, ()) if result is None else result)
-    # Results are written over the inputs, unless `step` changes shape or type.
-    results = jax.eval_shape(step, *inputs)[0]
-    in_place = layouts(results) == layouts(updates)
-    start = updates if in_place else optax.tree.zeros_like(results)
-
-    def once(carry: Any) -> Any:
-        # Carried on behind a barrier, or the compiler would widen all parameters of all
-        # groups before the first.
-        turn, carried, state, kept = jax.lax.optimization_barrier(carry)
-        new = step(carried if in_place else kept[1], state, kept[0])
-        return (turn + 1, *new, kept)
-
-    kept = (params, None if in_place else updates)
-    carry = (0, start, state, kept)
-    _, *new, _ = jax.lax.while_loop(lambda carry: carry[0] < times, once, carry)
-    return tuple(new), result
+    # Compilers before JAX 0.11 drop the barrier before they schedule. A conditional is
+    # kept, since its predicate depends on the result. A loop would carry the state in
+    # place, which copies it where its buffers are given to the updates, as
+    # `jax.jit(tx.update, donate_argnums=1)` does.
+    ready = _zero_after(result) == 0
+    step = jax.jit(step)  # traced once, for the shapes of its results and as a branch
+    nothing = optax.tree.zeros_like(jax.eval_shape(step, *inputs))
+    return jax.lax.cond(ready, step, lambda *_: nothing, *inputs), result
 
 
 def run_after(f: Callable[..., Any], *args: Any, result: Any) -> Any:

@@ -4,13 +4,19 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax import lax
 from jax.tree_util import keystr
 from jax.typing import ArrayLike
 from jaxtyping import Array
 
 from nanochat_jax.codecs import is_quantized
-from nanochat_jax.transforms.scheduling.barrier import Step, in_turn, layouts
+from nanochat_jax.transforms.scheduling.barrier import (
+    Step,
+    after,
+    in_turn,
+    layouts,
+)
 from nanochat_jax.transforms.sharding import from_bits, to_bits
 from nanochat_jax.transforms.state_paths import locate
 
@@ -52,11 +58,13 @@ def update_by_rows(
     state: Any,
     params: Any,
     max_bytes: int,
-) -> tuple[Any, Any]:
+    result: Any = None,
+) -> tuple[tuple[Any, Any], Any]:
     """Returns `step_from(0)(updates, state, params)`, worked out a few rows at a time.
 
     Rows are entries of the first axis. They are written over those they came from, so
-    that nothing of full size is added to updates and state.
+    that nothing of full size is added to updates and state. The first rows are begun
+    after `result` is there.
 
     Args:
       step_from: Function from the index of the first row that is passed to the `update`
@@ -65,31 +73,36 @@ def update_by_rows(
       state: Its state; arrays that belong to the leaf have `n` rows too.
       params: A tree like `updates`, or `None`.
       max_bytes: Most bytes of the rows at a time, counted in float32.
+      result: Arrays to wait for, if any.
 
     Returns:
-      Updates and state.
+      Updates and state, and `result`.
     """
     [leaf] = jax.tree.leaves(updates)
     rows = rows_at_a_time(leaf, max_bytes) if leaf.ndim > 1 else 0
     whole_step = step_from(0)
     in_place = _keeps_layout(whole_step, updates, state, params)
     if not 0 < rows < leaf.shape[0] or not in_place:
-        return whole_step(updates, state, params)
+        return in_turn(whole_step, (updates, state, params), result)
     before, treedef = jax.tree.flatten((updates, state, params))
     owned = _owned((updates, state, params), updates)
     written = jax.tree.structure((updates, state))
 
     def work(start: Array | int, count: int, done: list[Array]) -> list[Array]:
-        # Counts are taken from before the first rows: in `done` they have moved on.
-        inputs = [
-            from_bits(lax.dynamic_slice_in_dim(x, start, count), old.dtype)
-            if mine
-            else old
-            for x, old, mine in zip([*done, *params_bits], before, owned, strict=True)
-        ]
+        def step(done: list[Array]) -> tuple[Any, Any]:
+            # Counts are from before the first rows: in `done` they have moved on.
+            inputs = [
+                from_bits(lax.dynamic_slice_in_dim(x, start, count), old.dtype)
+                if mine
+                else old
+                for x, old, mine in zip(
+                    [*done, *params_bits], before, owned, strict=True
+                )
+            ]
+            return step_from(start)(*treedef.unflatten(inputs))
+
         # A read fused with the write over it would cost a copy of the whole leaf.
-        part = in_turn(step_from(start), treedef.unflatten(inputs))[0]
-        part = lax.optimization_barrier(part)
+        part = lax.optimization_barrier(in_turn(step, (done,), done)[0])
         return [
             lax.dynamic_update_slice_in_dim(x, to_bits(new), start, 0) if mine else new
             for x, new, mine in zip(done, jax.tree.leaves(part), owned, strict=False)
@@ -97,14 +110,18 @@ def update_by_rows(
 
     whole = [to_bits(x) for x in before]
     done, params_bits = whole[: written.num_leaves], whole[written.num_leaves :]
-    done = in_pieces(work, leaf.shape[0], rows, done)
-    return written.unflatten(
-        from_bits(x, old.dtype) for x, old in zip(done, before, strict=False)
-    )
+    first = 0 if result is None else after(jnp.int32(0), result)
+    done = in_pieces(work, leaf.shape[0], rows, done, first)
+    new = (from_bits(x, old.dtype) for x, old in zip(done, before, strict=False))
+    return written.unflatten(new), result
 
 
 def in_pieces(
-    write: Callable[[Array | int, int, Any], Any], size: int, rows: int, done: Any
+    write: Callable[[Array | int, int, Any], Any],
+    size: int,
+    rows: int,
+    done: Any,
+    first: ArrayLike = 0,
 ) -> Any:
     """Returns `done` after `write(start, count, done)` for each few of `size` rows.
 
@@ -113,9 +130,11 @@ def in_pieces(
       size: Number of rows.
       rows: Rows of a piece; the last may have fewer.
       done: What is passed from one piece to the next.
+      first: The number 0, for pieces to wait for what it is worked out from.
     """
     pieces, rest = divmod(size, rows)
-    done = lax.fori_loop(0, pieces, lambda i, done: write(i * rows, rows, done), done)
+    piece = lambda i, done: write(i * rows, rows, done)
+    done = lax.fori_loop(first, pieces, piece, done)
     return write(pieces * rows, rest, done) if rest else done
 
 

@@ -40,8 +40,7 @@ def sequence(
     time. Updates and state do not change.
 
     `inner` must treat each leaf by itself. A transform that does not, such as
-    `optax.clip_by_global_norm`, belongs outside. Before JAX 0.11 the
-    order is kept by a loop, which reverse-mode differentiation does not pass.
+    `optax.clip_by_global_norm`, belongs outside.
 
     Example:
       >>> tx = sequence(optax.chain(momentum(), orthogonalize()))
@@ -87,9 +86,11 @@ def sequence(
         )
         alone = placement.devices == 1 and not varying_axes(updates)
         if core_ndim is not None and alone:
-            step = functools.partial(_by_rows, step, layer, rows, core_ndim)
+            run = functools.partial(_by_rows, step, layer, rows, core_ndim)
+        else:
+            run = functools.partial(in_turn, step, devices=placement.devices)
         if len(groups) < 2:
-            return step(updates, state, params)
+            return run((updates, state, params), None)[0]
         weights = None if params is None else treedef.flatten_up_to(params)
         nodes, state_def = jax.tree.flatten(state, is_leaf=is_quantized)
         owners = _owners(state, updates)
@@ -108,7 +109,7 @@ def sequence(
                 state_def.unflatten(_only(nodes, [o in chosen for o in owners])),
                 weights and treedef.unflatten(_only(weights, mine)),
             )
-            new_result, result = in_turn(step, inputs, result, placement.devices)
+            new_result, result = run(inputs, result)
             if result is not None:
                 collect(result)
             result = new_result
@@ -123,14 +124,15 @@ def _by_rows(
     layer: ArrayLike,
     max_bytes: int,
     core_ndim: int,
-    *inputs: Any,
+    inputs: Any,
+    result: Any,
 ) -> tuple[Any, Any]:
-    """Returns `step(*inputs)`, a few rows at a time if there is but one leaf."""
+    """Returns `in_turn(step, inputs, result)`, of a large leaf a few rows at a time."""
     leaves = jax.tree.leaves(inputs[0])
     if len(leaves) != 1 or leaves[0].ndim <= core_ndim:
-        return step(*inputs)
+        return in_turn(step, inputs, result)
     from_row = lambda row: functools.partial(step, layer=layer + row)
-    return update_by_rows(from_row, *inputs, max_bytes=max_bytes)
+    return update_by_rows(from_row, *inputs, max_bytes=max_bytes, result=result)
 
 
 def _owners(state: optax.OptState, updates: optax.Updates) -> list[str | None]:
