@@ -22,6 +22,9 @@ _batches = functools.partial(setting, group="Batches")
 _metrics = functools.partial(setting, group="Metrics and evaluations", affects="course")
 _checkpoints = functools.partial(setting, group="Checkpoints", affects="nothing")
 _skipping = functools.partial(setting, group="Steps that are skipped", affects="course")
+_clipping = functools.partial(
+    setting, group="Attention scores of models without QK-norm", affects="course"
+)
 _samples = functools.partial(setting, group="Samples of text", affects="nothing")
 
 
@@ -82,6 +85,11 @@ class Config(OptimizerConfig, ModelConfig):
         if its loss or its gradient is not finite.
       spike_skip: Standard deviations above the running mean from which on a loss or a
         gradient norm has its step skipped too, after the first 128; 0 skips none.
+      qk_clip: Largest attention score that is kept, such as 100, in a model without
+        `qk_norm`: kernels of queries and keys of heads beyond it are scaled (QK-clip of
+        MuonClip, arXiv:2507.20534); 0 clips none.
+      qk_clip_interval: Steps between two looks at the scores, a forward pass each. The
+        metric `largest_score` has the largest.
       sample_interval: Steps between two samples of text, besides the one at the end; 0
         for only that one.
       sample_tokens: Tokens of text in a sample.
@@ -121,6 +129,8 @@ class Config(OptimizerConfig, ModelConfig):
     keep_checkpoint_every: int | None = _checkpoints(None, least=1)
     max_skipped_steps: int = _skipping(10, least=1)
     spike_skip: float = _skipping(0.0, least=0)
+    qk_clip: float = _clipping(0.0, least=0)
+    qk_clip_interval: int = _clipping(10, least=1, needs=("qk_clip",))
     sample_interval: int = _samples(0, least=0)
     sample_tokens: int = _samples(200, least=0)
     sample_prompt: str = _samples("def ")
@@ -159,8 +169,22 @@ class Config(OptimizerConfig, ModelConfig):
                 self.average_share <= 1,
                 f"`average_share` must lie in [0, 1], got {self.average_share}.",
             ),
+            (
+                not self.qk_clip or self.qk_norm == "none",
+                '`qk_clip` is for `qk_norm = "none"`: normalised queries and keys have '
+                "bounded scores. Set one of them otherwise.",
+            ),
+            (
+                not (self.qk_clip and self._keeps_low_bits),
+                "`qk_clip` scales bfloat16 weights, whose low bits `weight_rounding = "
+                '"split"` keeps apart. Take "stochastic" or weights in float32.',
+            ),
             *self._limit_checks(),
         ]
+
+    @property
+    def _keeps_low_bits(self) -> bool:
+        return self.param_dtype == "bfloat16" and self.weight_rounding == "split"
 
     def _limit_checks(self) -> list[schema.Check]:
         try:

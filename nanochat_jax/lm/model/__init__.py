@@ -4,7 +4,7 @@ activation_sharding  shardings of batches and activations
 attention            rotary positions, and causal attention in parts
 block                attention, feed-forward layer, and the block made of them
 flops                operations of training, counted from the shape
-functions            the loss, also as functions around the stacked blocks
+functions            the loss, also as functions around the stacked blocks; QK-clip
 gpt                  the model, and pure functions of its parameters
 layer_stacking       parameters of stacked blocks, one by one
 loss                 cross-entropy in chunks of positions
@@ -25,7 +25,9 @@ from nanochat_jax.lm.model.flops import (
 )
 from nanochat_jax.lm.model.functions import (
     as_functions as as_functions,
+    clip_attention as clip_attention,
     count_predictions as count_predictions,
+    largest_scores as largest_scores,
     next_token_loss as next_token_loss,
 )
 from nanochat_jax.lm.model.gpt import (

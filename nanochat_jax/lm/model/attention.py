@@ -87,6 +87,28 @@ def causal_attention(
     return heads_first(y.reshape(y.shape[0], -1, *y.shape[3:]))
 
 
+def largest_scores(
+    query: Float[Array, "B S N H"], key: Float[Array, "B S K H"]
+) -> Float[Array, "N"]:
+    """Returns the largest score of each head, over sequences and positions.
+
+    Args:
+      query: Queries.
+      key: Keys, of as many heads or of a divisor of them.
+    """
+    heads_first = lambda x: x.transpose(0, 2, 1, 3)
+    groups = query.shape[2] // key.shape[2]
+    query, key = heads_first(query), heads_first(key)
+    query = query.reshape(*key.shape[:2], groups, *query.shape[2:])
+    ends = _ends(key.shape[2])
+    largest = []
+    for start, end in zip([0, *ends], ends, strict=False):
+        part = query[..., start:end, :]
+        scores = _scores(start, part, key[..., :end, :])
+        largest.append(scores.reshape(*part.shape[:-1], end).max((0, 3, 4)))
+    return functools.reduce(jnp.maximum, largest).reshape(-1)
+
+
 def _attend(
     query: Float[Array, "B K G S H"],
     key: Float[Array, "B K S H"],
@@ -110,16 +132,7 @@ def _ends(length: int) -> list[int]:
 
 def _attend_part(start: int, query: Array, key: Array, value: Array) -> Array:
     """Returns the attention of queries from `start` on to keys up to their last."""
-    *batch, groups, length, size = query.shape
-    # Heads that share a key are more rows of one product.
-    rows = query.reshape(*batch, groups * length, size)
-    scores = jnp.einsum(
-        "...rh,...th->...rt", rows, key, preferred_element_type=jnp.float32
-    )
-    position = jnp.tile(start + jnp.arange(length), groups)
-    seen = jnp.arange(key.shape[-2])[None] <= position[:, None]
-    seen = seen.reshape(*(1 for _ in batch), *seen.shape)
-    scores = jnp.where(seen, scores * size**-0.5, -jnp.inf)
+    scores = _scores(start, query, key)
     # Cancels out, and so has no gradient.
     largest = jax.lax.stop_gradient(scores.max(-1, keepdims=True))
     weights = jnp.exp(scores - largest)
@@ -131,6 +144,20 @@ def _attend_part(start: int, query: Array, key: Array, value: Array) -> Array:
         preferred_element_type=jnp.float32,
     )
     return (y / total).astype(value.dtype).reshape(query.shape)
+
+
+def _scores(start: int, query: Array, key: Array) -> Float[Array, "B K GS T"]:
+    """Returns scores of queries from `start` on; of later keys they are -inf."""
+    *batch, groups, length, size = query.shape
+    # Heads that share a key are more rows of one product.
+    rows = query.reshape(*batch, groups * length, size)
+    scores = jnp.einsum(
+        "...rh,...th->...rt", rows, key, preferred_element_type=jnp.float32
+    )
+    position = jnp.tile(start + jnp.arange(length), groups)
+    seen = jnp.arange(key.shape[-2])[None] <= position[:, None]
+    seen = seen.reshape(*(1 for _ in batch), *seen.shape)
+    return jnp.where(seen, scores * size**-0.5, -jnp.inf)
 
 
 @jax.custom_vjp

@@ -18,7 +18,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from nanochat_jax.config import ModelConfig
-from nanochat_jax.lm.model.attention import causal_attention, rotate
+from nanochat_jax.lm.model.attention import causal_attention, largest_scores, rotate
 from nanochat_jax.lm.model.ternary import TernaryLinear
 from nanochat_jax.transforms import after, run_after
 
@@ -76,12 +76,7 @@ class Attention(nnx.Module):
         cache: LayerCache | None = None,
     ) -> tuple[Float[Array, "B S D"], LayerCache | None]:
         """Returns the attention output, and the cache with `x` added to it."""
-        query, key, value = (
-            y.reshape(*x.shape[:-1], -1, self.head_size)
-            for y in _apply(x, self.query, self.key, self.value)
-        )
-        turn = lambda y: rotate(y, positions, self.rope_theta, self.rope_scaling)
-        query, key = turn(self.query_norm(query)), turn(self.key_norm(key))
+        query, key, value = self._heads(x, positions)
         if cache is None:
             y = causal_attention(query, key, value, keep_scores=self.keeps_scores)
         else:
@@ -92,6 +87,22 @@ class Attention(nnx.Module):
             seen = jnp.arange(cache.keys.shape[1])[None, :] <= positions[:, None]
             y = jax.nn.dot_product_attention(query, *cache, mask=seen[None, None])
         return self.out(y.reshape(*x.shape[:-1], -1)), cache
+
+    def largest_scores(
+        self, x: Float[Array, "B S D"], positions: Int[Array | np.ndarray, "S"]
+    ) -> Float[Array, "N"]:
+        """Returns the largest attention score of each query head."""
+        query, key, _ = self._heads(x, positions)
+        return largest_scores(query, key)
+
+    def _heads(self, x: Array, positions: Array | np.ndarray) -> tuple[Array, ...]:
+        """Returns queries, keys and values, the first two normalised and rotated."""
+        query, key, value = (
+            y.reshape(*x.shape[:-1], -1, self.head_size)
+            for y in _apply(x, self.query, self.key, self.value)
+        )
+        turn = lambda y: rotate(y, positions, self.rope_theta, self.rope_scaling)
+        return turn(self.query_norm(query)), turn(self.key_norm(key)), value
 
 
 class FeedForward(nnx.Module):

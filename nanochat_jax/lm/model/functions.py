@@ -1,13 +1,14 @@
-"""The loss of a model, as one function and as functions around its stacked blocks."""
+"""Pure functions of a model: its loss, whole and around blocks, and QK-clip."""
 
 from collections.abc import Callable
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.typing import ArrayLike
-from jaxtyping import Array, Float32, Int, Int32
+from jaxtyping import Array, Float, Float32, Int, Int32
 
 from nanochat_jax.lm.model import activation_sharding
 from nanochat_jax.lm.model.gpt import GPT
@@ -74,3 +75,81 @@ def as_functions(
         return model.mean_loss(model.final_norm(x), tokens[:, 1:], predictions)
 
     return embed, block, head
+
+
+def largest_scores(
+    graphdef: nnx.GraphDef[GPT], params: Params, tokens: Int[Array, "B S"]
+) -> Float32[Array, "L N"]:
+    """Returns the largest attention score of each layer and head, in a forward pass.
+
+    Args:
+      graphdef: Structure of the model, from `init`.
+      params: Its parameters.
+      tokens: Token ids, or complements of them.
+    """
+    model = nnx.merge(graphdef, params)
+    positions = np.arange(tokens.shape[1], dtype=np.int32)
+    blocks: Any = model.blocks
+    block_def = nnx.graphdef(blocks if model.scans else blocks[0])
+
+    def run(x: Array, layer: Any) -> tuple[Array, Array]:
+        block = nnx.merge(block_def, layer)
+        largest = block.attention.largest_scores(block.attention_norm(x), positions)
+        x, _ = block(x, positions)
+        return activation_sharding.divide_sequences(x), largest
+
+    x = model.look_up(tokens)
+    if model.scans:
+        return jax.lax.scan(run, x, nnx.state(blocks))[1]
+    found = []
+    for block in blocks:
+        x, largest = run(x, nnx.state(block))
+        found.append(largest)
+    return jnp.stack(found)
+
+
+def clip_attention(
+    params: Params, largest: Float[Array, "L N"], threshold: float
+) -> Params:
+    """Returns parameters whose attention scores would have been at most a threshold.
+
+    QK-clip of MuonClip (Kimi K2, 2025, arXiv:2507.20534, section 2.1): of each head
+    with a larger score the kernels of queries and keys are scaled, both by the root of
+    what lacks. Of heads that share a key the one with the largest score decides how it
+    is scaled, and queries make up for it. All else stays as it is, to the bit.
+
+    Args:
+      params: Parameters of a model without norms of queries and keys.
+      largest: Largest scores, from `largest_scores`; not above zero for unknown ones.
+      threshold: Largest score to keep, such as 100.
+    """
+    wanted = jnp.where(largest > threshold, threshold / largest, 1.0)
+    blocks = params["blocks"]
+    if "attention" in blocks:
+        return {**params, "blocks": _clip_block(blocks, wanted)}
+    items = blocks.items() if isinstance(blocks, dict) else enumerate(blocks)
+    clipped = {i: _clip_block(block, wanted[i]) for i, block in items}
+    kept = (
+        clipped if isinstance(blocks, dict) else [clipped[i] for i in sorted(clipped)]
+    )
+    return {**params, "blocks": kept}
+
+
+def _clip_block(block: Params, wanted: Float[Array, "*L N"]) -> Params:
+    """Returns one block, or stacked ones, with products of its heads scaled."""
+    attention = block["attention"]
+    key, query = attention["key"]["kernel"], attention["query"]["kernel"]
+    size = query.shape[-1] // wanted.shape[-1]
+    groups = query.shape[-1] // key.shape[-1]
+    each = wanted.reshape(*wanted.shape[:-1], -1, groups)
+    shared = jnp.sqrt(each.min(-1, keepdims=True))
+
+    def scaled(kernel: Array, scale: Array) -> Array:
+        columns = jnp.repeat(scale.reshape(*wanted.shape[:-1], -1), size, axis=-1)
+        return (kernel * columns[..., None, :]).astype(kernel.dtype)
+
+    clipped = {
+        "query": {**attention["query"], "kernel": scaled(query, each / shared)},
+        "key": {**attention["key"], "kernel": scaled(key, shared)},
+    }
+    return {**block, "attention": {**attention, **clipped}}

@@ -113,6 +113,7 @@ class Reporter:
             "lr": float(jnp.asarray(self._rate(done - 1 - skipped))),
             "grad_norm": float(values["grad_norm"]),
             "skipped": skipped or None,
+            "largest_score": float(values.get("largest_score", 0)) or None,
             "tokens_per_s": speed,
             "mfu": utilization.mfu(speed, self._flops, devices, config.compute_dtype),
             "optimizer_share": self.share and self.share.median,

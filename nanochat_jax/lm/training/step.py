@@ -21,8 +21,10 @@ from nanochat_jax.lm.checkpoints import open_source
 from nanochat_jax.lm.model import (
     activation_sharding,
     as_functions,
+    clip_attention,
     count_predictions,
     gpt,
+    largest_scores,
     next_token_loss,
 )
 from nanochat_jax.lm.training import guard
@@ -168,6 +170,41 @@ def make_backward_step(
     return train_step
 
 
+def with_qk_clip(
+    train_step: TrainStep,
+    graphdef: nnx.GraphDef[gpt.GPT],
+    threshold: float,
+    interval: int,
+) -> TrainStep:
+    """Returns a step after some of which attention scores are clipped.
+
+    After every `interval` steps the largest scores of the first microbatch are found in
+    one more forward pass, and `clip_attention` brings them down. The metric
+    `largest_score` is the largest of them, 0 after other steps.
+
+    Args:
+      train_step: The step.
+      graphdef: Structure of the model.
+      threshold: Largest score to keep.
+      interval: Steps between two clips.
+    """
+
+    def clipping_step(
+        state: TrainState, batch: Int32[Array, "A B S+1"]
+    ) -> tuple[TrainState, dict[str, Array]]:
+        state, metrics = train_step(state, batch)
+        measure = lambda params: largest_scores(graphdef, params, batch[0, :, :-1])
+        shape = jax.eval_shape(measure, state.params)
+        unknown = lambda _: jnp.zeros(shape.shape, shape.dtype)
+        due = state.step % interval == 0
+        largest = jax.lax.cond(due, measure, unknown, state.params)
+        params = clip_attention(state.params, largest, threshold)
+        metrics = {**metrics, "largest_score": largest.max()}
+        return state._replace(params=params), metrics
+
+    return clipping_step
+
+
 def _predictions_each(batch: Int32[Array, "A B S+1"]) -> Array:
     """Returns the predictions of a microbatch on average.
 
@@ -207,11 +244,25 @@ def compile_train_step(run: Run) -> jax.stages.Compiled:
         step = make_train_step(
             run.graphdef, run.tx, spike_skip=config.spike_skip, frozen=frozen
         )
+    if config.qk_clip:
+        _require_trained(frozen)
+        step = with_qk_clip(step, run.graphdef, config.qk_clip, config.qk_clip_interval)
     where = state_shardings(run)
     out = where and (where, where.step)  # metrics are whole on every device
     jitted = jax.jit(step, donate_argnums=0, out_shardings=out)
     with activation_sharding.using(run.mesh):
         return jitted.lower(abstract_state(run), _abstract_batch(run)).compile()
+
+
+def _require_trained(frozen: Collection[str]) -> None:
+    """Refuses to clip kernels of queries and keys that are frozen."""
+    names = ("['query']['kernel']", "['key']['kernel']")
+    held = [name for name in frozen if name.endswith(names)]
+    if held:
+        raise ValueError(
+            "`qk_clip` scales the kernels of queries and keys, but these are frozen: "
+            f"{', '.join(held)}. Leave one of the two out."
+        )
 
 
 def abstract_state(run: Run) -> TrainState:
