@@ -19,6 +19,7 @@ from nanochat_jax.transforms import (
     fix_norms,
     floor_updates,
     normalize_rows,
+    owned,
     precision,
     precondition,
     round_updates,
@@ -88,6 +89,7 @@ TRANSFORMS = {
         quantized(nj.momentum(), INT8), reproject=()
     ),
     "int8(galore(muon))": lambda: quantized(low_rank(muon()), BOTH),
+    "owned(int8(joint))": lambda: owned(quantized(joint(), BOTH)),
     "int8(joint)": lambda: quantized(joint(), BOTH),
     "int8, 2 bits(two speeds)": lambda: quantized(
         two_speed(), BOTH | {"complement": nj.Normal2(16)}

@@ -242,14 +242,14 @@ def test_groups_are_no_flag():
         ("group = 'a'", "`group` must be tables"),
         ("[[group]]\nlr = 1.0", "must be a table with the key `match`"),
         ("[[group]]\nmatch = 'a'\nlrr = 1.0", "match 'a': unknown key `lrr`.*`lr`"),
-        ("[[group]]\nmatch = '('", r"no regular expression: \("),
+        ("[[group]]\nmatch = '('", r"a regular expression, got '\('"),
         ("[[group]]\nmatch = 'a'\nlr = -1.0", "`lr` must be at least 0"),
         ("[[group]]\nmatch = 'a'\nbetas = [0.9, 1.0]", r"`betas` must lie in \[0, 1\)"),
         (
             "[[group]]\nmatch = 'a'\noptimizer = 'muon'\nbetas = [0.9, 0.9]",
             r"\['betas'\] have no effect with `optimizer = 'muon'`",
         ),
-        ("[[group]]\nmatch = 'a'\nfreeze = true\nlr = 1.0", "`freeze` leaves no"),
+        ("[[group]]\nmatch = 'a'\nfreeze = true\nlr = 0.0", "`freeze` leaves no"),
         ("[[group]]\nmatch = 'a'\noptimizer = 'lion'", "`lr` is required in the group"),
     ],
 )  # fmt: skip
@@ -265,6 +265,25 @@ def test_settings_for_none_of_the_parameters_are_refused_together():
     with pytest.raises(ValueError, match="which are Muon's alone") as error:
         settle(PARAMS, groups=groups)
     assert "which are AdamW's or Lion's alone" in str(error.value)
+
+
+@pytest.mark.parametrize("optional", [False, True])
+def test_a_group_of_frozen_parameters_is_refused_unless_it_is_optional(optional):
+    groups = [Group("embed", lr=0.1, optional=optional)]
+    if optional:
+        assert settle(PARAMS, groups=groups, freeze=["embed"])
+    else:
+        with pytest.raises(ValueError, match="its parameters are frozen"):
+            settle(PARAMS, groups=groups, freeze=["embed"])
+
+
+def test_rates_of_groups_may_be_traced():
+    def step(rate):
+        tx = build([Group("embed", lr=rate), Group("blocks", lr=2 * rate)])
+        return tx.update(GRADS, tx.init(PARAMS), PARAMS)[0]
+
+    known = build([Group("embed", lr=0.5), Group("blocks", lr=1.0)])
+    helpers.assert_close(jax.jit(step)(0.5), updates_of(known, 1)[0])
 
 
 def test_a_plan_has_a_line_for_each_label_in_a_group():

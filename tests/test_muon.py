@@ -265,6 +265,13 @@ def test_vectors_are_not_decayed_and_tables_are_as_told():
     ("arguments", "said"),
     [
         ({"complement_bits": 2, "refresh_every": 9}, "`rank` is required by"),
+        (
+            {"precondition_every": 2, "average_start": 3},
+            "`precondition` is required by `precondition_every`, got none.\n"
+            "`average_horizon` is required by `average_start`, got none.",
+        ),
+        ({"groups": [{"match": "a", "rate": 1.0, "lrr": 1.0}]}, "you mean `lr`?"),
+        ({"groups": [nj.Group("a", optimizer="lion")]}, "`lr` is required in the"),
         ({"rank": 4, "complement": -1.0}, "`complement` must be at least 0"),
         ({"rank": 4, "refresh_every": 0}, "`refresh_every` must be at least 1"),
         ({"beta": 2.0, "min_size": -1}, "`min_size` must be at least 0"),

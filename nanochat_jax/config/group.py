@@ -55,8 +55,12 @@ class Group:
         idle = [*_OF_MUON] if self.optimizer in ("adamw", "lion") else []
         idle += ["betas"] * (self.optimizer == "muon")
         idle = [name for name in idle if name in given]
+        wrong = _why_no_pattern(self.match)
         schema.require(
-            (_compiles(self.match), f"`match` is no regular expression: {self.match}"),
+            (
+                not wrong,
+                f"`match` must be a regular expression, got {self.match!r}: {wrong}.",
+            ),
             *schema.lower_bounds(
                 self, {x: 0 for x in ("lr", "weight_decay") if x in given}
             ),
@@ -103,12 +107,15 @@ class Group:
             for field in dataclasses.fields(self)
             if field.name not in others
         }
-        return {name: x for name, x in values.items() if x not in (None, False)}
+        # Not by `==`: zero is a setting, and a rate may be traced.
+        return {
+            name: x for name, x in values.items() if x is not None and x is not False
+        }
 
 
-def _compiles(pattern: str) -> bool:
+def _why_no_pattern(pattern: str) -> str:
     try:
         re.compile(pattern)
-    except re.error:
-        return False
-    return bool(pattern)
+    except re.error as error:
+        return str(error)
+    return "" if pattern else "it is empty"

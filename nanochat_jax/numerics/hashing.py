@@ -105,9 +105,31 @@ def leaf_key(seed: int, count: Array, name: str, start: ArrayLike = 0) -> PRNGKe
       name: Path of the leaf.
       start: Position in the leaf of the first number to draw, see `start_of`.
     """
+    return composed_key(count, jnp.uint32(leaf_word(seed, name)), start)
+
+
+def leaf_word(seed: int, name: str) -> int:
+    """Returns the part of a key that depends on seed and leaf.
+
+    Args:
+      seed: Seed of the run.
+      name: Path of the leaf.
+    """
+    return zlib.crc32(f"{seed} {name}".encode())
+
+
+def composed_key(
+    count: Array, word: UInt32[Array, ""], start: ArrayLike = 0
+) -> PRNGKeyArray:
+    """Returns the random key of the leaf of a `leaf_word`, as `leaf_key` has it.
+
+    Args:
+      count: Number of the step.
+      word: The word.
+      start: Position in the leaf of the first number to draw, see `start_of`.
+    """
     # Composed, not derived, which would compile code for each leaf. The step is first,
     # so that hashes depend on it and are not moved out of a loop.
     first = mix_bits(count.astype(jnp.uint32)) + jnp.asarray(start, jnp.uint32)
-    word = jnp.uint32(zlib.crc32(f"{seed} {name}".encode()))
     data = jnp.stack([first, word])
     return jax.random.wrap_key_data(data, impl="threefry2x32")

@@ -16,13 +16,12 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Float32
 
 from nanochat_jax.numerics.hashing import symmetric
-from nanochat_jax.numerics.polar import normalize
 from nanochat_jax.numerics.symmetric import product
 
 POWER_ITERATIONS = 3
 """Products with `XXᵀ` from a random sketch to a basis."""
 
-_NOISE = 1e-6
+_NOISE = 2.0**-20
 """Weight of the sketch added to each normalised product, to keep it of full rank."""
 
 
@@ -70,7 +69,9 @@ def range_basis(
     Returns:
       The basis.
     """
-    x = normalize(x)
+    x = x.astype(jnp.float32)
+    largest = jnp.max(jnp.abs(x), axis=(-2, -1), keepdims=True)
+    x = _unit(x / jnp.where(largest > 0, largest, 1.0))  # no square over- or underflows
     if form_gram is None:
         short, long = x.shape[-2:]
         form_gram = _gram_is_cheaper(short, long, rank, power_iterations)
@@ -78,7 +79,7 @@ def range_basis(
     # Not signs: a small matrix of signs can be singular, and rounding then decides the
     # basis.
     sketch = symmetric(seed, (*x.shape[:-2], rank, x.shape[-2]), start)
-    sketch /= math.sqrt(x.shape[-2])
+    sketch = jax.lax.optimization_barrier(sketch / math.sqrt(x.shape[-2]))
     # Where `x` has less than full rank, the sketch fills up the basis.
     mend = lambda y: _unit(y) + _NOISE * sketch
     y = sketch
@@ -152,7 +153,8 @@ def _nearly_orthonormalize(y: Array) -> Array:
     """Returns rows with the span of the rows of `y`, orthonormal to 1e-5."""
     for _ in range(_shifted_passes(*y.shape[-2:])):
         # Shift relative to the actual norm, which a few rows may carry.
-        y = _cholesky_qr(y, 1e-7 * jnp.sum(y * y, axis=(-2, -1), keepdims=True))
+        squares = _power_of_two(jnp.sum(y * y, axis=(-2, -1), keepdims=True))
+        y = _cholesky_qr(y, 2e-7 * squares)
     return _cholesky_qr(y)
 
 
@@ -177,6 +179,17 @@ def _cholesky_qr(y: Array, shift: Array | float | None = None) -> Array:
 
 
 def _unit(y: Array) -> Array:
-    """Returns matrices of Frobenius norm one; zero stays zero."""
-    norm = jnp.linalg.norm(y, axis=(-2, -1), keepdims=True)
+    """Returns matrices of Frobenius norm from one to two; zero stays zero."""
+    norm = _power_of_two(jnp.linalg.norm(y, axis=(-2, -1), keepdims=True))
     return y / jnp.where(norm > 0, norm, 1.0)
+
+
+def _power_of_two(x: Array) -> Array:
+    """Returns the largest powers of two up to positive numbers; zero stays zero.
+
+    Numbers that are added up in another order, as in a stack of another size, differ
+    in the last bit. Their powers of two do not, and to divide by one is exact, so that
+    bases are the same to the bit.
+    """
+    exponent = jax.lax.bitcast_convert_type(x, jnp.uint32) & 0x7F800000
+    return jax.lax.bitcast_convert_type(exponent, jnp.float32)

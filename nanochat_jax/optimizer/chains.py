@@ -27,6 +27,7 @@ from nanochat_jax.transforms import (
     momentum,
     normalize_rows,
     orthogonalize,
+    owned,
     precondition,
     quantize_state,
     round_updates,
@@ -95,7 +96,9 @@ def _direction(config: OptimizerConfig, rule: Rule) -> optax.GradientTransformat
         tx = optax.chain(_galore(average, config), step)
     else:
         tx = _galore(optax.chain(average, step), config)
-    return _quantized(tx, state_codecs(config), config)
+    tx = _quantized(tx, state_codecs(config), config)
+    # Bases are found from whole matrices, which each device is sent once.
+    return owned(tx, dtype=config.ns_dtype) if config.use_galore else tx
 
 
 def _galore(

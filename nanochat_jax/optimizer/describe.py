@@ -12,7 +12,7 @@ from nanochat_jax.optimizer import advice
 from nanochat_jax.optimizer.notes import notes_by_label
 from nanochat_jax.optimizer.roles import Role
 from nanochat_jax.optimizer.sharding import bytes_per_device
-from nanochat_jax.transforms import ResolvedAxes, locate, record
+from nanochat_jax.transforms import ResolvedAxes, locate, owners, record
 
 _COLUMNS = ("path", "shape", "view", "label", "optimizer", "rate", "state", "reason")
 
@@ -103,7 +103,7 @@ def describe(tx: optax.GradientTransformation, params: optax.Params) -> Descript
     """
     params = as_arrays(params)
     state, told = record.recorded_init(tx, params)
-    held = _held(state, params)
+    held = _held(owners.with_layout(state, {}), params)
     leaves = []
     for path, x in jax.tree.leaves_with_path(params):
         name, shape = keystr(path), tuple(getattr(x, "shape", ()))

@@ -20,7 +20,7 @@ from nanochat_jax.optimizer.sharding import (
     shardings_of,
     state_sharding,
 )
-from nanochat_jax.transforms import Place, locate, record
+from nanochat_jax.transforms import Place, locate, owners, record
 
 
 @dataclasses.dataclass(frozen=True)
@@ -150,7 +150,6 @@ def memory_report(
     state = _placed_state(tx, params)
     places = locate(state, params)
     sums: dict[tuple[str, str, str], list[int]] = {}
-    leaf_bytes: dict[str, int] = {}
     for path, node in jax.tree.leaves_with_path(state, is_leaf=is_quantized):
         place = places[keystr(path)]
         label = label_of[place.name] if place.name is not None else "other"
@@ -159,9 +158,6 @@ def memory_report(
         parts = {"": node.codes, ".scales": node.scales} if stored else {"": node}
         for suffix, x in parts.items():
             key = (label, field + suffix, x.dtype.name)
-            if place.name is not None:
-                size = leaf_bytes.get(place.name, 0) + x.size * x.dtype.itemsize
-                leaf_bytes[place.name] = size
             counted = (x.size, x.size * x.dtype.itemsize, bytes_per_device(x))
             sums[key] = [a + b for a, b in zip(sums.get(key, (0,) * 3), counted)]  # noqa: B905
     spread = shardings_of(params) is not None
@@ -169,8 +165,10 @@ def memory_report(
         MemoryRow(*key, entries, size, here if spread else None)
         for key, (entries, size, here) in sums.items()
     )
-    full_rank = _full_rank(state, places, label_of)
-    return MemoryReport(rows, counts, full_rank, leaf_bytes)
+    plain = owners.with_layout(state, {})
+    places = locate(plain, params)
+    full_rank = _full_rank(plain, places, label_of)
+    return MemoryReport(rows, counts, full_rank, _leaf_bytes(plain, places))
 
 
 def compiled_bytes(
@@ -231,6 +229,17 @@ def _placed_state(tx: optax.GradientTransformation, params: optax.Params) -> Any
         state,
         state_sharding(tx, params, shardings),
     )
+
+
+def _leaf_bytes(state: optax.OptState, places: Mapping[str, Place]) -> dict[str, int]:
+    """Returns the bytes of the state of each parameter."""
+    sizes: dict[str, int] = {}
+    for path, node in jax.tree.leaves_with_path(state, is_leaf=is_quantized):
+        name = places[keystr(path)].name
+        if name is not None:
+            size = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(node))
+            sizes[name] = sizes.get(name, 0) + size
+    return sizes
 
 
 def _full_rank(

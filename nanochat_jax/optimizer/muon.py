@@ -157,7 +157,7 @@ def muon(
     """
     arguments = dict(locals())
     _require_static(arguments)
-    _require_rank(arguments)
+    _require_needed(arguments)
     if bits not in (32, 8, 4):
         raise ValueError(f"`bits` must be 32, 8 or 4, got {bits!r}.")
     if rank is not None:
@@ -250,24 +250,41 @@ def _configuration(arguments: dict[str, Any], **settings: Any) -> OptimizerConfi
     try:
         return OptimizerConfig(**settings, **known)
     except ValueError as error:
-        message = str(error)
-        for theirs, ours in _NAMES.items():
-            message = message.replace(f"`{theirs}", f"`{ours}")
-        raise ValueError(message) from None
+        lines = map(_in_own_names, str(error).splitlines())
+        raise ValueError("\n".join(lines)) from None
 
 
-def _require_rank(arguments: dict[str, Any]) -> None:
-    """Refuses arguments about a low-rank space where there is none."""
-    defaults = {
-        name: inspect.signature(muon).parameters[name].default
-        for name in (
-            "complement", "complement_bits", "complement_beta", "refresh_every",
-            "basis_bits",
-        )
-    }  # fmt: skip
-    given = [f"`{k}`" for k, value in defaults.items() if arguments[k] != value]
-    if given and arguments["rank"] is None:
-        raise ValueError(f"`rank` is required by {', '.join(given)}, got none.")
+def _in_own_names(line: str) -> str:
+    """Returns a line of a message with arguments for keys."""
+    if line.startswith("`groups`") or " in the group " in line:
+        return line  # Groups have keys of their own, by the names of configurations.
+    for theirs, ours in _NAMES.items():
+        line = line.replace(f"`{theirs}", f"`{ours}")
+    return line
+
+
+# Arguments, and those without which they have no effect.
+_NEEDING = {
+    "rank": (
+        "complement", "complement_bits", "complement_beta", "refresh_every",
+        "basis_bits",
+    ),
+    "precondition": ("precondition_every", "precondition_beta", "precondition_bits"),
+    "normalize_rows": ("normuon_beta",),
+    "average_horizon": ("average_start",),
+}  # fmt: skip
+
+
+def _require_needed(arguments: dict[str, Any]) -> None:
+    """Refuses arguments about what is not asked for."""
+    defaults = inspect.signature(muon).parameters
+    errors = []
+    for switch, names in _NEEDING.items():
+        given = [f"`{x}`" for x in names if arguments[x] != defaults[x].default]
+        if given and not arguments[switch]:
+            errors.append(f"`{switch}` is required by {', '.join(given)}, got none.")
+    if errors:
+        raise ValueError("\n".join(errors))
 
 
 _INJECTABLE = {

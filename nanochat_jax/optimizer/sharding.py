@@ -11,6 +11,9 @@ parameter, such as counts, are replicated. So
   * a basis `[short, r]` is sharded as the parameter's shorter axis, a low-rank momentum
     `[r, long]` as its longer one; by another axis if that one is not sharded.
 
+Where matrices have owners, as `owned` gives them, an array of their state has an entry
+for each matrix of a stack, and all mesh axes shard the axis of entries.
+
 An axis that divides none of an array's dimensions is dropped: the array is then on more
 devices than the parameter, and nothing else changes.
 """
@@ -25,7 +28,15 @@ from jax.sharding import NamedSharding
 from jax.tree_util import KeyPath, keystr
 
 from nanochat_jax.codecs import is_quantized
-from nanochat_jax.transforms import Placement, locate, placement, record, specs
+from nanochat_jax.transforms import (
+    Placement,
+    is_owned,
+    laid_out,
+    locate,
+    placement,
+    record,
+    specs,
+)
 
 
 def state_sharding(
@@ -60,11 +71,18 @@ def state_sharding(
     mesh = next(iter(shardings.values()))
     state, told = record.recorded_init(tx, params)
     places = locate(state, params)
+    owned = [
+        keystr(path) + ".inner"
+        for path, node in jax.tree.leaves_with_path(state, is_leaf=is_owned)
+        if is_owned(node)
+    ]
 
     def place(path: KeyPath, leaf: Any) -> Any:
         name = places[keystr(path)].name
         if name is None:
             return specs.replicated(mesh)
+        if name in told.stacks and keystr(path).startswith(tuple(owned)):
+            return jax.tree.map(lambda _: told.stacks[name], leaf)
         like, where = shapes[name], shardings[name]
         view = told.views.get(name)
         if view is not None and leaf.shape != like:
@@ -146,13 +164,19 @@ def distribute(
     tx = optax.with_extra_args_support(tx)
     known = _by_path(param_shardings, param_shardings)
 
+    def init(params: optax.Params) -> optax.OptState:
+        with laid_out(placement=Placement.of(params, param_shardings)):
+            return tx.init(params)
+
     def place_state(state: optax.OptState, params: optax.Params) -> optax.OptState:
-        wanted = state_sharding(tx, params, param_shardings)
+        owned = any(map(is_owned, jax.tree.leaves(state, is_leaf=is_owned)))
+        with laid_out(per_leaf=not owned):
+            wanted = state_sharding(tx._replace(init=init), params, param_shardings)
         flat = jax.tree.leaves_with_path(wanted)
         return _constrain(state, {keystr(path): s for path, s in flat})
 
     def init_fn(params: optax.Params) -> optax.OptState:
-        return place_state(tx.init(params), params)
+        return place_state(init(params), params)
 
     def update_fn(
         updates: optax.Updates,

@@ -21,6 +21,7 @@ galore/        a low-rank space of the gradient
 links/         further links of a chain
 precondition/  updates scaled in the eigenbases of their gradients
 scheduling/    groups of leaves one after another, which bounds temporaries
+owners/        whole matrices, each on the device that owns it
 sharding/      the same transforms on a mesh of devices
 applying       updates applied where they are made
 precision/     float32 inside, whatever the type of gradients; weights in bfloat16
@@ -31,7 +32,7 @@ record         facts that transforms tell at `init`
 checks         refusals of complex leaves and foreign states
 """
 
-from nanochat_jax.transforms import record as record
+from nanochat_jax.transforms import owners as owners, record as record
 from nanochat_jax.transforms.applying import (
     AppliesUpdates as AppliesUpdates,
     apply_gradients as apply_gradients,
@@ -86,6 +87,11 @@ from nanochat_jax.transforms.orthogonalize import (
     orthogonalize as orthogonalize,
     scale_by_shape as scale_by_shape,
 )
+from nanochat_jax.transforms.owners import (
+    owned as owned,
+    per_leaf as per_leaf,
+    restacked as restacked,
+)
 from nanochat_jax.transforms.plain_states import (
     QuantizationError as QuantizationError,
     dequantize as dequantize,
@@ -124,7 +130,10 @@ from nanochat_jax.transforms.scheduling import (
 from nanochat_jax.transforms.sharding import (
     Placement as Placement,
     from_bits as from_bits,
+    is_owned as is_owned,
+    laid_out as laid_out,
     placement as placement,
+    plan as plan,
     specs as specs,
     to_bits as to_bits,
 )

@@ -14,6 +14,8 @@ from nanochat_jax.transforms.sharding import (
     NOWHERE,
     Placement,
     in_auto_mode,
+    laid_out,
+    layout,
     seen_as,
 )
 
@@ -83,7 +85,8 @@ def seen_by(
     def init_fn(params: optax.Params) -> optax.OptState:
         views = resolve(rule, params)
         record.tell(views=views)
-        with record.seen(views):
+        placement = layout().placement.viewed(views)
+        with record.seen(views), laid_out(placement=placement):
             return inner.init(_seen(views, params))
 
     def update_fn(

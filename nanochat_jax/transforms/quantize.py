@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import jax
@@ -17,7 +18,7 @@ from nanochat_jax.codecs import Codec, Quantized, is_quantized
 from nanochat_jax.numerics import hashing
 from nanochat_jax.transforms import checks, precision
 from nanochat_jax.transforms.scheduling import group_bytes, rows_at_a_time
-from nanochat_jax.transforms.sharding import in_auto_mode, sharded_as
+from nanochat_jax.transforms.sharding import Entries, in_auto_mode, layout, sharded_as
 from nanochat_jax.transforms.state_paths import Place, locate
 
 
@@ -73,7 +74,6 @@ def quantize_state(
     """
     checks.require_codecs(codecs)
     inner = optax.with_extra_args_support(inner)
-    encode = functools.partial(_encode_leaf, codecs, seed)
 
     def init_fn(params: optax.Params) -> QuantizeState:
         checks.require_real(params, "quantize_state")
@@ -81,42 +81,45 @@ def quantize_state(
         places = locate(state, params)
         if jax.tree.leaves(params):
             _require_fields(places, codecs)
-        count = jnp.zeros([], jnp.int32)
+        keys = _Keys(seed, jnp.zeros([], jnp.int32), places)
 
         def store(path: KeyPath, x: Any) -> Any:
             name = keystr(path)
             field = places[name].field(codecs)
             # A leaf that another `quantize_state` inside has stored is left to it.
-            if field is None or is_quantized(x) or not _is_large(x, min_size):
+            if field is None or is_quantized(x):
                 return x
-            first = lambda x, i: encode(field, name, x, count, i)
+            size = layout().size_of(places[name].name, x)
+            if not _is_real(x) or size < max(min_size, 1):
+                return x
+            by_key = lambda i: keys._replace(layer=i).encode
+            first = lambda x, i: by_key(i)(codecs[field], name, x)
             return sharded_as(_by_rows(first), x)
 
-        return QuantizeState(count, _over_leaves(store, state))
+        return QuantizeState(keys.count, _over_leaves(store, state))
 
     def update_fn(
         updates: optax.Updates,
         state: Any,
         params: optax.Params | None = None,
         layer: ArrayLike = 0,
+        entries: Mapping[str, Entries] | None = None,
         **extra_args: Any,
     ) -> tuple[optax.Updates, QuantizeState]:
         checks.require_state(state, QuantizeState, "quantize_state")
         fields = _stored_here(state.inner, updates, codecs)
         decode = lambda path, x: x.decode() if keystr(path) in fields else x
-        new_updates, new_inner = inner.update(
-            precision.widened(updates),
-            _over_leaves(decode, state.inner),
-            params,
-            layer=layer,
-            **extra_args,
-        )
+        plain, wide = _over_leaves(decode, state.inner), precision.widened(updates)
+        extra_args |= {"layer": layer, "entries": entries}
+        new_updates, new_inner = inner.update(wide, plain, params, **extra_args)
+        places = locate(state.inner, updates)
+        keys = _Keys(seed, state.count, places, layer, entries or {})
 
         def store(path: KeyPath, old: Any, new: Any) -> Any:
             name = keystr(path)
             if name not in fields:
                 return optax.tree.cast_like(new, old)
-            stored = encode(fields[name], name, new, state.count, layer)
+            stored = keys.encode(codecs[fields[name]], name, new)
             return dataclasses.replace(stored, dtype=old.dtype)
 
         count = jnp.asarray(optax.safe_increment(state.count))
@@ -129,23 +132,49 @@ def quantize_state(
 _over_leaves = functools.partial(jax.tree.map_with_path, is_leaf=is_quantized)
 
 
-def _encode_leaf(
-    codecs: Mapping[str, Codec],
-    seed: int,
-    field: str,
-    name: str,
-    x: Array,
-    count: Array,
-    layer: ArrayLike = 0,
-) -> Quantized:
-    """Returns a leaf of a field, or entries from `layer` on of it, in stored form."""
-    codec = codecs[field]
-    # One key must not serve two random draws, here and in the wrapped transform.
-    name = f"quantize_state{name}"
-    if not codec.needs_key:
-        return _encode(codec, x, None)
-    start = hashing.start_of(layer, x.shape)
-    return _encode(codec, x, hashing.leaf_key(seed, count, name, start))
+class _Keys(NamedTuple):
+    """What random keys of stored leaves follow from, besides their paths.
+
+    Attributes:
+      seed: Seed of the rounding.
+      count: Number of the step.
+      places: Places of the leaves in the state.
+      layer: Index on the first axis of their first entries.
+      entries: Entries of stacks, by path, where matrices have owners.
+    """
+
+    seed: int
+    count: Array  # pyright: ignore[reportIncompatibleMethodOverride]
+    places: Mapping[str, Place]
+    layer: ArrayLike = 0
+    entries: Mapping[str, Entries] = MappingProxyType({})
+
+    def encode(self, codec: Codec, name: str, x: Array) -> Quantized:
+        """Returns a leaf, or some of its entries, in stored form."""
+        if not codec.needs_key:
+            return _encode(codec, x, None)
+        above, leaf = self.places[name]
+        entries = self.entries.get(leaf or "")
+        # One key must not serve two random draws, here and in the wrapped transform.
+        prefix = f"quantize_state{keystr(above)}"
+        if entries is not None:
+            return self._encode_entries(codec, prefix, x, entries)
+        start = hashing.start_of(self.layer, x.shape)
+        key = hashing.leaf_key(self.seed, self.count, f"{prefix}{leaf or ''}", start)
+        return _encode(codec, x, key)
+
+    def _encode_entries(
+        self, codec: Codec, prefix: str, x: Array, entries: Entries
+    ) -> Quantized:
+        """Returns entries of a stack, rounded as their members would be apart."""
+        member, place = entries.members(self.layer, len(x))
+        word = lambda leaf: hashing.leaf_word(self.seed, prefix + leaf)
+
+        def encode(x: Array, word: Array, place: Array) -> Quantized:
+            start = hashing.start_of(place, (1, *x.shape))
+            return _encode(codec, x, hashing.composed_key(self.count, word, start))
+
+        return jax.vmap(encode)(x, entries.words(word, member), place)
 
 
 def _by_rows(encode: Callable[[Array, ArrayLike], Quantized]) -> Callable[..., Any]:
@@ -171,10 +200,8 @@ def _by_rows(encode: Callable[[Array, ArrayLike], Quantized]) -> Callable[..., A
     return encode_leaf
 
 
-def _is_large(x: Array, min_size: int) -> bool:
-    """Returns whether a leaf is worth quantising."""
-    is_real = jnp.issubdtype(x.dtype, jnp.floating)
-    return is_real and x.ndim > 0 and x.size >= max(min_size, 1)
+def _is_real(x: Array) -> bool:
+    return x.ndim > 0 and jnp.issubdtype(x.dtype, jnp.floating)
 
 
 # Traced once for each codec and shape, not once for each of many leaves.

@@ -14,6 +14,7 @@ from variants import VARIANTS, build, leaves, make_mesh, shardings
 
 import nanochat_jax as nj
 from nanochat_jax.numerics.polar import newton_schulz
+from nanochat_jax.transforms import restacked
 
 PLACES = [("8", AxisType.Auto), ("4x2", AxisType.Explicit), ("2x2x2", AxisType.Auto)]
 # Those that between them compile everything once.
@@ -41,32 +42,64 @@ def assert_placed(tree, wanted):
 
 @functools.cache
 def unsharded(variant):
-    """Returns the state before the third step and after it, and the updates."""
+    """Returns updates of three steps, with two changes of basis, and the state."""
     tx = build(variant, leaves(0))
-    update, state = jax.jit(tx.update), tx.init(leaves(0))
-    for step in range(2):
-        _, state = update(leaves(step + 1), state, leaves(0))
-    return state, *update(leaves(3), state, leaves(0))
+    update, state, updates = jax.jit(tx.update), tx.init(leaves(0)), []
+    for step in range(1, 4):
+        new, state = update(leaves(step), state, leaves(0))
+        updates.append(new)
+    return updates, state
 
 
 @pytest.mark.parametrize(("variant", "mesh", "kind"), CASES)
 def test_sharded_updates_equal_unsharded_ones(variant, mesh, kind):
-    before, updates, after = unsharded(variant)
+    """Normal gradients have flat spectra, whose bases turn with every rounding."""
+    wanted, after = unsharded(variant)
     placed = shardings(make_mesh(mesh, kind))
-    params, grads = jax.device_put((leaves(0), leaves(3)), (placed, placed))
+    params = jax.device_put(leaves(0), placed)
     tx = build(variant, params)
     where = nj.state_sharding(tx, params)
-    state = jax.device_put(before, where)
     # With the mesh in the context, and without.
     where_it_runs = jax.tree.leaves(placed)[0].mesh
     with jax.set_mesh(where_it_runs) if mesh != "8" else contextlib.nullcontext():
-        found, state = jax.jit(tx.update)(grads, state, params)
+        state, update = nj.init_sharded(tx, params), jax.jit(tx.update)
+        for step, updates in enumerate(wanted, start=1):
+            grads = jax.device_put(leaves(step), placed)
+            found, state = update(grads, state, params)
+            largest = max(abs(x).max() for x in jax.tree.leaves(updates))
+            assert_close(found, updates, 1e-5 * float(largest))
     assert_placed((found, state), (placed, where))
-    largest = max(abs(x).max() for x in jax.tree.leaves(updates))
-    assert_close(found, updates, 1e-5 * float(largest))
     # An entry on the edge between two codes may get the other one.
     decode = lambda state: nj.dequantize(jax.tree.map(jnp.asarray, state))
-    assert_close(decode(jax.device_get(state)), decode(jax.device_get(after)), 5e-3)
+    state = restacked(jax.device_get(state), after)
+    assert_close(decode(state), decode(after), 5e-3)
+
+
+WIDE = {"galore_rank": 64, "quant_block_size": 128}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("variant", ["muon", "muon_8bit", "galore", "galore_8bit"])
+def test_updates_of_wide_matrices_equal_unsharded_ones(variant):
+    """Of width 256, one of each shape for each device; bases change twice."""
+    shapes = {"q": (256, 256), "u": (256, 512)}
+    draw = lambda seed: {
+        f"{name}_{i}": {"kernel": jnp.float32(draws.normal(size=shape))}
+        for draws in [np.random.default_rng(seed)]
+        for name, shape in shapes.items()
+        for i in range(8)
+    }
+    placed = jax.tree.map(lambda _: NamedSharding(make_mesh("8"), P("fsdp")), draw(0))
+    params = jax.device_put(draw(0), placed)
+    one, tx = build(variant, draw(0), **WIDE), build(variant, params, **WIDE)
+    plain, state = one.init(draw(0)), nj.init_sharded(tx, params)
+    plain_update, update = jax.jit(one.update), jax.jit(tx.update)
+    for step in range(1, 4):
+        wanted, plain = plain_update(draw(step), plain, draw(0))
+        grads = jax.device_put(draw(step), placed)
+        found, state = update(grads, state, params)
+        largest = max(abs(x).max() for x in jax.tree.leaves(wanted))
+        assert_close(found, wanted, 1e-5 * float(largest))
 
 
 SPECS = [

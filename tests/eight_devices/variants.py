@@ -69,6 +69,8 @@ def shardings(mesh):
 
 
 def build(name, params, **kwargs):
-    config = nj.OptimizerConfig(**VARIANTS[name], ns_dtype="float32", **kwargs)
+    # A global norm is added up in another order on several devices.
+    values = {"ns_dtype": "float32", "grad_clip": 0.0, **VARIANTS[name], **kwargs}
+    config = nj.OptimizerConfig(**values)
     axes = lambda path, shape: AXES.get(path)
     return nj.build_optimizer(config, params, matrix_axes=axes)

@@ -2,6 +2,7 @@
 
 store         states of a run, one folder a step, written by Orbax
 record        settings, data and versions beside a state; formats that are read
+relaid        states in the layout of another number of devices
 renamed       trees whose fields are stored under other names
 differences   two records or layouts, key by key
 checksums     SHA-256 of the files of a checkpoint

@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 from orbax.checkpoint import v1 as ocp
 
-from nanochat_jax.lm.checkpoints import checksums, differences, renamed
+from nanochat_jax.lm.checkpoints import checksums, differences, relaid, renamed
 
 Tree = TypeVar("Tree")
 
@@ -138,7 +138,7 @@ class Checkpoints:
         if self._writer is None:
             self.check_start(step)
             self._writer = self._open_writer(state)
-        record: Any = {"meta": differences.as_json(meta)}
+        record: Any = {"meta": differences.as_json(meta), **relaid.record_of(state)}
         self._pending = self._writer.save_async(
             step, state, custom_metadata=record, force=True
         )
@@ -159,7 +159,7 @@ class Checkpoints:
         partial: bool = False,
         names: Mapping[str, str] | None = None,
     ) -> Tree:
-        """Restores a state into the types, dtypes and places of `target`.
+        """Restores a state into types, places and layout of `target`.
 
         Args:
           target: Tree of arrays, or of `ShapeDtypeStruct`s. A leaf without a sharding
@@ -177,9 +177,11 @@ class Checkpoints:
             not have the paths, shapes and dtypes of `target`.
         """
         folder, names = self._find(step), names or {}
-        as_stored = renamed.as_stored(target, names) if names else target
         with self._reading(folder):
-            stored = differences.layout(ocp.metadata(str(folder)).metadata)
+            described: Any = ocp.metadata(str(folder))
+            stored = differences.layout(described.metadata)
+        read = relaid.as_stored(target, described.custom_metadata or {})
+        as_stored = renamed.as_stored(read, names) if names else read
         # Orbax alone would cast to the target's dtypes without a word.
         wanted = differences.layout(as_stored)
         if partial:
@@ -197,7 +199,8 @@ class Checkpoints:
         context.pytree_options.loading.partial_load = partial or bool(names)
         with self._reading(folder), context:
             loaded: Any = ocp.load(str(folder), jax.tree.map(_abstract, as_stored))
-        return renamed.from_stored(target, loaded, names) if names else loaded
+        loaded = renamed.from_stored(read, loaded, names) if names else loaded
+        return relaid.from_stored(target, loaded)
 
     def read_meta(
         self, step: int | None = None, *, verify: bool = True

@@ -9,7 +9,7 @@ import optax
 from nanochat_jax import optimizer
 from nanochat_jax.config import OptimizerConfig
 from nanochat_jax.optimizer import roles
-from nanochat_jax.transforms import MatrixAxes
+from nanochat_jax.transforms import MatrixAxes, per_leaf
 
 _LINEAR = MatrixAxes(-2, -1, source="nanochat_jax.lm.model.block")
 
@@ -43,4 +43,6 @@ def build_optimizer(
       config: Settings of the optimizer.
       params: Parameters, as arrays or `jax.ShapeDtypeStruct`s.
     """
-    return optimizer.build_optimizer(config, params, matrix_axes=kernel_axes)
+    tx = optimizer.build_optimizer(config, params, matrix_axes=kernel_axes)
+    # A layer at a time is updated there, with its part of the state of each leaf.
+    return per_leaf(tx) if getattr(config, "update_in_backward", False) else tx

@@ -5,8 +5,13 @@ the shorter axis is divided over S devices and the longer one over T, its rank i
 
   * Newton-Schulz: an all-to-all of a stack of matrices in the type of the iteration
     there and one back, zero matrices that fill the stack among them; replicas over
-    `data` share the work if there is enough, and gather the results. Without residual
-    the matrices are `r x long`;
+    `data` share the work if there is enough, and gather the results;
+  * owners, with GaLore: the same of gradients and updates, all matrices of a shape in
+    one stack. Bases, momentum and Newton-Schulz send nothing then.
+
+With `update_in_backward` no matrix has an owner, and GaLore sends what Muon does, for
+`r x long` or with residual for whole matrices, and besides
+
   * low rank, in float32: over S a reduce-scatter of `PᵀG`, `[r, long / T]`, and an
     all-gather of what comes back of it; over T an all-gather of the basis,
     `[short / S, r]`;
@@ -30,7 +35,13 @@ from nanochat_jax.lm.model import Params, label_params
 from nanochat_jax.lm.planning.step_traffic import Traffic
 from nanochat_jax.numerics import POWER_ITERATIONS
 from nanochat_jax.optimizer import newton_schulz_flops, rank_of
-from nanochat_jax.transforms import group_by_shape, group_bytes, specs
+from nanochat_jax.transforms import (
+    Placement,
+    group_by_shape,
+    group_bytes,
+    plan,
+    specs,
+)
 
 
 class Matrices(NamedTuple):
@@ -49,12 +60,16 @@ class Stack(NamedTuple):
     """A stack of matrices whose iteration devices share.
 
     Attributes:
-      shape: Shape of one.
+      what: Name of the data that is sent.
+      sent: Shape of one, as it is sent.
+      shape: Shape of one, as it is iterated on.
       size: Number of matrices, with the zero matrices that fill the stack.
       inside: Number of devices over which each matrix is divided.
       replicas: Number of such device groups sharing the stack.
     """
 
+    what: str
+    sent: tuple[int, ...]
     shape: tuple[int, ...]
     size: int
     inside: int
@@ -68,13 +83,13 @@ def update_traffic(config: Config, params: Params) -> list[Traffic]:
       config: Settings of the run.
       params: Shapes and types of the parameters, from `param_sharding.place`.
     """
-    matrices = _matrices(config, params)
+    _, rest = _by_owners(config, params)
     # "auto" is bfloat16 on any device of which one takes several.
     width = 2 if config.ns_dtype in ("auto", "bfloat16") else 4
     rows = [
         row for stack in stacks(config, params) for row in _shared_out(stack, width)
     ]
-    for x in matrices:
+    for x in rest:
         if x.low is not None:
             rows += [*_projected(x), *_based(x, config.galore_update_freq)]
     sums: dict[tuple, Traffic] = {}
@@ -103,22 +118,48 @@ def busiest_flops(config: Config, params: Params) -> int:
 
 
 def stacks(config: Config, params: Params) -> Iterator[Stack]:
-    """Yields the stacks of matrices, as `sequence` and `orthogonalize` make them."""
-    matrices = _matrices(config, params)
+    """Yields the stacks of matrices, as `owned` makes them, or `orthogonalize`."""
+    owned, matrices = _by_owners(config, params)
+    yield from owned
+    if not matrices:
+        return
     devices = matrices[0].whole.sharding.mesh.size
     wholes = [x.whole for x in matrices]
     for outer in group_by_shape(wholes, group_bytes(), devices=devices):
-        leaves = [
-            x.whole if x.low is None or config.galore_residual else x.low
-            for x in (matrices[i] for i in outer)
-        ]
+        leaves = [_iterated(config, matrices[i]) for i in outer]
         places = [x.sharding for x in leaves]
         for inner in group_by_shape(leaves, group_bytes(), places, devices):
             first = leaves[inner[0]]
             count = len(inner) * math.prod(first.shape[:-2])
             inside, replicas = _shares(first, count)
             filled = count + -count % (inside * replicas)
-            yield Stack(first.shape[-2:], filled, inside, replicas)
+            shape = first.shape[-2:]
+            yield Stack("Newton-Schulz", shape, shape, filled, inside, replicas)
+
+
+def _by_owners(config: Config, params: Params) -> tuple[list[Stack], list[Matrices]]:
+    """Returns the stacks of matrices that have owners, and the other matrices."""
+    matrices = _matrices(config, params)
+    if not config.use_galore or config.update_in_backward:
+        return [], matrices
+    by_name = {f"[{i}]": x for i, x in enumerate(matrices)}
+    wholes = [x.whole for x in matrices]
+    placed = plan(wholes, Placement.of(wholes, [x.sharding for x in wholes]))
+    owned = []
+    for stack, route in placed:
+        first = by_name[stack.members[0]]
+        inside = specs.ways(first.whole.sharding, (*route.rows, *route.columns))
+        sent, shape = (x.shape[-2:] for x in (first.whole, _iterated(config, first)))
+        replicas = route.devices // inside
+        owned.append(Stack("owners", sent, shape, stack.size, inside, replicas))
+        for name in stack.members:
+            del by_name[name]
+    return owned, [*by_name.values()]
+
+
+def _iterated(config: Config, x: Matrices) -> Any:
+    """Returns the matrices that Newton-Schulz iterates on."""
+    return x.whole if x.low is None or config.galore_residual else x.low
 
 
 def _matrices(config: Config, params: Params) -> list[Matrices]:
@@ -145,10 +186,10 @@ def _shares(x: Any, count: int) -> tuple[int, int]:
 
 
 def _shared_out(stack: Stack, width: int) -> Iterator[Traffic]:
-    size = width * stack.size * math.prod(stack.shape) // stack.inside
-    sent = 2 * size // stack.replicas
-    yield Traffic("Newton-Schulz", "all-to-all", 2, sent, stack.inside)
-    yield Traffic("Newton-Schulz", "all-gather", 1, size, stack.replicas)
+    size = width * stack.size * math.prod(stack.sent) // stack.inside
+    both = 2 * size // stack.replicas
+    yield Traffic(stack.what, "all-to-all", 2, both, stack.inside)
+    yield Traffic(stack.what, "all-gather", 1, size, stack.replicas)
 
 
 def _projected(x: Matrices) -> Iterator[Traffic]:

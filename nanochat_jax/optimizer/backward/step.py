@@ -16,7 +16,7 @@ from nanochat_jax.optimizer.backward.loop import Loop
 from nanochat_jax.optimizer.backward.microbatches import plus
 from nanochat_jax.optimizer.backward.stacked import Stacked, number_of_layers
 from nanochat_jax.optimizer.backward.updates import PartUpdates
-from nanochat_jax.transforms import run_after
+from nanochat_jax.transforms import per_leaf, run_after
 
 
 class StepReport(NamedTuple):
@@ -122,6 +122,7 @@ def update_in_backward(
     """
     if rest_tx is not None:
         tx = by_part(tx, rest_tx, stack)
+    tx = per_leaf(tx)
     model = passes.Model(embed, block, head)
 
     def step(

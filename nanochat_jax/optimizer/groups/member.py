@@ -46,12 +46,14 @@ def require_use(
       roles: Roles by path.
 
     Raises:
-      ValueError: If Muon is asked for of fewer than two axes, or a setting is for
-        matrices or for others of which the group has none; with all of them.
+      ValueError: If Muon is asked for of fewer than two axes, a setting is for
+        matrices or for others of which the group has none, or all that a group has is
+        frozen; with all of them.
     """
     errors = []
     for group in groups:
-        mine = {name: role for name, role in roles.items() if role.group == group}
+        # By identity: rates may be traced.
+        mine = {name: role for name, role in roles.items() if role.group is group}
         if group.optimizer == "muon":
             errors += [
                 f"the group {group.match!r} has `optimizer = 'muon'`, which needs "
@@ -60,6 +62,12 @@ def require_use(
                 if len(shapes[name]) < 2
             ]
         labels = {role.label for role in mine.values()}
+        if not (group.freeze or group.optional) and labels <= {"frozen"}:
+            errors.append(
+                f"the group {group.match!r} has no effect: all its parameters are "
+                "frozen. Leave it out, or set `optional = true` in it."
+            )
+            continue
         idle = [*{"muon_scale", "muon_momentum"} & group.settings.keys()]
         idle = sorted(idle) if "matrix" not in labels else []
         idle += ["betas"] * (group.betas is not None and labels <= {"matrix"})

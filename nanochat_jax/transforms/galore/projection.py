@@ -82,6 +82,9 @@ def low_rank_shape(x: Array, basis: Array | None) -> tuple[int, ...]:
 
 def matmul(x: Array, y: Array) -> Float32[Array, "*batch m n"]:
     """Returns the product in float32."""
+    if x.ndim == y.ndim == 3 and len(x) == len(y) == 1:
+        # Compiled otherwise than as one of several: with the bits of a single matrix.
+        return matmul(x[0], y[0])[None]
     # Highest: a rounded projection would not be one.
     return jnp.matmul(x.astype(jnp.float32), y.astype(jnp.float32), precision="highest")
 

@@ -24,6 +24,7 @@ from nanochat_jax.transforms.galore import projection
 from nanochat_jax.transforms.galore.basis import Basis, RandomizedSVD
 from nanochat_jax.transforms.scheduling import group_by_shape, group_bytes
 from nanochat_jax.transforms.sharding import (
+    Entries,
     Placement,
     placement as placing,
     vary_over,
@@ -52,23 +53,33 @@ class Leaf(NamedTuple):
     Attributes:
       gradient: Its gradient.
       due: Whether its basis is to be computed.
-      key: Words of its random key: position of its first number, and seed.
+      key: Words of its random key: position of its first number, and seed. Of a stack
+        there is a key, and a `due`, for each entry.
       now: Its basis and moments so far.
     """
 
     gradient: Float[Array, "*batch m n"]
-    due: Bool[Array, ""]
-    key: UInt32[Array, "2"]
+    due: Bool[Array, "*entries"]
+    key: UInt32[Array, "*entries 2"]
     now: Coordinates
 
 
+class Where(NamedTuple):
+    """Which matrices of the parameters are given, and on which devices.
+
+    Attributes:
+      placement: Shardings of the parameters.
+      layer: Index on their first axis of the first of the matrices given.
+      entries: Entries of stacks, by path, where matrices have owners.
+    """
+
+    placement: Placement
+    layer: ArrayLike
+    entries: Mapping[str, Entries]
+
+
 def change_bases(
-    rule: Basis,
-    reproject: Collection[str],
-    updates: Any,
-    state: Any,
-    placement: Placement,
-    layer: ArrayLike = 0,
+    rule: Basis, reproject: Collection[str], updates: Any, state: Any, where: Where
 ) -> Any:
     """Returns the state of `galore` with the bases renewed of leaves that are due.
 
@@ -79,8 +90,7 @@ def change_bases(
       reproject: Fields of first moments.
       updates: Gradients.
       state: State of `galore`.
-      placement: Shardings of the parameters.
-      layer: Index on their first axis of the first of the matrices given.
+      where: Which matrices are given.
     """
     flat, treedef = jax.tree.flatten_with_path(updates)
     bases = treedef.flatten_up_to(state.basis)
@@ -99,20 +109,15 @@ def change_bases(
                 tuple(inner[j] for j in moments.get(name, ())),
                 tuple(complement[j] for j in beside.get(name, ())),
             )
-            is_due = rule.is_due(state.count, name, projection.short_first(g), bases[i])
-            if jnp.shape(is_due) != ():
-                raise ValueError(
-                    f"`is_due` of {rule} must return one truth value for {name}, got "
-                    f"an array of shape {jnp.shape(is_due)}."
-                )
-            due = (state.count == 0) | is_due
-            sketch = (*g.shape[:-2], bases[i].shape[-1], bases[i].shape[-2])
-            start = hashing.start_of(layer, sketch)
-            key = jnp.stack([start, _seed_of(rule, state.count, name)])
-            leaves[i] = Leaf(g, due, key, now)
-    shardings = [placement.sharding(*leaf) for leaf in flat]
+            leaves[i] = _leaf_of(rule, state.count, name, g, now, where)
+    shardings = [where.placement.sharding(*leaf) for leaf in flat]
     for group in _alike(leaves, shardings):
-        renewed = _renew([leaves[i] for i in group], rule, shardings[group[0]])
+        some = [leaves[i] for i in group]
+        renewed = (
+            [_renew_entries(leaf, rule) for leaf in some]
+            if some[0].due.ndim
+            else _renew(some, rule, shardings[group[0]])
+        )
         for i, new in zip(group, renewed, strict=True):
             name = keystr(flat[i][0])
             bases[i] = new.basis
@@ -125,14 +130,59 @@ def change_bases(
     )
 
 
+def _leaf_of(
+    rule: Basis, count: Array, name: str, g: Array, now: Coordinates, where: Where
+) -> Leaf:
+    """Returns a leaf that may be due; of a stack, each entry by itself."""
+    entries = where.entries.get(name)
+    sketch = (*g.shape[:-2], now.basis.shape[-1], now.basis.shape[-2])
+    if entries is None:
+        due = _is_due(rule, count, name, g, now.basis)
+        key = [hashing.start_of(where.layer, sketch), _seed_of(rule, count, name)]
+        return Leaf(g, due, jnp.stack(key), now)
+    member, place = entries.members(where.layer, len(g))
+    names = entries.stack.members
+    word = lambda name: _word_of(rule, name)
+    seeds = _seeded(entries.words(word, member), count)
+    starts = jax.vmap(lambda i: hashing.start_of(i, sketch))(place)
+    key = jnp.stack([starts, seeds], axis=-1)
+
+    def is_due(entry: tuple[Array, Array, Array]) -> Array:
+        member, g, basis = entry
+        each = [functools.partial(_is_due, rule, count, name) for name in names]
+        return jax.lax.switch(member, each, g, basis)
+
+    if type(rule).is_due is RandomizedSVD.is_due:  # which is one for all
+        one = _is_due(rule, count, names[0], g, now.basis)
+        return Leaf(g, jnp.broadcast_to(one, len(g)), key, now)
+    return Leaf(g, jax.lax.map(is_due, (member, g, now.basis)), key, now)
+
+
+def _is_due(rule: Basis, count: Array, name: str, g: Array, basis: Array) -> Array:
+    is_due = rule.is_due(count, name, projection.short_first(g), basis)
+    if jnp.shape(is_due) != ():
+        raise ValueError(
+            f"`is_due` of {rule} must return one truth value for {name}, got "
+            f"an array of shape {jnp.shape(is_due)}."
+        )
+    return (count == 0) | is_due
+
+
 def _put(items: list[Array], places: Sequence[int], new: Sequence[Array]) -> None:
     for i, x in zip(places, new, strict=True):
         items[i] = x
 
 
 def _seed_of(rule: Basis, count: Array, name: str) -> UInt32[Array, ""]:
-    base = jnp.uint32(zlib.crc32(f"{getattr(rule, 'seed', 0)} galore{name}".encode()))
-    return hashing.mix_bits(base ^ hashing.mix_bits(count.astype(jnp.uint32)))
+    return _seeded(jnp.uint32(_word_of(rule, name)), count)
+
+
+def _word_of(rule: Basis, name: str) -> int:
+    return zlib.crc32(f"{getattr(rule, 'seed', 0)} galore{name}".encode())
+
+
+def _seeded(word: Array, count: Array) -> Array:
+    return hashing.mix_bits(word ^ hashing.mix_bits(count.astype(jnp.uint32)))
 
 
 def _alike(
@@ -143,7 +193,9 @@ def _alike(
     groups = group_by_shape(
         [leaves[i].gradient for i in ids],
         group_bytes(),
-        kinds=[(leaves[i].now.basis.shape, shardings[i]) for i in ids],
+        kinds=[
+            (leaves[i].now.basis.shape, leaves[i].due.ndim, shardings[i]) for i in ids
+        ],
     )
     return [[ids[k] for k in group] for group in groups]
 
@@ -183,6 +235,17 @@ def _renew(
 
     any_due = jnp.stack([leaf.due for leaf in leaves]).any()
     return jax.lax.cond(any_due, renew_due, lambda: [leaf.now for leaf in leaves])
+
+
+def _renew_entries(stack: Leaf, rule: Basis) -> Coordinates:
+    """Returns bases and moments of entries of a stack, renewed where they are due.
+
+    One by one, as separate leaves are: sums are then in the same order, and bits the
+    same.
+    """
+    one = functools.partial(_renew_if_due, rule=rule, sharding=None)
+    renew = lambda: jax.lax.map(one, stack)
+    return jax.lax.cond(stack.due.any(), renew, lambda: stack.now)
 
 
 def _renew_if_due(

@@ -6,7 +6,7 @@ is `[*batch, short, r]` with orthonormal columns, and the wrapped transform sees
 quantisation scale, do not mix strong directions with weak ones.
 """
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -22,9 +22,10 @@ from nanochat_jax.transforms.galore import projection
 from nanochat_jax.transforms.galore.basis import Basis, RandomizedSVD
 from nanochat_jax.transforms.galore.complement import Complement
 from nanochat_jax.transforms.galore.projection import Rank, saves_bytes
-from nanochat_jax.transforms.galore.refresh import change_bases
+from nanochat_jax.transforms.galore.refresh import Where, change_bases
 from nanochat_jax.transforms.sharding import (
     NOWHERE,
+    Entries,
     Placement,
     in_auto_mode,
     placement as placing,
@@ -130,11 +131,13 @@ def galore(
         params: optax.Params | None = None,
         placement: Placement = NOWHERE,
         layer: ArrayLike = 0,
+        entries: Mapping[str, Entries] | None = None,
         **extra_args: Any,
     ) -> tuple[optax.Updates, GaloreState]:
         checks.require_state(state, GaloreState, "galore")
-        state = change_bases(basis, reproject, updates, state, placement, layer)
-        extra_args["layer"] = layer
+        where = Where(placement, layer, entries or {})
+        state = change_bases(basis, reproject, updates, state, where)
+        extra_args |= {"layer": layer, "entries": entries}
         bases = jax.tree.map_with_path(
             lambda path, g, p: placing.beside(p, g, placement.sharding(path, g)),
             updates,

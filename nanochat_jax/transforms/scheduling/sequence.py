@@ -21,6 +21,7 @@ from nanochat_jax.transforms.sharding import (
     NOWHERE,
     Placement,
     in_auto_mode,
+    joined,
     varying_axes,
 )
 from nanochat_jax.transforms.state_paths import locate
@@ -81,6 +82,7 @@ def sequence(
         most = group_bytes() if max_bytes is None else max_bytes
         rows = piece_bytes() if max_bytes is None else max_bytes
         groups = group_by_shape(leaves, most, devices=placement.devices)
+        groups = joined(groups, names, state)
         step = functools.partial(
             inner.update, placement=placement, layer=layer, **extra_args
         )

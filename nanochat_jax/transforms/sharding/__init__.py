@@ -4,6 +4,8 @@ placement       shardings of the parameters of an update, and constraints from t
 auto_mode       updates of arrays on Explicit mesh axes
 specs           mesh axes of arrays that stem from a parameter
 whole_matrices  work on whole matrices that are sharded
+stacks          matrices that devices own, and their state
+layouts         the layout of states that are made
 bits            arrays as integers, which compilers do not convert
 varying         mesh axes over which arrays vary under `jax.shard_map`
 """
@@ -22,11 +24,26 @@ from nanochat_jax.transforms.sharding.bits import (
     from_bits as from_bits,
     to_bits as to_bits,
 )
+from nanochat_jax.transforms.sharding.layouts import (
+    laid_out as laid_out,
+    layout as layout,
+)
 from nanochat_jax.transforms.sharding.placement import (
     NOWHERE as NOWHERE,
     Placement as Placement,
+)
+from nanochat_jax.transforms.sharding.stacks import (
+    MAX_MATRIX_BYTES as MAX_MATRIX_BYTES,
+    Entries as Entries,
+    OwnedState as OwnedState,
+    PlacedStack as PlacedStack,
+    Stack as Stack,
+    is_owned as is_owned,
+    joined as joined,
+    plan as plan,
 )
 from nanochat_jax.transforms.sharding.varying import (
     vary_over as vary_over,
     varying_axes as varying_axes,
 )
+from nanochat_jax.transforms.sharding.whole_matrices import Route as Route

@@ -8,6 +8,7 @@ Axis letters: `m` rows and `n` columns of a matrix; a device's part is `a x b`.
 
 import math
 from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +22,73 @@ from nanochat_jax.transforms.sharding.bits import from_bits, to_bits
 
 Names = tuple[str, ...]
 """Names of mesh axes, major first."""
+
+
+class Route(NamedTuple):
+    """The way of matrices to owners and back.
+
+    Attributes:
+      sharding: Sharding of arrays `[*batch, m, n]`, which may be replicated; `None` if
+        they are on one device.
+      replicas: Mesh axes of replicas that share the work.
+      rows: Mesh axes that shard rows.
+      columns: Mesh axes that shard columns.
+    """
+
+    sharding: Any
+    replicas: Names = ()
+    rows: Names = ()
+    columns: Names = ()
+
+    @classmethod
+    def of(cls, ndim: int, sharding: NamedSharding, count: int) -> "Route":
+        """Returns the way of matrices of arrays of one shape.
+
+        Mesh axes over which the arrays are replicated share in the work if there is
+        some for every device.
+
+        Args:
+          ndim: Number of axes of each array.
+          sharding: Its sharding.
+          count: Number of matrices on a device, or parts of them, of all arrays.
+        """
+        *batch, rows, columns = specs.axes_of(sharding, ndim)
+        used = [axis for axes in (*batch, rows, columns) for axis in axes]
+        return cls(sharding, _replicas(used, sharding, count), rows, columns)
+
+    @property
+    def names(self) -> Names:
+        """The mesh axes by which owners are counted, major first."""
+        return (*self.replicas, *self.rows, *self.columns)
+
+    @property
+    def devices(self) -> int:
+        """Number of owners."""
+        return specs.ways(self.sharding, self.names) if self.sharding else 1
+
+    def there(self, parts: Sequence[Array], size: int, dtype: DTypeLike) -> Array:
+        """Returns the whole matrices of which this device is the owner, `[s, m, n]`.
+
+        Args:
+          parts: Its parts of the arrays.
+          size: Number of matrices, with zero matrices that fill the stack.
+          dtype: Type in which they are sent.
+        """
+        stack = jnp.concatenate([x.reshape(-1, *x.shape[-2:]) for x in parts])
+        x = jnp.pad(stack.astype(dtype), ((0, size - len(stack)), (0, 0), (0, 0)))
+        return _assemble(_own_share(x, self.replicas), self.rows, self.columns)
+
+    def back(self, x: Array, like: Sequence[Array]) -> list[Array]:
+        """Undoes `there`.
+
+        Args:
+          x: Whole matrices, in the type in which they are sent.
+          like: Parts of the arrays.
+        """
+        x = _gather(_take_apart(x, self.rows, self.columns), self.replicas)
+        count = sum(math.prod(part.shape[:-2]) for part in like)
+        parts = jnp.split(x[:count].astype(like[0].dtype), len(like))
+        return [x.reshape(part.shape) for x, part in zip(parts, like, strict=True)]
 
 
 def share_out(
@@ -45,18 +113,13 @@ def share_out(
     Returns:
       Arrays of the shape, type and sharding of `leaves`.
     """
-    *_, rows, columns = specs.axes_of(sharding, leaves[0].ndim)
-    replicas = _replicas(leaves, sharding)
-    devices = specs.ways(sharding, (*replicas, *rows, *columns))
+    count = len(leaves) * math.prod(leaves[0].shape[:-2])
+    route = Route.of(leaves[0].ndim, sharding, count)
 
     def body(*parts: Array) -> list[Array]:
-        stack = jnp.concatenate([x.reshape(-1, *x.shape[-2:]) for x in parts])
-        fill = -len(stack) % devices
-        x = jnp.pad(stack.astype(dtype), ((0, fill), (0, 0), (0, 0)))
-        x = work(_assemble(_own_share(x, replicas), rows, columns))
-        x = _gather(_take_apart(x, rows, columns), replicas)
-        done = x[: len(stack)].astype(stack.dtype)
-        return [x.reshape(parts[0].shape) for x in jnp.split(done, len(parts))]
+        here = len(parts) * math.prod(parts[0].shape[:-2])
+        size = here + -here % route.devices
+        return route.back(work(route.there(parts, size, dtype)), parts)
 
     return _on_shards(body, sharding, len(leaves))(*leaves)
 
@@ -106,10 +169,8 @@ def _on_shards(
     )
 
 
-def _replicas(leaves: Sequence[Array], sharding: NamedSharding) -> Names:
+def _replicas(used: Sequence[str], sharding: NamedSharding, count: int) -> Names:
     """Returns the mesh axes of replicas that share the work."""
-    used = [a for axes in specs.axes_of(sharding, leaves[0].ndim) for a in axes]
-    count = len(leaves) * math.prod(leaves[0].shape[:-2])
     taken: list[str] = []
     for axis, size in sharding.mesh.shape.items():
         devices = specs.ways(sharding, (*used, *taken, axis))
