@@ -17,8 +17,9 @@ from nanochat_jax.config import Config, Group
 from nanochat_jax.lm.checkpoints import differences
 from nanochat_jax.lm.planning import breakdown, run_memory
 from nanochat_jax.optimizer import update_in_backward
-from nanochat_jax.optimizer.groups import groups_of
+from nanochat_jax.optimizer.groups import by_group, groups_of
 from nanochat_jax.optimizer.roles import frozen_by, settle
+from nanochat_jax.transforms import decay_weights
 
 LAYER = {"up": {"kernel": jnp.ones((8, 24)), "bias": jnp.ones(24)}}
 PARAMS = {
@@ -222,7 +223,8 @@ def test_tables_of_a_file_are_read_recorded_and_read_again(cls, tmp_path):
     assert cls.from_values(recorded, "a checkpoint") == config
     # A run with other groups is another run.
     other = dataclasses.replace(config, groups=config.groups[:1])
-    with pytest.raises(ValueError, match=r"config\.groups: stored"):
+    said = r"config\.groups\.1\.muon_scale: stored 'rms', now none"
+    with pytest.raises(ValueError, match=said):
         differences.check_meta(
             {"config": recorded}, {"config": dataclasses.asdict(other)}
         )
@@ -277,13 +279,21 @@ def test_a_group_of_frozen_parameters_is_refused_unless_it_is_optional(optional)
             settle(PARAMS, groups=groups, freeze=["embed"])
 
 
+def test_no_leaves_at_all_are_updated_to_none():
+    rates = {"a": decay_weights(0.1), "b": decay_weights(0.2)}
+    tx = by_group(rates, {"['x']": "a", "['y']": "b"})
+    none = {"x": None, "y": None}
+    assert tx.update(none, tx.init(none), none)[0] == none
+
+
 def test_rates_of_groups_may_be_traced():
     def step(rate):
         tx = build([Group("embed", lr=rate), Group("blocks", lr=2 * rate)])
         return tx.update(GRADS, tx.init(PARAMS), PARAMS)[0]
 
     known = build([Group("embed", lr=0.5), Group("blocks", lr=1.0)])
-    helpers.assert_close(jax.jit(step)(0.5), updates_of(known, 1)[0])
+    got, expected = jax.jit(step)(0.5), updates_of(known, 1)[0]
+    chex.assert_trees_all_close(got, expected, rtol=1e-5)
 
 
 def test_a_plan_has_a_line_for_each_label_in_a_group():

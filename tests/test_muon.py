@@ -271,7 +271,7 @@ def test_vectors_are_not_decayed_and_tables_are_as_told():
             "`average_horizon` is required by `average_start`, got none.",
         ),
         ({"groups": [{"match": "a", "rate": 1.0, "lrr": 1.0}]}, "you mean `lr`?"),
-        ({"groups": [nj.Group("a", optimizer="lion")]}, "`lr` is required in the"),
+        ({"groups": [{"match": "a", "optimizer": "lion"}]}, "`lr` is required in the"),
         ({"rank": 4, "complement": -1.0}, "`complement` must be at least 0"),
         ({"rank": 4, "refresh_every": 0}, "`refresh_every` must be at least 1"),
         ({"beta": 2.0, "min_size": -1}, "`min_size` must be at least 0"),

@@ -12,7 +12,7 @@ from jax.typing import ArrayLike
 from nanochat_jax.config import Group, OptimizerConfig
 from nanochat_jax.optimizer.build import assemble
 from nanochat_jax.optimizer.roles import settle
-from nanochat_jax.optimizer.rule import Rule
+from nanochat_jax.optimizer.rule import Rule, scaled
 from nanochat_jax.polynomials import POLYNOMIALS
 from nanochat_jax.transforms import Rank, ShapeScale, check_rank
 
@@ -182,7 +182,7 @@ def muon(
         **{name: arguments[name] for name in _SHARED},
     )
     if adam_learning_rate is None:
-        adam_learning_rate = _share_of(learning_rate)
+        adam_learning_rate = scaled(learning_rate, ADAM_SHARE)
     if adam_weight_decay is None:
         adam_weight_decay = weight_decay
     rule = Rule(
@@ -198,13 +198,10 @@ def muon(
         vector_b2=adam_vector_b2,
         average=(average_start, average_horizon) if average_horizon else None,
     )
-    return assemble(
-        config,
-        rule,
-        lambda tree: settle(
-            tree, labels=labels, matrix_axes=matrix_axes, groups=config.groups
-        ),
+    roles = lambda tree: settle(
+        tree, labels=labels, matrix_axes=matrix_axes, groups=config.groups
     )
+    return assemble(config, rule, roles)
 
 
 # Numbers that may be traced or schedules, or whose defaults are found here.
@@ -216,20 +213,13 @@ _SHARED = {field.name for field in dataclasses.fields(OptimizerConfig)}.intersec
 
 # Arguments by the names that they have in an `OptimizerConfig`.
 _NAMES = {
-    "lr": "learning_rate",
-    "galore_residual": "complement",
-    "galore_rest_bits": "complement_bits",
-    "galore_rest_momentum": "complement_beta",
-    "galore_update_freq": "refresh_every",
-    "galore_rank": "rank",
-    "projector_bits": "basis_bits",
-    "muon_momentum": "beta",
-    "muon_scale": "scale",
-    "vector_adam_b2": "adam_vector_b2",
-    "quant_block_size": "block_size",
-    "quant_min_size": "min_size",
-    "adam_betas": "adam_b1` and `adam_b2",
-}
+    "lr": "learning_rate", "muon_momentum": "beta", "muon_scale": "scale",
+    "galore_residual": "complement", "galore_rest_bits": "complement_bits",
+    "galore_rest_momentum": "complement_beta", "galore_update_freq": "refresh_every",
+    "galore_rank": "rank", "projector_bits": "basis_bits",
+    "adam_betas": "adam_b1` and `adam_b2", "vector_adam_b2": "adam_vector_b2",
+    "quant_block_size": "block_size", "quant_min_size": "min_size",
+}  # fmt: skip
 
 
 def _configuration(arguments: dict[str, Any], **settings: Any) -> OptimizerConfig:
@@ -307,10 +297,3 @@ def _require_static(arguments: dict[str, Any]) -> None:
             "got JAX arrays. Under `optax.inject_hyperparams`, pass "
             "`static_args=nanochat_jax.MUON_STATIC`."
         )
-
-
-def _share_of(rate: optax.ScalarOrSchedule) -> optax.ScalarOrSchedule:
-    """Returns AdamW's rate for one of Muon."""
-    if callable(rate):
-        return lambda count: ADAM_SHARE * rate(count)
-    return ADAM_SHARE * rate

@@ -115,6 +115,16 @@ def alike(rules: Mapping[Any, Rule]) -> dict[Any, Rule]:
     }
 
 
+def scaled(rate: optax.ScalarOrSchedule, factor: float) -> optax.ScalarOrSchedule:
+    """Returns a rate times a number.
+
+    Args:
+      rate: A number, or a schedule.
+      factor: The number.
+    """
+    return (lambda count: factor * rate(count)) if callable(rate) else factor * rate
+
+
 def schedule(config: OptimizerConfig, peak: Rate) -> optax.Schedule:
     """Builds the learning rate by step: linear warm-up, plateau of "wsd", decay.
 

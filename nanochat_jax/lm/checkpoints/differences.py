@@ -92,6 +92,10 @@ def listed(lines: list[str], most: int = 10) -> str:
 
 
 def _flat(record: Any, prefix: str = "") -> dict[str, str]:
+    if isinstance(record, list) and all(isinstance(x, dict) for x in record):
+        # Tables, such as groups: what they do not say may be a newer setting.
+        given = ({k: x for k, x in table.items() if x is not None} for table in record)
+        record = {str(i): table for i, table in enumerate(given)} or []
     if not isinstance(record, dict):
         return {prefix.removesuffix("."): repr(record)}
     parts = (_flat(value, f"{prefix}{key}.") for key, value in record.items())

@@ -46,7 +46,7 @@ def optimizer_summary(
     lines = [
         "Optimizer configuration",
         f"  Muon variant:      {variant_title(config)}",
-        f"  Memory reduction:  {100 * matrix['reduction']:z.1f} % of FP32 Muon's state",
+        f"  Memory reduction:  {_reduction(matrix['reduction'])}",
         f"  Details:           FP32 {megabytes(matrix['fp32_muon_bytes'])} -> "
         f"{megabytes(matrix['state_bytes'])} ({stored['matrix']})",
         f"  Newton-Schulz:     {config.ns_method}, {config.ns_steps} steps in "
@@ -55,7 +55,7 @@ def optimizer_summary(
         *(_galore_lines(config, report) if config.use_galore else ()),
         "  Whole optimizer:   FP32 Muon + AdamW "
         f"{megabytes(total['fp32_muon_adamw_bytes'])} -> "
-        f"{megabytes(total['state_bytes'])}, {100 * total['reduction']:z.1f} % less",
+        f"{megabytes(total['state_bytes'])}, {_less(total['reduction'])}",
         *(
             f"  {label.capitalize() + ':':<18} {stored[label]}"
             for label in breakdown.LABELS[1:]
@@ -64,6 +64,17 @@ def optimizer_summary(
     ]
     fill = functools.partial(textwrap.fill, width=80, subsequent_indent=" " * 21)
     return "\n".join(map(fill, lines))
+
+
+def _reduction(part: float) -> str:
+    """Returns a reduction of Muon's state in words; preconditioning makes it larger."""
+    if part < 0:
+        return f"none, {_less(part)} than FP32 Muon's state"
+    return f"{100 * part:z.1f} % of FP32 Muon's state"
+
+
+def _less(part: float) -> str:
+    return f"{100 * abs(part):z.1f} % {'more' if part < 0 else 'less'}"
 
 
 def group_table(groups: list[dict[str, Any]]) -> Group:

@@ -65,7 +65,7 @@ def by_group(
                 state_def.unflatten(
                     _only(nodes, [o is None or o in mine for o in owners])
                 ),
-                weights and treedef.unflatten(_only(weights, is_mine)),
+                None if weights is None else treedef.unflatten(_only(weights, is_mine)),
                 **extra_args,
             )
             _fill(new_leaves, treedef.flatten_up_to(result))

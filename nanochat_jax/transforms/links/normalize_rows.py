@@ -126,7 +126,7 @@ def _by_average(
 
 def _normalized(x: Array, axes: tuple[int, ...]) -> Array:
     """Returns `x` divided by the norms of its vectors along each of `axes`."""
-    largest = jnp.max(jnp.abs(x), (-2, -1), keepdims=True)
+    largest = jnp.max(jnp.abs(x), (-2, -1), keepdims=True, initial=0)
     # Or squares of large and of small entries would over- and underflow.
     unit = x / jnp.where(largest > 0, largest, 1)
     squares = unit * unit

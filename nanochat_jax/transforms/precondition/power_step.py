@@ -146,5 +146,5 @@ def _eigenvectors(x: Array) -> Array:
 def _unit(x: Array) -> Float32[Array, "*batch m n"]:
     """Returns matrices with a largest entry of one; zero stays zero."""
     x = x.astype(jnp.float32)
-    largest = jnp.max(jnp.abs(x), axis=(-2, -1), keepdims=True)
+    largest = jnp.max(jnp.abs(x), axis=(-2, -1), keepdims=True, initial=0)
     return x / jnp.where(largest > 0, largest, 1)

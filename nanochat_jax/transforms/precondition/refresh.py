@@ -18,6 +18,7 @@ from jaxtyping import Array, Bool, Float, Float32, Int32
 from nanochat_jax.transforms.galore import projection
 from nanochat_jax.transforms.precondition.power_step import Followed, PowerStep
 from nanochat_jax.transforms.scheduling import group_by_shape, group_bytes
+from nanochat_jax.transforms.sharding import vary_over, varying_axes
 
 
 class Leaf(NamedTuple):
@@ -96,6 +97,8 @@ def renew(
         now = rule.is_due(count, keystr(path), x, leaf.basis_short)
         due.append(leaf.is_ready & (now | ~was))
     for group in group_by_shape(gradients, group_bytes()):
+        if not gradients[group[0]].size:
+            continue
         new = _renew_alike([leaves[i] for i in group], [due[i] for i in group], rule)
         for i, leaf in zip(group, new, strict=True):
             leaves[i] = leaf
@@ -106,6 +109,8 @@ def _renew_alike(
     leaves: Sequence[Leaf], due: Sequence[Array], rule: PowerStep
 ) -> list[Leaf]:
     """Renews leaves of one shape."""
+    # All as one of them, since branches must agree in that too.
+    leaves = vary_over(list(leaves), varying_axes((leaves, due)))
     masks = jnp.stack(due)
 
     def renewed() -> list[Leaf]:
