@@ -75,6 +75,7 @@ RUN_KEYS = {
     "grad_accum_steps": 2, "seq_len": 8, "mesh": {"data": 1},
     "update_in_backward": True, "remat_segment": 2, "log_interval": 1,
     "eval_interval": 2, "eval_batches": 3, "max_skipped_steps": 2, "spike_skip": 5.0,
+    "qk_clip": 50.0, "qk_clip_interval": 3,
 }  # fmt: skip
 # Only the command asks for these: test_train_command.py holds the metric that the first
 # adds, test_import.py the state with which a run starts, and test_averages.py the
@@ -90,6 +91,10 @@ WITHOUT_EFFECT = {
     "memory_limit": "24GB",
 }  # fmt: skip
 
+OF_COMPILED_STEP = (
+    "spike_skip", "update_in_backward", "remat_segment", "qk_clip", "qk_clip_interval",
+)  # fmt: skip
+
 # Keys of bfloat16 weights, and others that they need.
 OF_SHORT = {"weight_rounding": {}, "master_bits": {"weight_rounding": "split"}}
 # Other keys that a key needs to have an effect, or without which it has one more.
@@ -104,6 +109,8 @@ NEEDED = {
     "precondition_bits": {"precondition": "short", "use_galore": False},
     "average_start_frac": {"average_horizon": 2},
     "update_in_backward": {"scan_layers": True},
+    "qk_clip": {"qk_norm": "none"},
+    "qk_clip_interval": {"qk_norm": "none", "qk_clip": 10.0},
     "remat_segment": {"n_layers": 2, "scan_layers": True, "update_in_backward": True},
 }
 CASES = [(key, NEEDED.get(key, {})) for key in OPTIMIZER_KEYS if key not in OF_SHORT]
@@ -248,7 +255,7 @@ def test_every_key_of_a_run_changes_its_data_its_step_or_its_course(
     assert getattr(changed, key) != getattr(base, key)
     if DECLARED[key].affects != "course" or key == "mesh":
         assert program_of_run(changed) != usual_run
-    elif key in ("spike_skip", "update_in_backward", "remat_segment"):
+    elif key in OF_COMPILED_STEP:
         monkeypatch.setattr(jax.stages.Lowered, "compile", lambda self: self.as_text())
         before = dataclasses.replace(base, **NEEDED.get(key, {}))
         steps = [compile_train_step(make_run(x)) for x in (changed, before)]

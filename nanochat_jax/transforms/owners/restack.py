@@ -29,6 +29,7 @@ def restacked(state: optax.OptState, like: Any) -> optax.OptState:
     each leaf by itself. Zeros fill up a stack.
 
     Example:
+      >>> from nanochat_jax.transforms import owned
       >>> tx = owned(galore(momentum(), 8))
       >>> params = {"kernel": jnp.ones((32, 64))}
       >>> state = restacked(tx.init(params), jax.eval_shape(tx.init, params))
