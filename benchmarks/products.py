@@ -21,8 +21,12 @@ TYPES = ("float32", "bfloat16")
 @functools.partial(jax.jit, static_argnums=1)
 def chain(x, count):
     """Multiplies `x` into itself `count` times, and keeps its entries small."""
-    multiply = lambda y: jnp.matmul(x, y, preferred_element_type=x.dtype)
-    return lax.fori_loop(0, count, lambda _, y: multiply(y), x)
+
+    def multiply(_, y):
+        # Added up in float32, as in Newton-Schulz, which a processor needs to be fast.
+        return jnp.matmul(x, y, preferred_element_type=jnp.float32).astype(x.dtype)
+
+    return lax.fori_loop(0, count, multiply, x)
 
 
 def main():
