@@ -8,7 +8,7 @@ import optax
 from jax.tree_util import keystr
 
 from nanochat_jax.codecs import is_quantized
-from nanochat_jax.transforms import locate
+from nanochat_jax.transforms import fill, only, owners_of
 
 
 def by_group(
@@ -53,7 +53,7 @@ def by_group(
         leaves = [x for _, x in flat]
         weights = None if params is None else treedef.flatten_up_to(params)
         nodes, state_def = jax.tree.flatten(state, is_leaf=is_quantized)
-        owners = _owners(state, updates)
+        owners = owners_of(state, updates)
         new_leaves, new_nodes = list(leaves), list(nodes)
         # Counts are in every part, and are the same after each.
         present = [name for name in txs if name in {chosen[leaf] for leaf in names}]
@@ -61,31 +61,15 @@ def by_group(
             mine = {leaf for leaf in names if chosen[leaf] == name}
             is_mine = [leaf in mine for leaf in names]
             result, new_state = txs[name].update(
-                treedef.unflatten(_only(leaves, is_mine)),
+                treedef.unflatten(only(leaves, is_mine)),
                 state_def.unflatten(
-                    _only(nodes, [o is None or o in mine for o in owners])
+                    only(nodes, [o is None or o in mine for o in owners])
                 ),
-                None if weights is None else treedef.unflatten(_only(weights, is_mine)),
+                None if weights is None else treedef.unflatten(only(weights, is_mine)),
                 **extra_args,
             )
-            _fill(new_leaves, treedef.flatten_up_to(result))
-            _fill(new_nodes, state_def.flatten_up_to(new_state))
+            fill(new_leaves, treedef.flatten_up_to(result))
+            fill(new_nodes, state_def.flatten_up_to(new_state))
         return treedef.unflatten(new_leaves), state_def.unflatten(new_nodes)
 
     return optax.GradientTransformationExtraArgs(first.init, update_fn)
-
-
-def _owners(state: optax.OptState, updates: optax.Updates) -> list[str | None]:
-    """Returns which leaf each node of a state belongs to; `None` for counts."""
-    places = locate(state, updates)
-    nodes = jax.tree.leaves_with_path(state, is_leaf=is_quantized)
-    return [places[keystr(path)].name for path, _ in nodes]
-
-
-def _only(items: list[Any], keep: list[bool]) -> list[Any]:
-    """Returns items with `None`, an absent leaf, for those that are not kept."""
-    return [x if kept else None for x, kept in zip(items, keep, strict=True)]
-
-
-def _fill(items: list[Any], new: list[Any]) -> None:
-    items[:] = [old if x is None else x for old, x in zip(items, new, strict=True)]

@@ -2,6 +2,7 @@
 
 sequence  groups of leaves, one after another
 groups    which leaves are worked on together
+parts     updates and state of some leaves alone
 rows      a few rows of a large array at a time
 barrier   work that waits for other work
 """
@@ -14,6 +15,11 @@ from nanochat_jax.transforms.scheduling.groups import (
     group_by_shape as group_by_shape,
     group_bytes as group_bytes,
     piece_bytes as piece_bytes,
+)
+from nanochat_jax.transforms.scheduling.parts import (
+    fill as fill,
+    only as only,
+    owners_of as owners_of,
 )
 from nanochat_jax.transforms.scheduling.rows import (
     by_rows as by_rows,

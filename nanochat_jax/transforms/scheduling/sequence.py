@@ -16,6 +16,7 @@ from nanochat_jax.transforms.scheduling.groups import (
     group_bytes,
     piece_bytes,
 )
+from nanochat_jax.transforms.scheduling.parts import fill, only, owners_of
 from nanochat_jax.transforms.scheduling.rows import update_by_rows
 from nanochat_jax.transforms.sharding import (
     NOWHERE,
@@ -24,7 +25,6 @@ from nanochat_jax.transforms.sharding import (
     joined,
     varying_axes,
 )
-from nanochat_jax.transforms.state_paths import locate
 
 
 def sequence(
@@ -95,21 +95,21 @@ def sequence(
             return run((updates, state, params), None)[0]
         weights = None if params is None else treedef.flatten_up_to(params)
         nodes, state_def = jax.tree.flatten(state, is_leaf=is_quantized)
-        owners = _owners(state, updates)
+        owners = owners_of(state, updates)
         new_leaves, new_nodes = list(leaves), list(nodes)
 
         def collect(result: tuple[optax.Updates, optax.OptState]) -> None:
-            _fill(new_leaves, treedef.flatten_up_to(result[0]))
-            _fill(new_nodes, state_def.flatten_up_to(result[1]))
+            fill(new_leaves, treedef.flatten_up_to(result[0]))
+            fill(new_nodes, state_def.flatten_up_to(result[1]))
 
         result: Any = None
         for group in groups:
             mine = [i in group for i in range(len(leaves))]
             chosen = {None, *(names[i] for i in group)}
             inputs = (
-                treedef.unflatten(_only(leaves, mine)),
-                state_def.unflatten(_only(nodes, [o in chosen for o in owners])),
-                weights and treedef.unflatten(_only(weights, mine)),
+                treedef.unflatten(only(leaves, mine)),
+                state_def.unflatten(only(nodes, [o in chosen for o in owners])),
+                weights and treedef.unflatten(only(weights, mine)),
             )
             new_result, result = run(inputs, result)
             if result is not None:
@@ -135,19 +135,3 @@ def _by_rows(
         return in_turn(step, inputs, result)
     from_row = lambda row: functools.partial(step, layer=layer + row)
     return update_by_rows(from_row, *inputs, max_bytes=max_bytes, result=result)
-
-
-def _owners(state: optax.OptState, updates: optax.Updates) -> list[str | None]:
-    """Returns which parameter each node of `state` belongs to; `None` for counts."""
-    nodes = jax.tree.leaves_with_path(state, is_leaf=is_quantized)
-    places = locate(state, updates)
-    return [places[keystr(path)].name for path, _ in nodes]
-
-
-def _only(items: list[Any], keep: list[bool]) -> list[Any]:
-    """Returns `items` with `None`, an absent leaf, for those that are not kept."""
-    return [x if kept else None for x, kept in zip(items, keep, strict=True)]
-
-
-def _fill(items: list[Any], new: list[Any]) -> None:
-    items[:] = [old if x is None else x for old, x in zip(items, new, strict=True)]
