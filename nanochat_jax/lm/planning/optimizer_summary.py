@@ -68,13 +68,13 @@ def optimizer_summary(
 
 def _reduction(part: float) -> str:
     """Returns a reduction of Muon's state in words; preconditioning makes it larger."""
-    if part < 0:
+    if round(part, 3) < 0:
         return f"none, {_less(part)} than FP32 Muon's state"
     return f"{100 * part:z.1f} % of FP32 Muon's state"
 
 
 def _less(part: float) -> str:
-    return f"{100 * abs(part):z.1f} % {'more' if part < 0 else 'less'}"
+    return f"{100 * abs(part):z.1f} % {'more' if round(part, 3) < 0 else 'less'}"
 
 
 def group_table(groups: list[dict[str, Any]]) -> Group:
