@@ -16,7 +16,7 @@ from jaxtyping import Array, Int32
 
 from nanochat_jax.codecs import Codec, Quantized, is_quantized
 from nanochat_jax.numerics import hashing
-from nanochat_jax.transforms import checks, precision
+from nanochat_jax.transforms import checks, precision, record
 from nanochat_jax.transforms.scheduling import group_bytes, rows_at_a_time
 from nanochat_jax.transforms.sharding import Entries, in_auto_mode, layout, sharded_as
 from nanochat_jax.transforms.state_paths import Place, locate
@@ -92,9 +92,7 @@ def quantize_state(
             size = layout().size_of(places[name].name, x)
             if not _is_real(x) or size < max(min_size, 1):
                 return x
-            by_key = lambda i: keys._replace(layer=i).encode
-            first = lambda x, i: by_key(i)(codecs[field], name, x)
-            return sharded_as(_by_rows(first), x)
+            return sharded_as(_initial(keys, codecs[field], name), x)
 
         return QuantizeState(keys.count, _over_leaves(store, state))
 
@@ -177,6 +175,13 @@ class _Keys(NamedTuple):
         return jax.vmap(encode)(x, entries.words(word, member), place)
 
 
+def _initial(keys: _Keys, codec: Codec, name: str) -> Callable[[Array], Quantized]:
+    """Returns the function that stores a leaf of the initial state."""
+    if record.is_recording():  # who listens wants shapes, not codes
+        return functools.partial(_empty, codec)
+    return _by_rows(lambda x, i: keys._replace(layer=i).encode(codec, name, x))
+
+
 def _by_rows(encode: Callable[[Array, ArrayLike], Quantized]) -> Callable[..., Any]:
     """Returns a function that encodes an initial leaf, a large one by its first axis.
 
@@ -198,6 +203,18 @@ def _by_rows(encode: Callable[[Array, ArrayLike], Quantized]) -> Callable[..., A
         return jax.tree.map(lambda y: y.reshape(-1, *y.shape[2:]), parts)
 
     return encode_leaf
+
+
+def _empty(codec: Codec, x: Array) -> Quantized:
+    """Returns a stored leaf that is empty; shapes are found once for all like it."""
+    like = lambda y: jnp.zeros(y.shape, y.dtype)
+    return jax.tree.map(like, _stored_shapes(codec, x.shape, x.dtype))
+
+
+@functools.lru_cache
+def _stored_shapes(codec: Codec, shape: tuple[int, ...], dtype: Any) -> Quantized:
+    x, key = jax.ShapeDtypeStruct(shape, dtype), jax.eval_shape(jax.random.key, 0)
+    return jax.eval_shape(codec.encode, x, key if codec.needs_key else None)
 
 
 def _is_real(x: Array) -> bool:
