@@ -29,8 +29,8 @@ demo: $(READY)  ## Trains a small GPT with 8-bit, low-rank Muon, shows what it d
 test: $(READY)  ## Runs the tests
 	$(BIN)/pytest -n 2 --dist loadfile -m 'not slow'
 
-test-all: $(READY)  ## Runs the slow tests too
-	$(BIN)/pytest -n 2 --dist loadfile
+test-all: $(READY)  ## Runs the slow tests too, on programs compiled as users have them
+	XLA_FLAGS= $(BIN)/pytest -n 2 --dist loadfile
 
 test-peers: $(READY)  ## Installs bitsandbytes and galore-torch, and compares with them
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[peers]'
