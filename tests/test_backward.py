@@ -309,6 +309,16 @@ def test_a_state_without_an_entry_for_each_layer_is_refused_with_all_its_arrays(
         assert f"v_row['blocks']['{key}'] of shape (16, 24)" in str(error.value)
 
 
+def test_a_leaf_that_is_stored_along_its_layers_is_refused_by_name():
+    params = make_params(layers=40)
+    params["blocks"]["scale"] = jnp.ones(40)
+    tx = nj.quantize_state(nj.momentum(), {"momentum": nj.Int8(16)}, min_size=1)
+    with pytest.raises(ValueError, match="does not depend on the number") as error:
+        layout_of(tx, jax.eval_shape(lambda: params), "blocks")
+    named = [x for x in str(error.value).splitlines() if x.endswith(" does")]
+    assert named == ["  .inner.momentum['blocks']['scale'] does"]
+
+
 def test_blocks_that_are_not_stacked_alike_are_refused_with_all_leaves():
     params = make_params()
     params["blocks"]["scale"] = params["blocks"]["scale"][:3]

@@ -103,7 +103,21 @@ def _with_other_layers(
     raise ValueError(
         "an update in the backward pass needs a state whose structure does not depend "
         f"on the number of layers of {stack!r}, {layers}."
+        + "".join(f"\n  {name} does" for name in _dependent(tx, params, other))
     )
+
+
+def _dependent(tx: optax.GradientTransformation, *params: Any) -> list[str]:
+    """Returns the paths of the stored leaves whose form differs from tree to tree.
+
+    One that is stored along its layers has no entry for each, as that of a `[L]`.
+    """
+    found = [
+        jax.tree.leaves_with_path(jax.eval_shape(tx.init, tree), is_leaf=is_quantized)
+        for tree in params
+    ]
+    forms = [{keystr(p): jax.tree.structure(x) for p, x in nodes} for nodes in found]
+    return [name for name, form in forms[0].items() if forms[1].get(name) != form]
 
 
 def _differing_axes(node: Any, other: Any) -> Axes:
