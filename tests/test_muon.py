@@ -279,6 +279,7 @@ def test_vectors_are_not_decayed_and_tables_are_as_told():
         ({"adam_b2": 1.0}, "`adam_b1` and `adam_b2` must lie in"),
         ({"weight_decay": -1.0}, "`weight_decay` must be at least 0"),
         ({"learning_rate": -0.1}, "`learning_rate` must be at least 0"),
+        ({"average_horizon": -1}, "`average_start` and `average_horizon` must be at"),
     ],
 )
 def test_arguments_are_refused_by_their_own_names(arguments, said):

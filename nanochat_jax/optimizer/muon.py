@@ -196,7 +196,7 @@ def muon(
         fallback_betas=(adam_b1, adam_b2),
         fallback_nesterov=adam_nesterov,
         vector_b2=adam_vector_b2,
-        average=(average_start, average_horizon) if average_horizon else None,
+        average=_average(average_start, average_horizon),
     )
     roles = lambda tree: settle(
         tree, labels=labels, matrix_axes=matrix_axes, groups=config.groups
@@ -251,6 +251,16 @@ def _in_own_names(line: str) -> str:
     for theirs, ours in _NAMES.items():
         line = line.replace(f"`{theirs}", f"`{ours}")
     return line
+
+
+def _average(start: int, horizon: int) -> tuple[int, int] | None:
+    """Returns start and horizon of an average of weights, `None` for none."""
+    if min(start, horizon) < 0:
+        raise ValueError(
+            "`average_start` and `average_horizon` must be at least 0, got "
+            f"{start} and {horizon}."
+        )
+    return (start, horizon) if horizon else None
 
 
 # Arguments, and those without which they have no effect.
