@@ -447,6 +447,13 @@ def test_the_warm_up_must_end_before_the_decay_begins(write):
     OptimizerConfig(warmup_steps=81, total_steps=100, schedule="cosine")
 
 
+def test_a_number_of_adamw_is_refused_where_nothing_uses_it():
+    lion = {"fallback": "lion", "vector_adam_b2": 0.99}
+    with pytest.raises(ValueError, match="`vector_adam_b2` is a number of AdamW"):
+        Config(**lion)
+    assert Config(**lion, groups=({"match": "head", "optimizer": "adamw", "lr": 1e-3},))
+
+
 def test_loading_a_file_without_foreign_keys_warns_of_nothing(write):
     with warnings.catch_warnings():
         warnings.simplefilter("error")

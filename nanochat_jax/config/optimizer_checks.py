@@ -17,6 +17,7 @@ def all_checks(config: Any) -> list[schema.Check]:
         *_rank_checks(config.galore_rank),
         *_schedule_checks(config),
         *_group_checks(config),
+        *_adamw_checks(config),
     ]
 
 
@@ -67,6 +68,17 @@ def _group_checks(config: Any) -> list[schema.Check]:
             f"{config.fallback}, not of {group.optimizer}.",
         )
         for group in config.groups
+    ]
+
+
+def _adamw_checks(config: Any) -> list[schema.Check]:
+    used = {config.fallback, *(group.optimizer for group in config.groups)}
+    return [
+        (
+            config.vector_adam_b2 is None or "adamw" in used,
+            "`vector_adam_b2` is a number of AdamW, which nothing uses with "
+            f'`fallback = "{config.fallback}"`. Leave it out.',
+        )
     ]
 
 
