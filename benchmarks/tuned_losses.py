@@ -29,7 +29,7 @@ from contenders import CONTENDERS, Axes, Settings
 from rich.console import Console
 
 from nanochat_jax.config import Config
-from nanochat_jax.experiments import plan_trials, read_results, run_trial
+from nanochat_jax.experiments import figures, plan_trials, read_results, run_trial
 from nanochat_jax.lm.planning import parse_variants
 from nanochat_jax.lm.training import make_run
 
@@ -153,6 +153,7 @@ class Study:
         row = {
             "name": _name(CONTENDERS[name].variant, best),
             "state_bytes": final[0]["matrix_state_bytes"],
+            "total_state_bytes": final[0]["total_state_bytes"],
             "temp_bytes": final[0]["temp_bytes"],
             "losses": {"1.0": [result["val_loss"] for result in final]},
         }
@@ -217,6 +218,20 @@ def rows_of(report: Mapping[str, Mapping[str, Any]]) -> list[dict[str, str]]:
     return rows
 
 
+def drawn(report: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Returns what the figure of losses by bytes needs of each contender."""
+    return {
+        name: {
+            "total_state_bytes": row["total_state_bytes"],
+            "val_loss": None if None in losses else statistics.fmean(losses),
+            "val_loss_std": None if None in losses else statistics.stdev(losses),
+            "seeds": SEEDS,
+        }
+        for name, row in report.items()
+        for losses in [row["losses"]["1.0"]]
+    }
+
+
 def _spread(values: Sequence[float]) -> str:
     return f"{statistics.fmean(values):.4f} ± {statistics.stdev(values):.4f}"
 
@@ -243,8 +258,9 @@ def main() -> None:
         measured = {name: threads.submit(study.measure, name) for name in names}
         report = {name: each.result() for name, each in measured.items()}
     machine = common.machine()
-    path = Path(flags.output) / "report.json"
-    common.write(path, {"machine": machine, "contenders": report})
+    folder = Path(flags.output)
+    common.write(folder / "report.json", {"machine": machine, "contenders": report})
+    figures.save(figures.draw_loss_by_bytes(drawn(report)), folder / "by_bytes.png")
     common.show("Losses after equal tuning", rows_of(report))
     print(*(f"{name}: {row['name']}" for name, row in report.items()), sep="\n")
 
