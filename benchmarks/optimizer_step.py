@@ -6,10 +6,12 @@
 
 Peers and variants are compiled for the same parameters and called in turn, each on its
 own donated state, in one process. Columns: median seconds of a step without a change of
-basis, its ratio to `optax.contrib.muon`, bytes of state, bytes of temporaries that the
-compiler plans, and seconds to compile. `--peer` adds the Muon of a checkout, a package
-folder or a file, and a column of ratios to each; it is imported beside the installed
-packages, and rows name its version.
+basis, its ratio to `optax.contrib.muon`, the mean of all steps, bytes of state, bytes
+of temporaries that the compiler plans, and seconds to compile. SOAP renews its bases at
+each tenth step: the mean of ten repeats has its share of it.
+
+`--peer` adds the Muon of a checkout, a package folder or a file, and a column of ratios
+to each; it is imported beside the installed packages, and rows name its version.
 
 `nano_125m_heads` has the kernels of attention in three axes, `[features, heads,
 head_dim]`, and times each variant once more on the same matrices in two.
@@ -17,6 +19,7 @@ head_dim]`, and times each variant once more on the same matrices in two.
 
 import argparse
 import math
+import statistics
 import time
 
 import common
@@ -66,6 +69,8 @@ def variants(dim, others):
     )
     both = {"use_galore": True, "use_8bit_optim": True}
     plain = {"galore_residual": 0.0}
+    soap = {"use_8bit_optim": True, "precondition": "short", "quant_block_size": 256}
+    normuon = {"use_8bit_optim": True, "normalize_rows": "normuon"}
     return {
         **{name: peer.muon(0.02) for name, peer in others.items()},
         "optax.contrib.galore": optax.contrib.galore(0.02, rank=dim // 4),
@@ -82,6 +87,12 @@ def variants(dim, others):
         "galore_plain": config(use_galore=True, **plain),
         "galore_plain_8bit": config(**both, **plain),
         "galore_plain_8bit_bf16": config(**both, **plain, ns_dtype="bfloat16"),
+        "normuon_8bit": config(**normuon),
+        "normuon_8bit_bf16": config(**normuon, ns_dtype="bfloat16"),
+        "soap_8bit": config(**soap),
+        "soap_8bit_bf16": config(**soap, ns_dtype="bfloat16"),
+        "soap_4bit_bf16": config(**soap, quant_bits=4, ns_dtype="bfloat16"),
+        "soap_both_8bit": config(**soap | {"precondition": "both"}),
     }
 
 
@@ -161,6 +172,7 @@ def main():
         {
             "variant": name,
             "seconds": common.median(seconds[name]),
+            "mean_seconds": statistics.fmean(seconds[name]),
             "ratio": common.ratio(seconds[INSTALLED], seconds[name]),
             "ratios": {
                 peer.version: common.ratio(seconds[other], seconds[name])
@@ -188,6 +200,7 @@ def main():
                 "variant": row["variant"],
                 "s": f"{row['seconds']:.3f}",
                 **{f"over {name}": f"{x:.2f}" for name, x in row["ratios"].items()},
+                "mean s": f"{row['mean_seconds']:.3f}",
                 "state MB": f"{row['state_bytes'] / 1e6:.1f}",
                 "temp MB": f"{row['temp_bytes'] / 1e6:.1f}",
                 "compile s": f"{row['compile_seconds']:.1f}",
