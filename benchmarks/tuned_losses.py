@@ -4,10 +4,10 @@
 
 The settings of float32 Muon are searched first, then those of each contender, from the
 best of Muon or of the contender it builds on; all with one seed, and every run with all
-steps. Each is then trained with three other seeds, and with 0.95, 0.90 and 0.85 of the
-steps, warm-up and decay shrunk alike, as long as that gets to Muon's loss. A run is one
-of `nanochat-jax compare`, by the name it has there, so that each can be had alone, and
-a search that was stopped goes on.
+steps. Each is then trained with three other seeds, and with 0.97 to 0.85 of the steps,
+warm-up and decay shrunk alike, as long as that gets to Muon's loss. A run is one of
+`nanochat-jax compare`, by the name it has there, so that each can be had alone, and a
+search that was stopped goes on.
 """
 
 import argparse
@@ -36,7 +36,7 @@ from nanochat_jax.lm.training import make_run
 Losses = Callable[[Sequence[Settings]], list[float]]
 
 ONE_THREAD = "--xla_cpu_multi_thread_eigen=false intra_op_parallelism_threads=1"
-FRACTIONS = (0.95, 0.90, 0.85)
+FRACTIONS = (0.97, 0.95, 0.90, 0.85)
 TUNING_SEED, SEEDS = 0, (1, 2, 3)
 
 
