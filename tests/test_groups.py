@@ -1,6 +1,7 @@
 """Groups change what they say of the parameters they match, and nothing else."""
 
 import dataclasses
+import functools
 import json
 
 import chex
@@ -186,6 +187,33 @@ def test_rates_are_told_by_group_and_schedules_stay_schedules():
         np.testing.assert_allclose(rate, expected[name], rtol=1e-5)
     described = {x.path: x.rate for x in nj.describe(tx, PARAMS).leaves}
     assert described["embed/embedding"] == "schedule, 0.1 at first"
+
+
+FALLS = optax.linear_schedule(0.02, 0.0, 10)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        functools.partial(nj.muon, 0.02, weight_decay=0.1),
+        functools.partial(nj.muon, FALLS, weight_decay=FALLS),
+        lambda groups: build(groups),
+        lambda groups: build(groups, total_steps=9, weight_decay_schedule="linear"),
+    ],
+)
+def test_the_state_does_not_tell_which_numbers_are_those_of_a_group(make):
+    of_all = [Group(".*", lr=0.1, weight_decay=0.2, muon_momentum=0.5)]
+    for groups in (of_all, [Group("embed", lr=0.1), Group("blocks/1", lr=0.3)]):
+        without, state = (
+            jax.eval_shape(make(groups=x).init, PARAMS) for x in ((), groups)
+        )
+        chex.assert_trees_all_equal_structs(without, state)
+
+
+def test_a_rate_that_is_a_number_is_told_as_one():
+    tx = nj.muon(0.02, groups=[Group("embed", lr=0.1)])
+    rates = {leaf.path: leaf.rate for leaf in nj.describe(tx, PARAMS).leaves}
+    assert rates["embed/embedding"] == "0.1"
 
 
 def test_a_group_follows_the_warm_up_and_the_decay_of_the_run():

@@ -157,7 +157,7 @@ class OptimizerConfig(Settings):
     galore_update_freq: int = _low_rank(200, least=1, adamw=True)
     galore_residual: float = _low_rank(1.0, least=0)
     galore_rest_bits: Literal[0, 2, 4, 32] = _low_rank(0)
-    galore_rest_momentum: float = _low_rank(0.8)
+    galore_rest_momentum: float = _low_rank(0.8, needs=("galore_rest_bits",))
     projector_bits: Literal[32, 8, 4] | None = _low_rank(None, affects="storage")
     weight_rounding: Literal["stochastic", "split", "nearest"] = _muon(
         "stochastic", adamw=True
@@ -170,7 +170,7 @@ class OptimizerConfig(Settings):
     row_floor: float = _size(0.0, least=0)
     fixed_norm: bool = _size(False)
     normalize_rows: Literal["normuon", "muon_plus", "muon_eq"] | None = _before(None)
-    normuon_beta: float = _before(0.95)
+    normuon_beta: float = _before(0.95, needs=("normalize_rows",))
     precondition: Literal["short", "both"] | None = _before(None)
     precondition_every: int = _before(10, least=1, needs=("precondition",))
     precondition_beta: float = _before(0.9, needs=("precondition",))

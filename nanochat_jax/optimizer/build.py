@@ -38,9 +38,6 @@ from nanochat_jax.transforms import (
 
 _PARTS = ("matrix", "embedding", "head", "vector")
 
-# Rows of a quantised embedding that are decoded at a time, in float32: 2 MiB.
-_ROW_BYTES = 1 << 21
-
 
 def build_optimizer(
     config: OptimizerConfig,

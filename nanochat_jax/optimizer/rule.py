@@ -70,7 +70,8 @@ def in_group(
       decays: Whether weight decay for everything but vectors is for them.
     """
     if not decays:
-        rule = dataclasses.replace(rule, fallback_decay=0.0)
+        none = _like(rule.fallback_decay, 0.0)
+        rule = dataclasses.replace(rule, fallback_decay=none)
         if rule.vector_b2 is not None and config.fallback == "adamw":
             betas = (rule.fallback_betas[0], rule.vector_b2)
             rule = dataclasses.replace(rule, fallback_betas=betas)
@@ -85,15 +86,22 @@ def in_group(
     if group.betas is not None:
         changed["fallback_betas"] = group.betas
     if group.lr is not None:
-        rate = schedule(config, group.lr)
+        falls = config.warmup_steps or config.total_steps is not None
+        rate = schedule(config, group.lr) if falls else group.lr
         changed |= {"rate": rate, "fallback_rate": rate}
     if group.weight_decay is not None:
         decay = decay_schedule(config, group.weight_decay)
         changed |= {"decay": decay, "fallback_decay": decay}
     if group.muon_momentum is not None:
         changed["beta"] = momentum_schedule(config, group.muon_momentum)
+    changed = {name: _like(getattr(rule, name), x) for name, x in changed.items()}
     config = dataclasses.replace(config, groups=(), **given)
     return config, dataclasses.replace(rule, **changed)
+
+
+def _like(other: Any, x: Any) -> Any:
+    """Returns a number as a schedule where there is one without the group."""
+    return optax.constant_schedule(x) if callable(other) and not callable(x) else x
 
 
 def alike(rules: Mapping[Any, Rule]) -> dict[Any, Rule]:
