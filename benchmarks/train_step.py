@@ -1,9 +1,12 @@
 """Tokens per second of a whole training step, by optimizer variant.
 
     python benchmarks/train_step.py --config-file configs/nano_125m.toml
+    python benchmarks/train_step.py --model 1b --repeats 2 --only \
+      "muon_8bit, scan and remat" "muon_8bit, in backward"
 
 One model and batch; the variants' compiled steps, and those of Optax's optimizers, are
-called in turn in one process. Steps on which GaLore changes its basis are left out:
+called in turn in one process, which holds the weights and state of each. Ratios are
+those to the first. Steps on which GaLore changes its basis are left out:
 `benchmarks/refresh.py` times it.
 """
 
@@ -81,6 +84,7 @@ class Step:
 def arguments():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--config-file", default="configs/tiny_cpu.toml")
+    parser.add_argument("--model", choices=("1b", "7b"), help="in place of a file")
     parser.add_argument("--batch-size", type=int, default=4)
     parser.add_argument("--seq-len", type=int, default=256)
     parser.add_argument(
@@ -99,7 +103,9 @@ def arguments():
 def main():
     args = arguments()
     config = dataclasses.replace(
-        Config.from_toml(args.config_file),
+        Config.from_values({"model": args.model}, "--model")
+        if args.model
+        else Config.from_toml(args.config_file),
         batch_size=args.batch_size,
         seq_len=args.seq_len,
         grad_accum_steps=1,
@@ -111,16 +117,17 @@ def main():
     steps = {
         name: Step(dataclasses.replace(config, **settings))
         for name, settings in VARIANTS.items()
-        if name in {"muon", *args.only}
+        if name in args.only
     }
     steps |= {name: Step(config, PEERS[name]) for name in PEERS if name in args.only}
     gc.collect()
     seconds = common.interleave(steps, args.repeats)
+    first = next(iter(steps))
     rows = [
         {
             "variant": name,
             "tokens_per_s": config.tokens_per_step / common.median(seconds[name]),
-            "ratio": common.ratio(seconds["muon"], seconds[name]),
+            "ratio": common.ratio(seconds[first], seconds[name]),
             "temp_bytes": step.peak_bytes,
         }
         for name, step in steps.items()
@@ -133,13 +140,14 @@ def main():
     }
     common.write(args.output, result)
     print(result["machine"])
+    name = args.model or args.config_file
     common.show(
-        f"A training step of {config.tokens_per_step} tokens, {args.config_file}",
+        f"A training step of {config.tokens_per_step} tokens, {name}",
         [
             {
                 "variant": row["variant"],
                 "tokens/s": f"{row['tokens_per_s']:.0f}",
-                "of muon": f"{row['ratio']:.3f}",
+                f"of {first}": f"{row['ratio']:.3f}",
                 "temp MB": f"{row['temp_bytes'] / 1e6:.0f}",
             }
             for row in rows
