@@ -6,7 +6,7 @@
 
 One model and batch; the variants' compiled steps, and those of Optax's optimizers, are
 called in turn in one process, which holds the weights and state of each. Ratios are
-those to the first. Steps on which GaLore changes its basis are left out:
+those to the first row. Steps on which GaLore changes its basis are left out:
 `benchmarks/refresh.py` times it.
 """
 

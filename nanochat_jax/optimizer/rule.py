@@ -100,7 +100,7 @@ def in_group(
 
 
 def _like(other: Any, x: Any) -> Any:
-    """Returns a number as a schedule where there is one without the group."""
+    """Returns a number as a schedule if another number has one."""
     return optax.constant_schedule(x) if callable(other) and not callable(x) else x
 
 
@@ -115,9 +115,9 @@ def alike(rules: Mapping[Any, Rule]) -> dict[Any, Rule]:
     changed: dict[Any, dict[str, Any]] = {name: {} for name in rules}
     for field in ("rate", "decay", "beta", "fallback_rate", "fallback_decay"):
         values = {name: getattr(rule, field) for name, rule in rules.items()}
-        if any(map(callable, values.values())):
-            for name, x in values.items():
-                changed[name][field] = x if callable(x) else optax.constant_schedule(x)
+        one = next(filter(callable, values.values()), None)
+        for name, x in values.items():
+            changed[name][field] = _like(one, x)
     return {
         name: dataclasses.replace(rule, **changed[name]) for name, rule in rules.items()
     }
