@@ -34,31 +34,34 @@ def main():
         x = np.random.default_rng(0).normal(size=shape)
         u, _, vt = np.linalg.svd(x, full_matrices=False)
         polar, x = u @ vt, jnp.asarray(x, jnp.float32)
-        calls = {}
+        steps, flops = {}, {}
         for name in dict.fromkeys(["quintic", *args.methods]):
             for dtype, form in RUNS:
-                step = functools.partial(
-                    newton_schulz,
-                    polynomials=POLYNOMIALS[name],
-                    dtype=dtype,
-                    form=form,
+                options = {"dtype": dtype, "form": form}
+                label = f"{name} {dtype} {form}"
+                steps[label] = functools.partial(
+                    newton_schulz, polynomials=POLYNOMIALS[name], **options
                 )
-                calls[name, dtype, form] = functools.partial(jax.jit(step), x)
+                flops[label] = newton_schulz_flops(shape, POLYNOMIALS[name], **options)
+        for poles, fractions in ZOLOTAREV.items():
+            label = f"zolotarev float32, {poles} poles"
+            steps[label] = functools.partial(zolotarev, fractions=fractions)
+            flops[label] = zolotarev_flops(shape, fractions)
+        calls = {
+            label: functools.partial(jax.jit(step), x) for label, step in steps.items()
+        }
         seconds = common.interleave(calls, args.repeats)
-        base = seconds["quintic", "float32", "standard"]
-        for (name, dtype, form), call in calls.items():
-            times = seconds[name, dtype, form]
+        base = seconds["quintic float32 standard"]
+        for label, call in calls.items():
+            times = seconds[label]
             error = np.linalg.norm(np.asarray(call(), np.float64) - polar)
-            flops = newton_schulz_flops(
-                shape, POLYNOMIALS[name], dtype=dtype, form=form
-            )
             rows.append(
                 {
-                    "variant": f"{name} {dtype} {form}",
+                    "variant": label,
                     "shape": list(shape),
                     "seconds": common.median(times),
                     "ratio": common.ratio(base, times),
-                    "gflop_per_s": flops / common.median(times) / 1e9,
+                    "gflop_per_s": flops[label] / common.median(times) / 1e9,
                     "error": error / np.linalg.norm(polar),
                 }
             )
@@ -66,7 +69,7 @@ def main():
     common.write(args.output, result)
     print(result["machine"])
     common.show(
-        "Newton-Schulz",
+        "Orthogonalisation",
         [
             {
                 "variant": row["variant"],

@@ -69,6 +69,7 @@ def variants(dim, others):
     )
     both = {"use_galore": True, "use_8bit_optim": True}
     plain = {"galore_residual": 0.0}
+    poles = {"ns_method": "zolotarev", "ns_steps": 2}
     soap = {"use_8bit_optim": True, "precondition": "short", "quant_block_size": 256}
     normuon = {"use_8bit_optim": True, "normalize_rows": "normuon"}
     return {
@@ -78,12 +79,15 @@ def variants(dim, others):
         "muon": config(),
         "muon_bf16": config(ns_dtype="bfloat16"),
         "muon_aol_bf16": config(ns_dtype="bfloat16", ns_method="aol", ns_steps=4),
+        "muon_zolotarev": config(**poles),
         "muon_8bit": config(use_8bit_optim=True),
         "muon_8bit_bf16": config(use_8bit_optim=True, ns_dtype="bfloat16"),
+        "muon_8bit_zolotarev": config(use_8bit_optim=True, **poles),
         "galore": config(use_galore=True),
         "galore_bf16": config(use_galore=True, ns_dtype="bfloat16"),
         "galore_8bit": config(**both),
         "galore_8bit_bf16": config(**both, ns_dtype="bfloat16"),
+        "galore_8bit_zolotarev": config(**both, **poles),
         "galore_plain": config(use_galore=True, **plain),
         "galore_plain_8bit": config(**both, **plain),
         "galore_plain_8bit_bf16": config(**both, **plain, ns_dtype="bfloat16"),

@@ -1,9 +1,10 @@
-"""Published Newton-Schulz polynomials, each with its source.
+"""Published ways to orthogonalise, each with its source: polynomials and fractions.
 
-A step maps every singular value `s` to `a s + b s³ + c s⁵`, in two products of matrices
-if `c` is 0 and else in three. The bands of a sequence of steps hold for singular values
-up to one, so the input is divided by its Frobenius norm, times a margin where a
-sequence grows fast beyond one, or rescaled row by row.
+A step of polynomials maps every singular value `s` to `a s + b s³ + c s⁵`, in two
+products of matrices if `c` is 0 and else in three. The bands of a sequence of steps
+hold for singular values up to one, so the input is divided by its Frobenius norm, times
+a margin where a sequence grows fast beyond one, or rescaled row by row. Fractions have
+one step, with an inverse for each of them.
 """
 
 import dataclasses
@@ -140,3 +141,89 @@ POLYNOMIALS: dict[str, Polynomials] = {
 
 QUINTIC = POLYNOMIALS["quintic"]
 """Jordan's quintic with five steps, the default."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Fractions:
+    """Partial fractions, `s (constant + Σ weight / (s² + shift))` of a singular value.
+
+    Attributes:
+      constant: Value where `s` is large.
+      terms: A `(weight, shift)` for each pole.
+    """
+
+    constant: float
+    terms: tuple[tuple[float, float], ...]
+
+
+# Zolotarev's best odd rational functions of degree 5, 7 and 9 for one on [0.003, 1], in
+# which Nakatsukasa and Freund (2016), "Computing fundamental matrix decompositions
+# accurately via the matrix sign function in two iterations", sections 3 and 4, has
+# them; scaled to err as far up as down. They take [0.003, 1] into [0.87, 1.13], [0.967,
+# 1.033] and [0.992, 1.008].
+ZOLOTAREV: dict[int, Fractions] = {
+    2: Fractions(
+        0.9123147825649032,
+        (
+            (0.012190644006966535, 3.563632249013658e-05),
+            (0.20721783453362386, 0.012726403624327115),
+        ),
+    ),
+    3: Fractions(
+        0.6542182459010931,
+        (
+            (0.0061883011960286545, 1.3368238531042628e-05),
+            (0.04298932219097305, 0.0010693301381947988),
+            (0.3518499814229194, 0.06771673387084315),
+        ),
+    ),
+    4: Fractions(
+        0.5089652020833403,
+        (
+            (0.0040828937137122314, 7.087808873030802e-06),
+            (0.016947783180762413, 0.00026812339891203393),
+            (0.08359976235365413, 0.00669104481828379),
+            (0.46551048906253795, 0.1775857872404643),
+        ),
+    ),
+}
+"""Fractions by the number of their poles."""
+
+FLOAT32_METHODS = ("zolotarev",)
+"""Names of the methods that need float32."""
+
+METHODS = (*POLYNOMIALS, *FLOAT32_METHODS)
+"""Names of all methods."""
+
+Method = Polynomials | Fractions
+
+
+def default_steps(name: str) -> int:
+    """Returns the steps, or poles, that a method has by itself; 1 if there is none."""
+    if name in FLOAT32_METHODS:
+        return min(ZOLOTAREV)
+    return len(POLYNOMIALS[name].coefficients) if name in POLYNOMIALS else 1
+
+
+def method_of(name: str, steps: int) -> Method:
+    """Returns a method by its name.
+
+    Args:
+      name: One of `METHODS`.
+      steps: Steps of polynomials, or poles of fractions.
+
+    Raises:
+      ValueError: If there is none of that name, or not with so many steps.
+    """
+    if name not in METHODS:
+        raise ValueError(f"`ns_method` must be one of {[*METHODS]}, got {name!r}.")
+    if name in FLOAT32_METHODS:
+        if steps in ZOLOTAREV:
+            return ZOLOTAREV[steps]
+        wanted = f"one of {[*ZOLOTAREV]}, the poles it may have,"
+    else:
+        known, most = POLYNOMIALS[name], default_steps(name)
+        if known.repeats or steps <= most:
+            return known.take(steps)
+        wanted = f"at most {most}"
+    raise ValueError(f"`ns_steps` must be {wanted} for {name!r}, got {steps}.")

@@ -9,6 +9,7 @@ from nanochat_jax.config.base import Settings
 from nanochat_jax.config.depth import FALLBACK_LR
 from nanochat_jax.config.group import Group, Rate
 from nanochat_jax.config.schema import setting
+from nanochat_jax.polynomials import FLOAT32_METHODS
 
 HARDWARE_RANKS = {"a": 512, "b": 256, "c": 384}
 """GaLore rank by the parent project's hardware presets."""
@@ -68,8 +69,9 @@ class OptimizerConfig(Settings):
       muon_momentum_warmup_steps: Steps in which that decay rises along a line.
       muon_momentum_start: Decay of the momentum before these steps.
       muon_scale: Shape rule of the updates of matrices, as in `scale_by_shape`.
-      ns_method: Newton-Schulz polynomials, by their name in `POLYNOMIALS`.
-      ns_steps: Newton-Schulz steps.
+      ns_method: Newton-Schulz polynomials, by their name in `POLYNOMIALS`, or
+        "zolotarev".
+      ns_steps: Newton-Schulz steps, or poles of "zolotarev".
       ns_dtype: Type of the iteration; "auto" is bfloat16 where it is native.
       use_8bit_optim: Whether moments are quantised: the momentum of matrices in
         `quant_bits`, and the moments of AdamW or Lion in 8 bits.
@@ -218,6 +220,11 @@ class OptimizerConfig(Settings):
                 "`galore_residual = 0`. Set one of them otherwise.",
             ),
         ]
+
+    @property
+    def iteration_dtype(self) -> str:
+        """Type of orthogonalisation: `ns_dtype`, or float32 if a method needs it."""
+        return "float32" if self.ns_method in FLOAT32_METHODS else self.ns_dtype
 
     @property
     def decay_start(self) -> int | None:

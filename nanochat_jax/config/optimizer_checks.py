@@ -3,7 +3,7 @@
 from typing import Any
 
 from nanochat_jax.config import schema
-from nanochat_jax.polynomials import POLYNOMIALS
+from nanochat_jax.polynomials import FLOAT32_METHODS, method_of
 
 
 def all_checks(config: Any) -> list[schema.Check]:
@@ -13,7 +13,7 @@ def all_checks(config: Any) -> list[schema.Check]:
       config: An `OptimizerConfig`.
     """
     return [
-        *_method_checks(config.ns_method, config.ns_steps),
+        *_method_checks(config.ns_method, config.ns_steps, config.ns_dtype),
         *_rank_checks(config.galore_rank),
         *_schedule_checks(config),
         *_group_checks(config),
@@ -89,13 +89,13 @@ def _rank_checks(rank: int | float | None) -> list[schema.Check]:
     return [(allowed, f"`galore_rank` must be {wanted}, got {rank}.")]
 
 
-def _method_checks(method: str, steps: int) -> list[schema.Check]:
-    known = POLYNOMIALS.get(method)
-    if known is None:
-        return [
-            (False, f"`ns_method` must be one of {[*POLYNOMIALS]}, got {method!r}.")
-        ]
-    most = len(known.coefficients)
-    allowed = steps <= most or known.repeats
-    message = f"`ns_steps` must be at most {most} for {method!r}, got {steps}."
-    return [(allowed, message)]
+def _method_checks(method: str, steps: int, dtype: str) -> list[schema.Check]:
+    try:
+        method_of(method, steps)
+    except ValueError as error:
+        return [(False, str(error))]
+    message = (
+        f'`ns_dtype = "{dtype}"` is for Newton-Schulz: {method!r} runs in float32. '
+        "Leave it out."
+    )
+    return [(method not in FLOAT32_METHODS or dtype != "bfloat16", message)]

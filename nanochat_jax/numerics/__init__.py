@@ -1,7 +1,9 @@
 """Functions of bare arrays, without knowledge of optimizers.
 
 forms         the form and the type in which Newton-Schulz runs
+fractions     polar factors by fractions of the Gram matrix, and their operations
 hashing       cheap random numbers for rounding and sketches
+inverse       inverses of positive definite matrices, in products only
 polar         polar factors by Newton-Schulz iteration, and their operations
 range_finder  low-rank bases by randomised subspace iteration
 symmetric     matrix products, halved where the result is symmetric
@@ -13,6 +15,10 @@ from nanochat_jax.numerics.forms import (
     Form as Form,
     resolve_dtype as resolve_dtype,
     resolve_form as resolve_form,
+)
+from nanochat_jax.numerics.fractions import (
+    zolotarev as zolotarev,
+    zolotarev_flops as zolotarev_flops,
 )
 from nanochat_jax.numerics.polar import (
     newton_schulz as newton_schulz,
@@ -27,5 +33,8 @@ from nanochat_jax.numerics.symmetric import Products as Products
 from nanochat_jax.polynomials import (
     POLYNOMIALS as POLYNOMIALS,
     QUINTIC as QUINTIC,
+    Fractions as Fractions,
+    Method as Method,
     Polynomials as Polynomials,
+    method_of as method_of,
 )

@@ -94,7 +94,7 @@ def _newton_schulz(
     columns = x.shape[-1] * (jax.lax.axis_size(axis_name) if axis_name else 1)
     form, dtype = _resolve((x.shape[-2], columns), dtype, form, products)
     wide = bool(axis_name) or x.shape[-2] <= x.shape[-1]
-    gram_of = lambda y: _sum_over(axis_name, products.gram(y))
+    gram_of = lambda y: sum_over(axis_name, products.gram(y))
     y = normalize(x, polynomials.margin, axis_name).astype(dtype)
     y, known = y if wide else y.mT, None
     if polynomials.rescaling == "aol":
@@ -274,12 +274,12 @@ def normalize(
     largest = jnp.max(jnp.abs(x), axis=(-2, -1), keepdims=True)
     largest = jax.lax.pmax(largest, axis_name) if axis_name else largest
     x = x / jnp.where(largest > 0, largest, 1.0)
-    squares = _sum_over(axis_name, jnp.sum(x * x, axis=(-2, -1), keepdims=True))
+    squares = sum_over(axis_name, jnp.sum(x * x, axis=(-2, -1), keepdims=True))
     norm = jnp.sqrt(squares)
     return x / jnp.where(norm > 0, margin * norm, 1.0)
 
 
-def _sum_over(axis_name: tuple[str, ...], x: Any) -> Any:
+def sum_over(axis_name: tuple[str, ...], x: Any) -> Any:
     """Returns the float32 sum of arrays over devices along mesh axes, if any."""
     if not axis_name:
         return x

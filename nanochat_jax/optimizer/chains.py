@@ -6,7 +6,7 @@ import optax
 
 from nanochat_jax.codecs import Codec
 from nanochat_jax.config import OptimizerConfig
-from nanochat_jax.numerics import POLYNOMIALS
+from nanochat_jax.numerics import method_of
 from nanochat_jax.optimizer.rule import Rule
 from nanochat_jax.optimizer.storage import (
     average_codecs,
@@ -86,8 +86,8 @@ def _direction(config: OptimizerConfig, rule: Rule) -> optax.GradientTransformat
             moment_beta=config.precondition_beta,
             basis=PowerStep(config.precondition_every),
         )
-    polynomials = POLYNOMIALS[config.ns_method].take(config.ns_steps)
-    step = orthogonalize(polynomials, dtype=config.ns_dtype)
+    method = method_of(config.ns_method, config.ns_steps)
+    step = orthogonalize(method, dtype=config.iteration_dtype)
     if config.normalize_rows == "muon_eq":
         step = optax.chain(normalize_rows(), step)
     if not config.use_galore:
@@ -98,7 +98,7 @@ def _direction(config: OptimizerConfig, rule: Rule) -> optax.GradientTransformat
         tx = _galore(optax.chain(average, step), config)
     tx = _quantized(tx, state_codecs(config), config)
     # Bases are found from whole matrices, which each device is sent once.
-    return owned(tx, dtype=config.ns_dtype) if config.use_galore else tx
+    return owned(tx, dtype=config.iteration_dtype) if config.use_galore else tx
 
 
 def _galore(

@@ -9,9 +9,11 @@ import optax
 from nanochat_jax import numerics
 from nanochat_jax.config import OptimizerConfig
 from nanochat_jax.numerics import (
-    POLYNOMIALS,
+    Fractions,
+    method_of,
     range_basis_flops,
     resolve_dtype,
+    zolotarev_flops,
 )
 from nanochat_jax.optimizer.roles import matrices_of, settle
 from nanochat_jax.optimizer.storage import rank_of
@@ -79,12 +81,14 @@ def _precondition_flops(
 
 
 def newton_schulz_flops(config: OptimizerConfig, shape: tuple[int, ...]) -> int:
-    """Returns the operations of a configuration's Newton-Schulz iteration.
+    """Returns the operations of a configuration's orthogonalisation.
 
     Args:
       config: Settings of the optimizer.
       shape: Shape of the matrices, `[*batch, m, n]`.
     """
-    polynomials = POLYNOMIALS[config.ns_method].take(config.ns_steps)
+    method = method_of(config.ns_method, config.ns_steps)
+    if isinstance(method, Fractions):
+        return zolotarev_flops(shape, method)
     dtype = resolve_dtype(config.ns_dtype)
-    return numerics.newton_schulz_flops(shape, polynomials, dtype=dtype)
+    return numerics.newton_schulz_flops(shape, method, dtype=dtype)

@@ -13,7 +13,7 @@ from nanochat_jax.config import Group, OptimizerConfig
 from nanochat_jax.optimizer.build import assemble
 from nanochat_jax.optimizer.roles import settle
 from nanochat_jax.optimizer.rule import Rule, scaled
-from nanochat_jax.polynomials import POLYNOMIALS
+from nanochat_jax.polynomials import default_steps
 from nanochat_jax.transforms import Rank, ShapeScale, check_rank
 
 ADAM_SHARE = 0.15
@@ -106,9 +106,11 @@ def muon(
       nesterov: Whether that momentum looks one step ahead.
       bias_correction: Whether its early bias is corrected, as `optax.contrib.muon`
         does.
-      ns_method: Newton-Schulz polynomials, by their name in `POLYNOMIALS`.
+      ns_method: Newton-Schulz polynomials, by their name in `POLYNOMIALS`, or
+        `"zolotarev"`: fractions in float32, in fewer operations and nearer to the polar
+        factor, for processors.
       ns_steps: Newton-Schulz steps; as many as the method has if not given, such as 5
-        of the quintic.
+        of the quintic. Poles of `"zolotarev"`: 2 if not given, 3 or 4.
       ns_dtype: Type of the iteration; `"auto"` is bfloat16 where it is native.
       scale: Shape rule of the updates of matrices, as for `scale_by_shape`.
       weight_decay: Decoupled weight decay of matrices, or a schedule.
@@ -162,8 +164,8 @@ def muon(
         raise ValueError(f"`bits` must be 32, 8 or 4, got {bits!r}.")
     if rank is not None:
         check_rank(rank)
-    if ns_steps is None:  # an unknown method is refused later
-        ns_steps = len(getattr(POLYNOMIALS.get(ns_method), "coefficients", [None]))
+    if ns_steps is None:
+        ns_steps = default_steps(ns_method)
     config = _configuration(
         arguments,
         use_8bit_optim=bits < 32,

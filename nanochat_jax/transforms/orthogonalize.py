@@ -14,10 +14,13 @@ from jaxtyping import Array
 from nanochat_jax.numerics import (
     QUINTIC,
     Form,
+    Fractions,
+    Method,
     Polynomials,
     newton_schulz,
     resolve_dtype,
     resolve_form,
+    zolotarev,
 )
 from nanochat_jax.transforms import checks, precision
 from nanochat_jax.transforms.scheduling import (
@@ -40,7 +43,7 @@ Iteration = Callable[[Array], Array]
 
 
 def orthogonalize(
-    polynomials: Polynomials | Iteration = QUINTIC,
+    polynomials: Method | Iteration = QUINTIC,
     *,
     dtype: str = "auto",
     form: Form = "auto",
@@ -69,12 +72,13 @@ def orthogonalize(
       >>> updates, _ = orthogonalize(by_decomposition).update(params, tx.init(params))
 
     Args:
-      polynomials: Newton-Schulz polynomials, one for each step; or a function in place
-        of the iteration, which is given whole matrices, `[n, rows, columns]`, in the
-        type of the updates, and returns as many of that shape and type.
+      polynomials: Newton-Schulz polynomials, one for each step; or fractions, as for
+        `zolotarev`; or a function in place of the iteration, which is given whole
+        matrices, `[n, rows, columns]`, in the type of the updates, and returns as many
+        of that shape and type.
       dtype: Type of the iteration; the updates keep theirs. "auto" is bfloat16 where
-        it is native, as for `resolve_dtype`.
-      form: Form of the iteration; see `newton_schulz`.
+        it is native, as for `resolve_dtype`, and float32 for fractions.
+      form: Form of Newton-Schulz; see `newton_schulz`.
       max_bytes: Most float32 bytes of the matrices iterated on at a time; a larger
         matrix is alone. A stack is as large as that and as what `sequence` takes
         together. By default it is half of the latter on a processor, which is no faster
@@ -88,11 +92,13 @@ def orthogonalize(
       A stateless transformation.
 
     Raises:
-      ValueError: If `form` is not safe in `dtype`, or either is given for a function;
-        at `update`, if a leaf has fewer than two axes, or a function changes shape or
-        type.
+      ValueError: If `form` is not safe in `dtype`, either is given for a function, or
+        fractions are to run in another type than float32; at `update`, if a leaf has
+        fewer than two axes, or a function changes shape or type.
     """
-    own = not isinstance(polynomials, Polynomials)
+    own = not isinstance(polynomials, Method)
+    if isinstance(polynomials, Fractions) and dtype == "auto":
+        dtype = "float32"
     iterate = _iteration(polynomials, dtype, form)
 
     def most() -> int:
@@ -182,9 +188,16 @@ def scale_by_shape(mode: ShapeScale = "width") -> optax.GradientTransformation:
 
 
 def _iteration(
-    polynomials: Polynomials | Iteration, dtype: str, form: Form
+    polynomials: Method | Iteration, dtype: str, form: Form
 ) -> Callable[..., Array]:
     """Returns the function that makes matrices semi-orthogonal."""
+    if isinstance(polynomials, Fractions):
+        if (dtype, form) != ("float32", "auto"):
+            raise ValueError(
+                "`dtype` of `orthogonalize` must be float32 for fractions, and `form` "
+                f"is for polynomials, got {dtype!r} and {form!r}. Leave them out."
+            )
+        return functools.partial(zolotarev, fractions=polynomials)
     if isinstance(polynomials, Polynomials):
         if dtype == "auto" and form == "gram":
             dtype = "float32"

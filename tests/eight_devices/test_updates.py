@@ -13,7 +13,8 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 from variants import VARIANTS, build, leaves, make_mesh, shardings
 
 import nanochat_jax as nj
-from nanochat_jax.numerics.polar import newton_schulz
+from nanochat_jax.numerics import newton_schulz, zolotarev
+from nanochat_jax.polynomials import ZOLOTAREV
 from nanochat_jax.transforms import restacked
 
 PLACES = [("8", AxisType.Auto), ("4x2", AxisType.Explicit), ("2x2x2", AxisType.Auto)]
@@ -130,6 +131,9 @@ def test_large_matrices_are_iterated_on_as_asked_for():
     where = {"w": NamedSharding(make_mesh("8"), P(None, "fsdp"))}
     x = {"w": jnp.float32(np.random.default_rng(0).normal(size=(27, 16)))}
     aol = {"polynomials": nj.POLYNOMIALS["aol"], "form": "standard"}
+    tx = nj.distribute(nj.orthogonalize(ZOLOTAREV[3], max_matrix_bytes=0), where)
+    found, _ = jax.jit(tx.update)(jax.device_put(x, where), tx.init(x))
+    assert_close(found["w"], zolotarev(x["w"], ZOLOTAREV[3]), 1e-4)
     for options in ({"form": "gram"}, aol, {"dtype": "bfloat16"}):
         options = {"dtype": "float32"} | options
         tx = nj.distribute(nj.orthogonalize(max_matrix_bytes=0, **options), where)

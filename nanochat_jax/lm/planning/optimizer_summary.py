@@ -16,6 +16,7 @@ from nanochat_jax.lm.model import build_optimizer, label_params
 from nanochat_jax.lm.planning import breakdown
 from nanochat_jax.numerics import GRAM_RATIO, resolve_dtype
 from nanochat_jax.optimizer import MemoryReport, memory_report
+from nanochat_jax.polynomials import FLOAT32_METHODS
 
 
 def megabytes(count: float) -> str:
@@ -41,6 +42,7 @@ def optimizer_summary(
         too.
     """
     held = report.to_dict()
+    dtype, fractions = config.iteration_dtype, config.ns_method in FLOAT32_METHODS
     matrix, total = held["matrix"], held["total"]
     stored = {label: _storage_text(config, report, label) for label in breakdown.LABELS}
     lines = [
@@ -49,9 +51,9 @@ def optimizer_summary(
         f"  Memory reduction:  {_reduction(matrix['reduction'])}",
         f"  Details:           FP32 {megabytes(matrix['fp32_muon_bytes'])} -> "
         f"{megabytes(matrix['state_bytes'])} ({stored['matrix']})",
-        f"  Newton-Schulz:     {config.ns_method}, {config.ns_steps} steps in "
-        f"{resolve_dtype(config.ns_dtype)}"
-        f"{' (auto)' if config.ns_dtype == 'auto' else ''}",
+        f"  Orthogonalised by: {config.ns_method}, {config.ns_steps} "
+        f"{'poles' if fractions else 'steps'} in {resolve_dtype(dtype)}"
+        f"{' (auto)' if dtype == 'auto' else ''}",
         *(_galore_lines(config, report) if config.use_galore else ()),
         "  Whole optimizer:   FP32 Muon + AdamW "
         f"{megabytes(total['fp32_muon_adamw_bytes'])} -> "
@@ -142,9 +144,10 @@ def flops_summary(config: Config, flops: dict[str, float]) -> str:
         f"Operations of a step of {config.tokens_per_step:,} tokens:",
         f"  forward and backward {giga('model')}",
         f"  update {giga('update')}, {100 * flops['update_share']:.1f} % of all "
-        f"({config.ns_method} Newton-Schulz)",
+        f"({config.ns_method})",
     ]
-    if resolve_dtype(config.ns_dtype) != "bfloat16":
+    newton_schulz = config.ns_method not in FLOAT32_METHODS
+    if newton_schulz and resolve_dtype(config.ns_dtype) != "bfloat16":
         lines.append(
             f"  in the Gram form where a side is over {GRAM_RATIO} times the other"
         )

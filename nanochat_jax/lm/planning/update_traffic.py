@@ -85,7 +85,7 @@ def update_traffic(config: Config, params: Params) -> list[Traffic]:
     """
     _, rest = _by_owners(config, params)
     # "auto" is bfloat16 on any device of which one takes several.
-    width = 2 if config.ns_dtype in ("auto", "bfloat16") else 4
+    width = 2 if config.iteration_dtype in ("auto", "bfloat16") else 4
     rows = [
         row for stack in stacks(config, params) for row in _shared_out(stack, width)
     ]
