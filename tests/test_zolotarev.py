@@ -15,9 +15,9 @@ from nanochat_jax.numerics import inverse, zolotarev
 from nanochat_jax.numerics.symmetric import Products
 from nanochat_jax.polynomials import ZOLOTAREV, Fractions
 
-LOW = 3e-3
-BAND = {2: 0.13, 3: 0.033, 4: 0.0084}
-SPECTRUM = [1.0, 0.8, 0.3, 0.1, 0.03, 0.01, 4e-3, 3.5e-3]
+LOW = {2: 3e-3, 3: 5e-3, 4: 7e-3}
+BAND = {2: 0.13, 3: 0.023, 4: 0.004}
+SPECTRUM = [1.0, 0.8, 0.3, 0.1, 0.05, 0.02, 0.01, 8e-3]
 
 
 def value(fractions: Fractions, x: np.ndarray) -> np.ndarray:
@@ -26,10 +26,11 @@ def value(fractions: Fractions, x: np.ndarray) -> np.ndarray:
 
 @pytest.mark.parametrize("poles", ZOLOTAREV)
 def test_the_poles_are_those_of_elliptic_functions(poles):
-    quarter = scipy.special.ellipkm1(LOW**2)
+    low = LOW[poles]
+    quarter = scipy.special.ellipkm1(low**2)
     points = np.arange(1, 2 * poles + 1) * quarter / (2 * poles + 1)
-    sn, cn, _, _ = scipy.special.ellipj(points, 1 - LOW**2)
-    odd = (LOW * sn / cn)[::2] ** 2
+    sn, cn, _, _ = scipy.special.ellipj(points, 1 - low**2)
+    odd = (low * sn / cn)[::2] ** 2
     shifts = [shift for _, shift in ZOLOTAREV[poles].terms]
     np.testing.assert_allclose(shifts, odd, rtol=1e-9)
 
@@ -37,7 +38,7 @@ def test_the_poles_are_those_of_elliptic_functions(poles):
 @pytest.mark.parametrize("poles", ZOLOTAREV)
 def test_the_error_is_as_large_at_each_extremum(poles):
     """Chebyshev's mark of the best approximation: one more than there are numbers."""
-    x = np.geomspace(LOW, 1, 100_001)
+    x = np.geomspace(LOW[poles], 1, 100_001)
     error = value(ZOLOTAREV[poles], x) - 1
     signs = np.flatnonzero(np.diff(np.sign(error)))
     peaks = [max(part, key=abs) for part in np.split(error, signs + 1)]
@@ -69,6 +70,21 @@ def test_singular_vectors_scale_and_batch_do_not_matter():
         close(zolotarev(scale * x), o)
 
 
+@pytest.mark.parametrize("noise", [1e-6, 1e-3, 1e-2])
+def test_one_large_direction_keeps_its_place(noise):
+    """Elimination without a Cholesky factor had 14 in place of 1 there."""
+    left, right, rest = (
+        jax.random.normal(jax.random.key(i), shape)
+        for i, shape in enumerate([(200, 1), (1, 200), (200, 200)])
+    )
+    x = left @ right + noise * rest
+    u, s, vt = np.linalg.svd(np.asarray(x, np.float64))
+    s /= np.sum(s**4) ** 0.25
+    for fractions in ZOLOTAREV.values():
+        error = zolotarev(x, fractions) - u * value(fractions, s) @ vt
+        assert np.linalg.norm(error, 2) < 0.02
+
+
 def test_zero_stays_zero_and_types_stay():
     x = jnp.zeros((2, 8, 24), jnp.bfloat16)
     o = zolotarev(x)
@@ -76,11 +92,11 @@ def test_zero_stays_zero_and_types_stay():
     assert not o.any()
 
 
-SIZES = [1, 2, 8, 9, 30, 257]
+SIZES = [1, 2, 8, 9, 30, 100]
 """One row, one block, blocks that do not fill it, and two kinds of block."""
 
 
-@pytest.mark.parametrize("halved_from", [16, 1000])
+@pytest.mark.parametrize("halved_from", [(), (16, 30)])
 @pytest.mark.parametrize("size", SIZES)
 def test_an_inverse_is_that_of_numpy(size, halved_from, monkeypatch):
     monkeypatch.setattr(inverse, "HALVED_FROM", halved_from)
@@ -94,7 +110,7 @@ def test_an_inverse_is_that_of_numpy(size, halved_from, monkeypatch):
 
 @pytest.mark.parametrize("size", SIZES)
 def test_operations_of_an_inverse_are_those_of_its_products(size, monkeypatch):
-    monkeypatch.setattr(inverse, "HALVED_FROM", 16)
+    monkeypatch.setattr(inverse, "HALVED_FROM", (16, 30))
     counted = helpers.count_product_flops(inverse.inverse, jnp.eye(size))
     assert counted == inverse.inverse_flops(size)
 
@@ -108,10 +124,10 @@ def test_operations_are_those_of_the_products(poles):
     assert counted == known
 
 
-@pytest.mark.parametrize(("shape", "part"), [((768, 768), 3), ((768, 3072), 2)])
-def test_it_takes_a_third_to_a_half_of_the_operations_of_the_quintic(shape, part):
+@pytest.mark.parametrize("shape", [(768, 768), (768, 2064), (2048, 8192)])
+def test_it_takes_half_of_the_operations_of_the_quintic(shape):
     quintic = numerics.newton_schulz_flops(shape)
-    assert numerics.zolotarev_flops(shape) < quintic / part
+    assert numerics.zolotarev_flops(shape) < quintic / 2
 
 
 def test_no_part_of_it_is_left_to_a_library():

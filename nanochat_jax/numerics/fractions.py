@@ -27,9 +27,9 @@ def zolotarev(
 
     It is `(constant I + Σ weight (G + shift I)⁻¹) X`, of the Gram matrix `G` of the
     short side: two inverses bring singular values nearer to one than five steps of
-    Newton-Schulz, on square matrices in a third of the operations and on long ones in
-    half of them. It needs float32, so that processors gain by it, and not where
-    products of bfloat16 are many times as fast.
+    Newton-Schulz, in half of the operations and on square matrices of thousands of rows
+    in a third. It needs float32, so that processors gain by it, and not where products
+    of bfloat16 are many times as fast.
     `x` is divided by the fourth root of the sum of the fourth powers of its singular
     values, which is no less than the largest. A zero matrix gives zero.
 
