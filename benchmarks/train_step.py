@@ -26,12 +26,15 @@ from nanochat_jax.lm.training.run import Run
 from nanochat_jax.lm.training.step import compile_train_step, init_state
 from nanochat_jax.optimizer import build_optimizer
 from nanochat_jax.optimizer.baselines import build_adamw
+from nanochat_jax.polynomials import METHODS, default_steps
 
 BOTH = {"use_8bit_optim": True, "use_galore": True}
+POLES = {"ns_method": "zolotarev", "ns_steps": 2}
 EIGHT, SCANNED = {"use_8bit_optim": True}, {"scan_layers": True}
 VARIANTS = {
     "muon": {},
     "muon_8bit": EIGHT,
+    "muon_8bit, zolotarev": {**EIGHT, **POLES},
     "muon_8bit, scan and remat": {**EIGHT, **SCANNED, "remat": True},
     "muon_8bit, in backward": {**EIGHT, **SCANNED, "update_in_backward": True},
     "muon_8bit, in backward, bf16": {
@@ -91,6 +94,7 @@ def arguments():
         "--rank", type=int, help="GaLore rank; a quarter of dim if unset"
     )
     parser.add_argument("--ns-dtype", default="auto")
+    parser.add_argument("--ns-method", choices=METHODS, default="quintic")
     parser.add_argument("--compute-dtype", default="float32")
     parser.add_argument("--scan-layers", action="store_true")
     parser.add_argument("--repeats", type=int, default=5)
@@ -110,6 +114,8 @@ def main():
         seq_len=args.seq_len,
         grad_accum_steps=1,
         ns_dtype=args.ns_dtype,
+        ns_method=args.ns_method,
+        ns_steps=default_steps(args.ns_method),
         compute_dtype=args.compute_dtype,
         scan_layers=args.scan_layers,
     )
