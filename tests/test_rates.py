@@ -9,7 +9,9 @@ import pytest
 import nanochat_jax as nj
 
 PARAMS = {"up": {"kernel": jnp.ones((16, 32)), "bias": jnp.ones(32)}}
-GRADS = jax.tree.map(lambda x: jnp.cumsum(x, -1), PARAMS)
+# Of full rank: beside directions without a gradient, rounding is raised to one.
+KERNEL = jax.random.normal(jax.random.key(0), (16, 32))
+GRADS = {"up": {"kernel": KERNEL, "bias": jnp.arange(1.0, 33.0)}}
 FALLS = optax.linear_schedule(0.02, 0.0, 10)
 
 
@@ -111,6 +113,6 @@ def test_a_traced_rate_in_settings_updates_as_the_number_does():
 
     tx = configured(lr=0.5, fallback_lr=0.5)
     wanted = jax.jit(tx.update)(GRADS, tx.init(PARAMS), PARAMS)[0]
-    jax.tree.map(
-        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), step(0.5), wanted
-    )
+    # Two programs: what each rounds otherwise, Newton-Schulz raises up to 485 times.
+    close = lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5 * abs(b).max())
+    jax.tree.map(close, step(0.5), wanted)

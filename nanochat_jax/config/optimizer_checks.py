@@ -3,7 +3,7 @@
 from typing import Any
 
 from nanochat_jax.config import schema
-from nanochat_jax.polynomials import FLOAT32_METHODS, method_of
+from nanochat_jax.polynomials import FLOAT32_METHODS, default_steps, method_of
 
 
 def all_checks(config: Any) -> list[schema.Check]:
@@ -90,6 +90,8 @@ def _rank_checks(rank: int | float | None) -> list[schema.Check]:
 
 
 def _method_checks(method: str, steps: int, dtype: str) -> list[schema.Check]:
+    # Less than one step is what the key itself refuses.
+    steps = steps if steps >= 1 else default_steps(method)
     try:
         method_of(method, steps)
     except ValueError as error:
