@@ -16,7 +16,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from nanochat_jax import POLYNOMIALS, newton_schulz
-from nanochat_jax.numerics import newton_schulz_flops
+from nanochat_jax.numerics import newton_schulz_flops, zolotarev, zolotarev_flops
+from nanochat_jax.polynomials import ZOLOTAREV
 
 SHAPES = [(256, 256), (768, 768), (768, 2064), (192, 2064)]
 RUNS = [("float32", "standard"), ("float32", "gram"), ("bfloat16", "standard")]
