@@ -2,8 +2,8 @@
 
 An inverse is `ZᵀZ`, where `Z` is the inverse of the Cholesky factor. Eliminating in
 `A` without a factor takes fewer operations, but its rounding errors grow by the square
-of the condition number, not by its root. LAPACK has no part in it: it has one thread,
-and beside other work on few processor cores its calls have been seen to wait for ever.
+of the condition number, not by its root. LAPACK has no part in it: beside other work
+on few processor cores its calls have been seen to wait for ever.
 
 Axis letters: `s` rows and columns.
 """
