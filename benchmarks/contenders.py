@@ -36,10 +36,10 @@ AVERAGE = {"average_horizon": (5, 10, 20, 40, 80), "average_start_frac": (0.6, 0
 
 MUON = {
     "lr": 0.013,
-    "weight_decay": 0.1,
+    "weight_decay": 0.05,
     "fallback_lr": 0.005,
     "muon_momentum": 0.85,
-    "adam_betas": [0.9, 0.95],
+    "adam_betas": [0.9, 0.99],
 }
 MUON_AXES = {
     **DECAY,
@@ -48,7 +48,12 @@ MUON_AXES = {
     "adam_betas": ([0.9, 0.9], [0.9, 0.95], [0.9, 0.99], [0.9, 0.995]),
     **MOMENTUM,
 }
-FLOORED = {"cautious_decay": True, "row_floor": 0.5, "update_floor": 0.0}
+FLOORED = {
+    "cautious_decay": True,
+    "weight_decay": 0.025,
+    "row_floor": 0.5,
+    "update_floor": 0.0,
+}
 ROWS = {"normalize_rows": "normuon", "normuon_beta": 0.95}
 SHORT = {"precondition": "short", "precondition_every": 10, "precondition_beta": 0.9}
 
@@ -59,7 +64,9 @@ CONTENDERS = {
     "Muon, 4 bits": Contender("muon_4bit"),
     SOAP_SHORT: Contender("muon_8bit", SHORT | {"quant_block_size": 256}, SOAP),
     "cautious, floors": Contender("muon_8bit", FLOORED, SOME_DECAY | FLOORS | RATE),
-    "NorMuon": Contender("muon_8bit", ROWS, RATE | DECAY | NORMUON | MOMENTUM),
+    "NorMuon": Contender(
+        "muon_8bit", {**ROWS, "lr": 0.009}, RATE | DECAY | NORMUON | MOMENTUM
+    ),
     "fixed norms": Contender(
         "muon_8bit", {"fixed_norm": True, "weight_decay": 0.0}, RATE | MOMENTUM
     ),

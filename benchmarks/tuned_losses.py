@@ -137,7 +137,7 @@ class Study:
         contender = CONTENDERS[name]
         parent = contender.parent and self.best[contender.parent].result()
         start = {**(parent or {}), **contender.settings}
-        if not contender.axes:
+        if not contender.axes or self.flags.budget == 1:  # nothing to choose from
             return start
 
         def losses(settings: Sequence[Settings]) -> list[float]:

@@ -1,5 +1,7 @@
 """`sequence` changes the order of work, and nothing else."""
 
+import math
+
 import jax
 import jax.numpy as jnp
 import optax
@@ -73,16 +75,38 @@ def test_temporaries_are_those_of_one_group(name, stacked):
 
 
 @helpers.on_processors
+@pytest.mark.parametrize("donated", [(1,), (0, 1)])
 @pytest.mark.parametrize("name", ["muon", "8-bit"])
-def test_no_state_is_copied_where_updates_come_first(name):
+@pytest.mark.parametrize("stacked", [False, True])
+def test_no_state_is_copied_where_updates_come_first(stacked, name, donated):
     """JAX gives the donated buffers of the momentum to the updates."""
-    leaf = jax.ShapeDtypeStruct((128, 520), jnp.float32)
-    params = {f"w{i}": leaf for i in range(16)}
-    tx = nj.sequence(built(name, params), max_bytes=1)
+    matrix = (128, 520)
+    shapes = [(8, *matrix)] * 2 if stacked else [matrix] * 16
+    params = {
+        f"w{i}": jax.ShapeDtypeStruct(x, jnp.float32) for i, x in enumerate(shapes)
+    }
+    tx = nj.sequence(built(name, params), max_bytes=1, core_ndim=2)
     state = jax.eval_shape(tx.init, params)
-    step = jax.jit(tx.update, donate_argnums=1).lower(params, state, params)
+    step = jax.jit(tx.update, donate_argnums=donated).lower(params, state, params)
     planned = planned_bytes(step.compile())
-    assert planned["temp_bytes"] <= 4 * 4 * leaf.size
+    assert planned["temp_bytes"] <= 5 * 4 * math.prod(matrix)
+
+
+@helpers.on_processors
+@pytest.mark.parametrize("name", ["muon", "8-bit"])
+def test_a_step_that_adds_the_updates_holds_those_of_two_stacks(name, monkeypatch):
+    monkeypatch.setattr(groups, "CPU_GROUP_BYTES", 4 * 128 * 520)
+    params = {f"w{i}": jax.ShapeDtypeStruct((8, 128, 520), "float32") for i in range(6)}
+    tx = built(name, params)
+
+    def step(params, state, gradients):
+        updates, state = tx.update(gradients, state, params)
+        return optax.apply_updates(params, updates), state
+
+    state = jax.eval_shape(tx.init, params)
+    compiled = jax.jit(step, donate_argnums=(0, 1)).lower(params, state, params)
+    stack = 4 * 8 * 128 * 520
+    assert planned_bytes(compiled.compile())["temp_bytes"] <= 2.5 * stack
 
 
 @helpers.on_processors

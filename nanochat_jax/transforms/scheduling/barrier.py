@@ -88,6 +88,18 @@ def after(index: Array, result: Any) -> Array:
     return index + _zero_after(result)
 
 
+def refilled_after(x: Array, result: Any) -> Array:
+    """Returns the entries of `x` in a buffer that is filled once some work is done.
+
+    The buffer may be one that the work has read.
+
+    Args:
+      x: An array.
+      result: Arrays to wait for.
+    """
+    return jnp.where(_zero_after(result) == 0, x, jnp.zeros_like(x))
+
+
 def _zero_after(result: Any) -> Array:
     """Returns the integer 0, worked out from entries of arrays."""
     numbers = (

@@ -16,6 +16,7 @@ from nanochat_jax.transforms.scheduling.barrier import (
     after,
     in_turn,
     layouts,
+    refilled_after,
 )
 from nanochat_jax.transforms.sharding import from_bits, to_bits
 from nanochat_jax.transforms.state_paths import locate
@@ -110,6 +111,9 @@ def update_by_rows(
 
     whole = [to_bits(x) for x in before]
     done, params_bits = whole[: written.num_leaves], whole[written.num_leaves :]
+    # A loop that begins with the leaf itself has the state copied where its buffers are
+    # given to the updates, as `jax.jit(tx.update, donate_argnums=1)` does.
+    done[0] = refilled_after(done[0], (lax.optimization_barrier(done[1:]), result))
     first = 0 if result is None else after(jnp.int32(0), result)
     done = in_pieces(work, leaf.shape[0], rows, done, first)
     new = (from_bits(x, old.dtype) for x, old in zip(done, before, strict=False))
