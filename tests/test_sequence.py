@@ -9,6 +9,7 @@ import pytest
 
 import helpers
 import nanochat_jax as nj
+from nanochat_jax.optimizer import chains
 from nanochat_jax.optimizer.memory import compiled_bytes, planned_bytes
 from nanochat_jax.transforms.scheduling import groups
 
@@ -120,9 +121,29 @@ def test_temporaries_of_a_stack_are_those_of_one_group(name, monkeypatch):
     assert compiled_bytes(tx, params)["temp_bytes"] <= 3 * 4 * matrix
 
 
-def test_a_bound_below_one_byte_is_refused():
-    with pytest.raises(ValueError, match="`max_bytes` must be at least 1, got 0"):
-        nj.sequence(nj.momentum(), max_bytes=0)
+@pytest.mark.parametrize("name", ["max_bytes", "fields"])
+def test_a_bound_below_one_is_refused(name):
+    with pytest.raises(ValueError, match=f"`{name}` must be at least 1, got 0"):
+        nj.sequence(nj.momentum(), **{name: 0})
+
+
+@helpers.on_processors
+@pytest.mark.parametrize(("precondition", "together"), [(None, 4), ("short", 1)])
+def test_groups_are_smaller_where_a_state_has_more_fields(
+    precondition, together, monkeypatch
+):
+    monkeypatch.setattr(groups, "CPU_GROUP_BYTES", 4 * 4 * 8 * 8)
+    sizes = []
+
+    def orthogonalize(*args, **kwargs):
+        del args, kwargs
+        return optax.stateless(lambda u, _: sizes.append(len(jax.tree.leaves(u))) or u)
+
+    monkeypatch.setattr(chains, "orthogonalize", orthogonalize)
+    tx = chains.matrix_optimizer(nj.OptimizerConfig(precondition=precondition))
+    params = {f"w{i}": jnp.ones((8, 8)) for i in range(4)}
+    jax.eval_shape(tx.update, params, tx.init(params), params)
+    assert {*sizes} == {together}
 
 
 def test_groups_are_larger_on_accelerators(monkeypatch):

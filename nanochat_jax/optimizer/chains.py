@@ -38,6 +38,8 @@ from nanochat_jax.transforms import (
     widened,
 )
 
+# Arrays of the state of a square matrix: momentum, and what `precondition` adds to it.
+_FIELDS = {None: 1, "short": 4, "both": 6}
 # Rows of a quantised embedding that are decoded at a time, in float32: 2 MiB.
 _ROW_BYTES = 1 << 21
 
@@ -70,7 +72,8 @@ def matrix_optimizer(
     if config.fixed_norm:
         parts["norm"] = fix_norms()
     chain = in_float32(stages(**parts))
-    return sequence(landing(chain, config, short, rule.average), core_ndim=2)
+    tx = landing(chain, config, short, rule.average)
+    return sequence(tx, core_ndim=2, fields=_FIELDS[config.precondition])
 
 
 def _direction(config: OptimizerConfig, rule: Rule) -> optax.GradientTransformation:

@@ -32,6 +32,7 @@ def sequence(
     *,
     max_bytes: int | None = None,
     core_ndim: int | None = None,
+    fields: int = 1,
 ) -> optax.GradientTransformationExtraArgs:
     """Runs `inner` on groups of leaves of one shape, each after the one before.
 
@@ -58,15 +59,18 @@ def sequence(
         transforms of matrices. A larger leaf of more axes is then worked on a few
         entries of its first axis at a time, by default half a group on a processor;
         not if it is sharded.
+      fields: Arrays of about the size of a leaf that its state has: what `max_bytes` is
+        by default is divided by it.
 
     Returns:
       A transformation with the updates and the state of `inner`.
 
     Raises:
-      ValueError: If `max_bytes` is less than 1.
+      ValueError: If `max_bytes` or `fields` is less than 1.
     """
-    if max_bytes is not None and max_bytes < 1:
-        raise ValueError(f"`max_bytes` must be at least 1, got {max_bytes}.")
+    for name, value in {"max_bytes": max_bytes, "fields": fields}.items():
+        if value is not None and value < 1:
+            raise ValueError(f"`{name}` must be at least 1, got {value}.")
     inner = optax.with_extra_args_support(inner)
 
     def update_fn(
@@ -79,8 +83,8 @@ def sequence(
     ) -> tuple[optax.Updates, optax.OptState]:
         flat, treedef = jax.tree.flatten_with_path(updates)
         names, leaves = [keystr(path) for path, _ in flat], [x for _, x in flat]
-        most = group_bytes() if max_bytes is None else max_bytes
-        rows = piece_bytes() if max_bytes is None else max_bytes
+        most = group_bytes() // fields if max_bytes is None else max_bytes
+        rows = piece_bytes() // fields if max_bytes is None else max_bytes
         groups = group_by_shape(leaves, most, devices=placement.devices)
         groups = joined(groups, names, state)
         step = functools.partial(
