@@ -78,6 +78,7 @@ def measure(config, steps):
     row["compiled"] = base = Memory.now()
     state = jax.block_until_ready(init_state(run))
     row["init"] = Memory.most() - base
+    run_memory.give_back_memory()  # as the command line does
     shape = (config.grad_accum_steps, config.batch_size, config.sequence + 1)
     Memory.forget()
     for _ in range(steps):

@@ -158,7 +158,7 @@ class Study:
             "losses": {"1.0": [result["val_loss"] for result in final]},
         }
         target = _mean(self.final("Muon", 1.0))
-        for part in FRACTIONS if name != "Muon" else ():
+        for part in self.flags.fractions if name != "Muon" else ():
             results = self.final(name, part)
             row["losses"][str(part)] = [result["val_loss"] for result in results]
             if _mean(results) > target:
@@ -243,6 +243,13 @@ def main() -> None:
     parser.add_argument("--budget", type=int, default=12, help="runs to tune each with")
     parser.add_argument("--workers", type=int, default=os.cpu_count())
     parser.add_argument("--only", nargs="*", choices=CONTENDERS, help="with parents")
+    parser.add_argument(
+        "--fractions",
+        type=float,
+        nargs="*",
+        default=FRACTIONS,
+        help="parts of the steps to get to Muon's loss in, none to leave that out",
+    )
     parser.add_argument("--output", required=True, help="folder of runs and report")
     flags = parser.parse_args()
     os.environ["XLA_FLAGS"] = ONE_THREAD

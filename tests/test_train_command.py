@@ -240,3 +240,17 @@ def test_ctrl_c_before_the_first_step_says_what_is_saved(
     # The printed command of a checkpoint would not have the new `--total-steps`.
     again = "interrupted. Give the same command again: it goes on from what is saved."
     assert again in capsys.readouterr().err
+
+
+def test_freed_memory_goes_back_to_the_system_before_the_first_step(train, monkeypatch):
+    calls = []
+
+    def interrupt(*_, **__):
+        calls.append("fit")
+        raise KeyboardInterrupt
+
+    given_back = lambda: calls.append("give back")
+    monkeypatch.setattr(command.run_memory, "give_back_memory", given_back)
+    monkeypatch.setattr(command, "fit", interrupt)
+    assert train() == 130
+    assert calls == ["give back", "fit"]

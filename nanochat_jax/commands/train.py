@@ -24,7 +24,7 @@ from nanochat_jax.commands.shared import (
 from nanochat_jax.commands.stored_settings import AUTO, resumed_folder
 from nanochat_jax.config import Config, schema
 from nanochat_jax.lm.checkpoints import Checkpoints, open_source
-from nanochat_jax.lm.planning import memory_limit
+from nanochat_jax.lm.planning import memory_limit, run_memory
 from nanochat_jax.lm.runtime import machine, processes, require_writable, stopping
 from nanochat_jax.lm.tracking import Sink, busy, make_display, make_sinks
 from nanochat_jax.lm.training import (
@@ -253,6 +253,9 @@ def _fit(
     with usage_errors():
         memory_limit.check(config, planned_bytes(step)["peak_bytes"])
         state = job.resumption.restore(tell) if job.resumption else init_state(run)
+    # What compiling and the first state have freed would be kept beside every step.
+    jax.block_until_ready(state)
+    run_memory.give_back_memory()
     first = job.first
     if first:
         tell(f"Resumed from step {first}.")
