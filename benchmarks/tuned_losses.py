@@ -240,7 +240,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--config-file", default="configs/compare_3m.toml")
     parser.add_argument("--batch-size", type=int, help="in place of the file's")
-    parser.add_argument("--budget", type=int, default=12, help="runs to tune each with")
+    parser.add_argument(
+        "--budget",
+        type=int,
+        default=12,
+        help="settings to try of each; 1 for those of contenders.py",
+    )
     parser.add_argument("--workers", type=int, default=os.cpu_count())
     parser.add_argument("--only", nargs="*", choices=CONTENDERS, help="with parents")
     parser.add_argument(

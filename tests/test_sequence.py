@@ -90,7 +90,9 @@ def test_no_state_is_copied_where_updates_come_first(stacked, name, donated):
     state = jax.eval_shape(tx.init, params)
     step = jax.jit(tx.update, donate_argnums=donated).lower(params, state, params)
     planned = planned_bytes(step.compile())
-    assert planned["temp_bytes"] <= 5 * 4 * math.prod(matrix)
+    # What a conditional gives back is copied where gradients are donated too.
+    most = 5 if donated == (0, 1) and not stacked else 4
+    assert planned["temp_bytes"] <= most * 4 * math.prod(matrix)
 
 
 @helpers.on_processors
