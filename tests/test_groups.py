@@ -321,7 +321,8 @@ def test_rates_of_groups_may_be_traced():
 
     known = build([Group("embed", lr=0.5), Group("blocks", lr=1.0)])
     got, expected = jax.jit(step)(0.5), updates_of(known, 1)[0]
-    chex.assert_trees_all_close(got, expected, rtol=1e-5)
+    # Of small entries only as many bits agree as of the large ones beside them.
+    chex.assert_trees_all_close(got, expected, rtol=1e-5, atol=1e-7)
 
 
 def test_a_plan_has_a_line_for_each_label_in_a_group():
