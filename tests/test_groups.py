@@ -314,6 +314,21 @@ def test_no_leaves_at_all_are_updated_to_none():
     assert tx.update(none, tx.init(none), none)[0] == none
 
 
+def test_vectors_have_a_memory_of_their_own_wherever_adamw_has_them():
+    """Under a group too that sends them to AdamW, or others to Lion."""
+    lion = {"fallback": "lion", "lion_betas": (0.9, 0.99)}
+    to_adamw = (Group(".*bias", optimizer="adamw", lr=0.1), Group("embed", lr=0.1))
+    to_lion = (Group("lm_head", optimizer="lion", lr=0.1), Group(".*bias", lr=0.1))
+    for settings, groups in ((lion, to_adamw), ({}, to_lion)):
+        short, usual = (
+            updates_of(build(groups, **settings, vector_adam_b2=b2), 3)[0]
+            for b2 in (0.5, None)
+        )
+        differ = jax.tree.map(lambda x, y: bool((x != y).any()), short, usual)
+        vectors = jax.tree.map(lambda x: x.ndim == 1, PARAMS)
+        assert differ == vectors
+
+
 def test_rates_of_groups_may_be_traced():
     def step(rate):
         tx = build([Group("embed", lr=rate), Group("blocks", lr=2 * rate)])
@@ -346,7 +361,6 @@ def test_a_plan_has_a_line_for_each_label_in_a_group():
     assert sum(x["state_bytes"] for x in found) == report.total_bytes - counts
 
 
-@pytest.mark.slow
 def test_an_update_in_the_backward_pass_has_the_same_groups_and_links():
     embed = lambda rest, batch: batch["x"] @ rest["in"]["kernel"]
     block = lambda layer, x: (

@@ -69,20 +69,20 @@ def in_group(
       group: The group, if there is one.
       decays: Whether weight decay for everything but vectors is for them.
     """
-    if not decays:
-        none = _like(rule.fallback_decay, 0.0)
-        rule = dataclasses.replace(rule, fallback_decay=none)
-        if rule.vector_b2 is not None and config.fallback == "adamw":
-            betas = (rule.fallback_betas[0], rule.vector_b2)
-            rule = dataclasses.replace(rule, fallback_betas=betas)
-    if group is None:
-        return config, rule
-    given = {"muon_scale": group.muon_scale or config.muon_scale}
+    fallback = config.fallback
+    if group is not None and group.optimizer in ("adamw", "lion"):
+        fallback = group.optimizer
     changed: dict[str, Any] = {}
-    if group.optimizer in ("adamw", "lion") and group.optimizer != config.fallback:
-        given["fallback"] = group.optimizer
-        lion = group.optimizer == "lion"
+    if fallback != config.fallback:
+        lion = fallback == "lion"
         changed["fallback_betas"] = config.lion_betas if lion else config.adam_betas
+    if not decays:
+        changed["fallback_decay"] = 0.0
+        if rule.vector_b2 is not None and fallback == "adamw":
+            beta, _ = changed.get("fallback_betas", rule.fallback_betas)
+            changed["fallback_betas"] = (beta, rule.vector_b2)
+    if group is None:
+        return config, _changed(rule, changed)
     if group.betas is not None:
         changed["fallback_betas"] = group.betas
     if group.lr is not None:
@@ -94,9 +94,17 @@ def in_group(
         changed |= {"decay": decay, "fallback_decay": decay}
     if group.muon_momentum is not None:
         changed["beta"] = momentum_schedule(config, group.muon_momentum)
-    changed = {name: _like(getattr(rule, name), x) for name, x in changed.items()}
-    config = dataclasses.replace(config, groups=(), **given)
-    return config, dataclasses.replace(rule, **changed)
+    config = dataclasses.replace(
+        config, groups=(), fallback=fallback, vector_adam_b2=None,  # which `rule` has
+        muon_scale=group.muon_scale or config.muon_scale,
+    )  # fmt: skip
+    return config, _changed(rule, changed)
+
+
+def _changed(rule: Rule, numbers: Mapping[str, Any]) -> Rule:
+    """Returns a rule with other numbers, schedules where it has schedules."""
+    alike = {name: _like(getattr(rule, name), x) for name, x in numbers.items()}
+    return dataclasses.replace(rule, **alike)
 
 
 def _like(other: Any, x: Any) -> Any:
