@@ -169,6 +169,8 @@ def test_the_commands_of_the_readme_run_in_order(tmp_path, monkeypatch, capsys):
             args[args.index("--total-steps") + 1] = "4"
         if args[0] == "plan":
             args += shlex.split(f"{SMALL} --no-compile")
+        if args[0] == "generate":
+            args[args.index("--max-tokens") + 1] = "8"
         assert cli.main(args) == 0, capsys.readouterr()
     assert (tmp_path / "runs/a/4").is_dir()
     assert (tmp_path / "model.safetensors").is_file()

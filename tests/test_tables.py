@@ -166,6 +166,7 @@ def planned():
         if key not in known:
             axes = dict(x.split("=") for x in row[1].strip("`").split(","))
             values = {"model": row[0], "mesh": {k: int(n) for k, n in axes.items()}}
+            values["ns_dtype"] = "bfloat16"
             found = mesh_plan.plan_scale(Config.from_values(values, "test"))
             known[key] = found, mesh_plan.side_by_side(found)
         return known[key]
@@ -234,7 +235,8 @@ def test_the_whole_step_of_7b_is_that_of_its_plan(row):
     }  # fmt: skip
     values = {
         "model": "7b", "batch_size": 1, "seq_len": 1024, "param_dtype": "bfloat16",
-        "update_in_backward": True, "use_8bit_optim": True, **flags[row[0]],
+        "update_in_backward": True, "use_8bit_optim": True, "ns_dtype": "bfloat16",
+        **flags[row[0]],
     }  # fmt: skip
     run = run_memory.abstract_run(Config.from_values(values, "test"))
     step = compile_train_step(run)
