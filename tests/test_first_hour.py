@@ -152,7 +152,6 @@ def test_the_rest_of_the_readme_runs(reader):
     assert names["config"].total_steps is None
 
 
-@pytest.mark.slow
 def test_the_commands_of_the_readme_run_in_order(tmp_path, monkeypatch, capsys):
     """`train`, `--resume` with more steps, `generate`, `plan`, and `export`."""
     monkeypatch.chdir(tmp_path)

@@ -120,7 +120,6 @@ def test_nnx_optimizer_trains_under_a_mesh(name):
     check_nnx(name, auto_mesh(1))
 
 
-@pytest.mark.slow
 def test_nnx_optimizer_trains_on_four_devices():
     """In a process of its own, since the number of devices is settled at the start."""
     tests = Path(__file__).parent
