@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from flax import linen as nn, nnx
 
-from nanochat_jax import MatrixAxes
+from nanochat_jax import MatrixAxes, describe, muon
 from nanochat_jax.interop import in_tree, matrix_axes
 
 KEY = jax.random.key(0)
@@ -412,6 +412,20 @@ def test_a_linen_stack_is_found_whatever_the_sizes(axis, kept):
     model = nn.scan(Square, length=4, **axes)()
     answers = matrix_axes(model, jax.ShapeDtypeStruct((4, 4), jnp.float32), None)
     assert answers["Dense_0"]["kernel"] == MatrixAxes(*kept)
+
+
+def test_axes_of_a_model_serve_adapters_alone_that_are_beside_its_weights():
+    class Model(nnx.Module):
+        def __init__(self, rngs):
+            self.up = nnx.Linear(6, 12, use_bias=False, rngs=rngs)
+
+    tx = muon(0.1, matrix_axes=matrix_axes(Model(nnx.Rngs(0))))
+    factors = {"kernel_lora_a": jnp.ones((6, 2)), "kernel_lora_b": jnp.ones((2, 12))}
+    leaves = describe(tx, {"up": factors}).leaves
+    assert [leaf.optimizer for leaf in leaves] == ["Muon"] * 2
+    for elsewhere in ({"params": {"up": factors}}, {"down": factors}):
+        with pytest.raises(ValueError, match="entries for what is no parameter"):
+            tx.init(elsewhere)
 
 
 def square_stacks(layers):

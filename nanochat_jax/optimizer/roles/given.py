@@ -108,8 +108,8 @@ def _require_met(
       argument: Name of the argument that they came in.
       table: The entries by path.
       params: The parameters.
-      some: Whether one entry that meets a parameter is enough, as with the axes of a
-        model of which a part is trained.
+      some: Whether one entry that meets a parameter is enough, or is in one module with
+        it, as with the axes of a model of which a part is trained, or adapters alone.
     """
     nodes = jax.tree.leaves_with_path(params, is_leaf=_is_absent)
     known = {keystr(path[:i]) for path, _ in nodes for i in range(len(path) + 1)}
@@ -119,7 +119,8 @@ def _require_met(
         for path in table
         if keystr(path) not in known and nearest(absent, path) is None
     ]
-    if unmet and not (some and len(unmet) < len(table)):
+    beside = any(len(path) > 1 and keystr(path[:-1]) in known for path in table)
+    if unmet and not (some and (beside or len(unmet) < len(table))):
         names = ", ".join(keystr(path) for path, _ in nodes[:8])
         raise ValueError(
             f"`{argument}` has entries for what is no parameter:\n  "
