@@ -23,6 +23,7 @@ from nanochat_jax.config import OptimizerConfig
 from nanochat_jax.interop import as_arrays, for_nnx
 from nanochat_jax.optimizer.chains import (
     fallback_optimizer,
+    fields_of,
     has_short,
     matrix_optimizer,
 )
@@ -115,6 +116,7 @@ def assemble(
         clip if config.grad_clip else lambda by_label: by_label,
         functools.partial(part_of, config),
         functools.partial(note_of, config, rule),
+        fields_of(config),
     )
 
 

@@ -73,7 +73,17 @@ def matrix_optimizer(
         parts["norm"] = fix_norms()
     chain = in_float32(stages(**parts))
     tx = landing(chain, config, short, rule.average)
-    return sequence(tx, core_ndim=2, fields=_FIELDS[config.precondition])
+    return sequence(
+        tx,
+        core_ndim=2,
+        fields=fields_of(config),
+        alike=lambda path, shape: len(shape) == 2 or None,
+    )
+
+
+def fields_of(config: OptimizerConfig) -> int:
+    """Returns the number of arrays of the state of a square matrix."""
+    return _FIELDS[config.precondition]
 
 
 def _direction(config: OptimizerConfig, rule: Rule) -> optax.GradientTransformation:

@@ -118,14 +118,12 @@ from nanochat_jax.transforms.quantize import (
     quantize_state as quantize_state,
 )
 from nanochat_jax.transforms.scheduling import (
+    Parts as Parts,
     after as after,
     by_rows as by_rows,
-    fill as fill,
     group_by_shape as group_by_shape,
     group_bytes as group_bytes,
     in_pieces as in_pieces,
-    only as only,
-    owners_of as owners_of,
     rows_at_a_time as rows_at_a_time,
     run_after as run_after,
     sequence as sequence,

@@ -1,5 +1,6 @@
 """Run a transform on leaves of any shape, seen as matrices."""
 
+import functools
 from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
@@ -12,6 +13,7 @@ from nanochat_jax.transforms import record
 from nanochat_jax.transforms.axes import MatrixAxes, ResolvedAxes, as_axes
 from nanochat_jax.transforms.sharding import (
     NOWHERE,
+    Entries,
     Placement,
     in_auto_mode,
     laid_out,
@@ -87,24 +89,30 @@ def seen_by(
         record.tell(views=views)
         placement = layout().placement.viewed(views)
         with record.seen(views), laid_out(placement=placement):
-            return inner.init(_seen(views, params))
+            return inner.init(_map(views, seen_as, params))
 
     def update_fn(
         updates: optax.Updates,
         state: optax.OptState,
         params: optax.Params | None = None,
         placement: Placement = NOWHERE,
+        entries: Mapping[str, Entries] | None = None,
         **extra_args: Any,
     ) -> tuple[optax.Updates, optax.OptState]:
-        views = resolve(rule, updates)
+        stacks = {*(entries or ())}
+        extra_args |= {"entries": entries} if entries else {}
+        one = jax.tree.map_with_path(
+            lambda path, x: x[0] if keystr(path) in stacks else x, updates
+        )
+        views = resolve(rule, one)
         new_updates, state = inner.update(
-            _seen(views, updates),
+            _map(views, seen_as, updates, stacks),
             state,
-            None if params is None else _seen(views, params),
+            None if params is None else _map(views, seen_as, params, stacks),
             placement=placement.viewed(views),
             **extra_args,
         )
-        return _map(views, ResolvedAxes.from_view, new_updates), state
+        return _map(views, ResolvedAxes.from_view, new_updates, stacks), state
 
     return optax.GradientTransformationExtraArgs(init_fn, in_auto_mode(update_fn))
 
@@ -190,19 +198,20 @@ def resolve(rule: PathRule, tree: Any) -> dict[str, ResolvedAxes]:
     return views
 
 
-def _seen(views: Mapping[str, ResolvedAxes], tree: Any) -> Any:
-    """Returns a tree of leaves as matrices."""
-    return _map(views, seen_as, tree)
-
-
 def _map(
     views: Mapping[str, ResolvedAxes],
     f: Callable[[ResolvedAxes, Array], Array],
     tree: Any,
+    stacks: Collection[str] = (),
 ) -> Any:
+    """Returns leaves seen in another shape, those of stacks one by one."""
+
     def apply(path: KeyPath, x: Array) -> Array:
         view = views.get(keystr(path))
-        return x if view is None else f(view, x)
+        if view is None:
+            return x
+        one = functools.partial(f, view)
+        return jax.vmap(one)(x) if keystr(path) in stacks else one(x)
 
     return jax.tree.map_with_path(apply, tree)
 

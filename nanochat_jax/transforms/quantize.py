@@ -156,23 +156,11 @@ class _Keys(NamedTuple):
         # One key must not serve two random draws, here and in the wrapped transform.
         prefix = f"quantize_state{keystr(above)}"
         if entries is not None:
-            return self._encode_entries(codec, prefix, x, entries)
+            keys = entries.keys(self.seed, self.count, prefix, self.layer, x.shape)
+            return jax.vmap(functools.partial(_encode, codec))(x, keys)
         start = hashing.start_of(self.layer, x.shape)
         key = hashing.leaf_key(self.seed, self.count, f"{prefix}{leaf or ''}", start)
         return _encode(codec, x, key)
-
-    def _encode_entries(
-        self, codec: Codec, prefix: str, x: Array, entries: Entries
-    ) -> Quantized:
-        """Returns entries of a stack, rounded as their members would be apart."""
-        member, place = entries.members(self.layer, len(x))
-        word = lambda leaf: hashing.leaf_word(self.seed, prefix + leaf)
-
-        def encode(x: Array, word: Array, place: Array) -> Quantized:
-            start = hashing.start_of(place, (1, *x.shape))
-            return _encode(codec, x, hashing.composed_key(self.count, word, start))
-
-        return jax.vmap(encode)(x, entries.words(word, member), place)
 
 
 def _initial(keys: _Keys, codec: Codec, name: str) -> Callable[[Array], Quantized]:

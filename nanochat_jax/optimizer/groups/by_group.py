@@ -3,12 +3,9 @@
 from collections.abc import Hashable, Mapping
 from typing import Any
 
-import jax
 import optax
-from jax.tree_util import keystr
 
-from nanochat_jax.codecs import is_quantized
-from nanochat_jax.transforms import fill, only, owners_of
+from nanochat_jax.transforms import Parts
 
 
 def by_group(
@@ -48,28 +45,12 @@ def by_group(
         params: optax.Params | None = None,
         **extra_args: Any,
     ) -> tuple[optax.Updates, optax.OptState]:
-        flat, treedef = jax.tree.flatten_with_path(updates)
-        names = [keystr(path) for path, _ in flat]
-        leaves = [x for _, x in flat]
-        weights = None if params is None else treedef.flatten_up_to(params)
-        nodes, state_def = jax.tree.flatten(state, is_leaf=is_quantized)
-        owners = owners_of(state, updates)
-        new_leaves, new_nodes = list(leaves), list(nodes)
+        parts = Parts.of(updates, state, params)
+        done, groups = parts, {chosen[name] for name in parts.names}
         # Counts are in every part, and are the same after each.
-        present = [name for name in txs if name in {chosen[leaf] for leaf in names}]
-        for name in present or [next(iter(txs))]:
-            mine = {leaf for leaf in names if chosen[leaf] == name}
-            is_mine = [leaf in mine for leaf in names]
-            result, new_state = txs[name].update(
-                treedef.unflatten(only(leaves, is_mine)),
-                state_def.unflatten(
-                    only(nodes, [o is None or o in mine for o in owners])
-                ),
-                None if weights is None else treedef.unflatten(only(weights, is_mine)),
-                **extra_args,
-            )
-            fill(new_leaves, treedef.flatten_up_to(result))
-            fill(new_nodes, state_def.flatten_up_to(new_state))
-        return treedef.unflatten(new_leaves), state_def.unflatten(new_nodes)
+        for group in [name for name in txs if name in groups] or [next(iter(txs))]:
+            mine = {name for name in parts.names if chosen[name] == group}
+            done = done.replaced(txs[group].update(*parts.some(mine), **extra_args))
+        return done.whole()
 
     return optax.GradientTransformationExtraArgs(first.init, update_fn)

@@ -1,6 +1,6 @@
 """Give each parameter to the optimizer of its role, matrices as matrices."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from typing import Any
 
 import jax
@@ -29,6 +29,7 @@ def partition_by_role(
     ] = lambda tx: tx,
     part_of: Callable[[Role], str] = lambda role: role.label,
     note_of: Callable[[Role], Any] = lambda role: None,
+    fields: int = 1,
 ) -> optax.GradientTransformationExtraArgs:
     """Gives each parameter to the optimizer of its role.
 
@@ -45,6 +46,7 @@ def partition_by_role(
         gradients but those of frozen parameters.
       part_of: Function from a role to its part; by label if not given.
       note_of: Function from a role to a note on its optimizer, for `describe`.
+      fields: Arrays of about the size of a matrix that its state has.
 
     Returns:
       A transformation, from gradients to updates. Its `update` takes the extra
@@ -62,7 +64,7 @@ def partition_by_role(
         labels = jax.tree.map_with_path(
             lambda path, _: trained.get(keystr(path)), tree, is_leaf=lambda x: x is None
         )
-        known["matrix"] = _as_matrices(known["matrix"], roles)
+        known["matrix"] = _as_matrices(known["matrix"], roles, fields)
         # A tree that is an Equinox module can be called, and `partition` would do so.
         by_label = _checked(optax.partition(known, lambda _: labels))
         return optax.with_extra_args_support(around(by_label))
@@ -120,10 +122,18 @@ def _checked(
 
 
 def _as_matrices(
-    inner: optax.GradientTransformation, roles: Roles
+    inner: optax.GradientTransformation, roles: Roles, fields: int
 ) -> optax.GradientTransformationExtraArgs:
+    seen = seen_by(inner, lambda path, shape: roles[keystr(path)].axes)
+
+    def kind(path: KeyPath, shape: tuple[int, ...]) -> Hashable:
+        role = roles[keystr(path)]
+        view = shape if role.axes is None else role.axes.view_shape(shape)
+        group = role.group and role.group.match
+        return (role.axes, group, role.decays) if len(view) == 2 else None
+
     # Groups first, so that only the leaves of one are turned round at a time.
-    return sequence(seen_by(inner, lambda path, shape: roles[keystr(path)].axes))
+    return sequence(seen, fields=fields, alike=kind)
 
 
 def _without_frozen(tree: Any, roles: Roles) -> Any:

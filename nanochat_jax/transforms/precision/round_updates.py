@@ -1,19 +1,20 @@
 """Updates that land on bfloat16 weights by stochastic rounding."""
 
-import functools
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
-from jax.tree_util import keystr
+from jax.tree_util import KeyPath, keystr
 from jax.typing import ArrayLike
-from jaxtyping import Array, Int32
+from jaxtyping import Array, Int32, PRNGKeyArray
 
 from nanochat_jax.numerics import hashing
 from nanochat_jax.transforms import checks
 from nanochat_jax.transforms.precision import pairs
 from nanochat_jax.transforms.precision.short_leaves import is_short, require_params
+from nanochat_jax.transforms.sharding import Entries
 
 
 class RoundUpdatesState(NamedTuple):
@@ -72,27 +73,34 @@ def round_updates(seed: int = 0) -> optax.GradientTransformationExtraArgs:
         state: Any,
         params: optax.Params | None = None,
         layer: ArrayLike = 0,
+        entries: Mapping[str, Entries] | None = None,
         **extra_args: Any,
     ) -> tuple[optax.Updates, RoundUpdatesState]:
         del extra_args
         params = require_params(params, "round_updates")
         checks.require_state(state, RoundUpdatesState, "round_updates")
-        rounded = functools.partial(_rounded, seed, state.count, layer)
-        pick = lambda path, p, u: rounded(keystr(path), p, u) if is_short(p) else u
-        updates = jax.tree.map_with_path(pick, params, updates)
+
+        def rounded(path: KeyPath, weight: Array, update: Array) -> Array:
+            if not is_short(weight):
+                return update
+            # One key must not serve two random draws, here and in another transform.
+            name, prefix = keystr(path), "round_updates"
+            if entries and name in entries:
+                own = (seed, state.count, prefix, layer, weight.shape)
+                return jax.vmap(_rounded)(entries[name].keys(*own), weight, update)
+            start = hashing.start_of(layer, weight.shape)
+            key = hashing.leaf_key(seed, state.count, f"{prefix}{name}", start)
+            return _rounded(key, weight, update)
+
+        updates = jax.tree.map_with_path(rounded, params, updates)
         count = jnp.asarray(optax.safe_increment(state.count))
         return updates, RoundUpdatesState(count)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
-def _rounded(
-    seed: int, count: Array, layer: ArrayLike, name: str, weight: Array, update: Array
-) -> Array:
+def _rounded(key: PRNGKeyArray, weight: Array, update: Array) -> Array:
     """Returns an update of a bfloat16 weight that leads to another."""
-    # One key must not serve two random draws, here and in another transform.
-    start = hashing.start_of(layer, weight.shape)
-    key = hashing.leaf_key(seed, count, f"round_updates{name}", start)
     weight = pairs.widen(weight)
     total = pairs.total(weight, update.astype(jnp.float32))
     rounded = pairs.dithered(total, hashing.uniform(key, weight.shape))

@@ -3,6 +3,8 @@
 sequence  groups of leaves, one after another
 groups    which leaves are worked on together
 parts     updates and state of some leaves alone
+alike     leaves that have one program
+turns     a loop over arrays of one shape, which are written over
 rows      a few rows of a large array at a time
 barrier   work that waits for other work
 """
@@ -16,11 +18,7 @@ from nanochat_jax.transforms.scheduling.groups import (
     group_bytes as group_bytes,
     piece_bytes as piece_bytes,
 )
-from nanochat_jax.transforms.scheduling.parts import (
-    fill as fill,
-    only as only,
-    owners_of as owners_of,
-)
+from nanochat_jax.transforms.scheduling.parts import Parts as Parts
 from nanochat_jax.transforms.scheduling.rows import (
     by_rows as by_rows,
     in_pieces as in_pieces,

@@ -1,28 +1,28 @@
 """Run a transform on one group of leaves after another, to bound its temporaries."""
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
 import optax
-from jax.tree_util import keystr
 from jax.typing import ArrayLike
 
-from nanochat_jax.codecs import is_quantized
+from nanochat_jax.transforms.scheduling.alike import Alike, Kind, find_alike
 from nanochat_jax.transforms.scheduling.barrier import in_turn
 from nanochat_jax.transforms.scheduling.groups import (
     group_by_shape,
     group_bytes,
     piece_bytes,
 )
-from nanochat_jax.transforms.scheduling.parts import fill, only, owners_of
+from nanochat_jax.transforms.scheduling.parts import Parts
 from nanochat_jax.transforms.scheduling.rows import update_by_rows
 from nanochat_jax.transforms.sharding import (
     NOWHERE,
     Placement,
     in_auto_mode,
     joined,
+    owned_nodes,
     varying_axes,
 )
 
@@ -33,6 +33,7 @@ def sequence(
     max_bytes: int | None = None,
     core_ndim: int | None = None,
     fields: int = 1,
+    alike: Kind | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Runs `inner` on groups of leaves of one shape, each after the one before.
 
@@ -61,6 +62,12 @@ def sequence(
         not if it is sharded.
       fields: Arrays of about the size of a leaf that its state has: what `max_bytes` is
         by default is divided by it.
+      alike: Function from path and shape of a leaf to what leaves must agree in for
+        `inner` to treat them alike, whatever their paths; `None` for a leaf by itself.
+        On a processor, leaves of one shape that agree, and of which there are several
+        groups, have one program: a few at a time are stacked, `[n, *shape]`, and
+        `inner` is given the stack in the place of the first, with the extra argument
+        `entries`, by path, to tell whose entries they are. By default none are.
 
     Returns:
       A transformation with the updates and the state of `inner`.
@@ -81,48 +88,61 @@ def sequence(
         layer: ArrayLike = 0,
         **extra_args: Any,
     ) -> tuple[optax.Updates, optax.OptState]:
-        flat, treedef = jax.tree.flatten_with_path(updates)
-        names, leaves = [keystr(path) for path, _ in flat], [x for _, x in flat]
         most = group_bytes() // fields if max_bytes is None else max_bytes
         rows = piece_bytes() // fields if max_bytes is None else max_bytes
-        groups = group_by_shape(leaves, most, devices=placement.devices)
-        groups = joined(groups, names, state)
         step = functools.partial(
             inner.update, placement=placement, layer=layer, **extra_args
         )
+        parts = Parts.of(updates, state, params)
         alone = placement.devices == 1 and not varying_axes(updates)
+        shared = []
+        if alike and alone and _may_share(state, layer, extra_args):
+            shared = find_alike(parts, alike, most)
         if core_ndim is not None and alone:
             run = functools.partial(_by_rows, step, layer, rows, core_ndim)
         else:
             run = functools.partial(in_turn, step, devices=placement.devices)
-        if len(groups) < 2:
+        groups = _groups(parts, shared, most, placement.devices)
+        if len(groups) < 2 and not shared:
             return run((updates, state, params), None)[0]
-        weights = None if params is None else treedef.flatten_up_to(params)
-        nodes, state_def = jax.tree.flatten(state, is_leaf=is_quantized)
-        owners = owners_of(state, updates)
-        new_leaves, new_nodes = list(leaves), list(nodes)
-
-        def collect(result: tuple[optax.Updates, optax.OptState]) -> None:
-            fill(new_leaves, treedef.flatten_up_to(result[0]))
-            fill(new_nodes, state_def.flatten_up_to(result[1]))
-
+        done = parts
         result: Any = None
+        for each in shared:
+            result = each.update(step, parts, result)
+            done = done.replaced(result)
         for group in groups:
-            mine = [i in group for i in range(len(leaves))]
-            chosen = {None, *(names[i] for i in group)}
-            inputs = (
-                treedef.unflatten(only(leaves, mine)),
-                state_def.unflatten(only(nodes, [o in chosen for o in owners])),
-                weights and treedef.unflatten(only(weights, mine)),
-            )
-            new_result, result = run(inputs, result)
-            if result is not None:
-                collect(result)
-            result = new_result
-        collect(result)
-        return treedef.unflatten(new_leaves), state_def.unflatten(new_nodes)
+            new, result = run(parts.some(group), result)
+            done = done if result is None else done.replaced(result)
+            result = new
+        return done.replaced(result).whole()
 
     return optax.GradientTransformationExtraArgs(inner.init, in_auto_mode(update_fn))
+
+
+def _may_share(state: Any, layer: ArrayLike, extra_args: Mapping[str, Any]) -> bool:
+    """Returns whether leaves may be stacked: only where code is most of the cost.
+
+    Accelerators wait for the host at every turn of a loop that depends on data.
+    """
+    stacked = owned_nodes(state) or extra_args.get("entries")
+    whole = isinstance(layer, int) and layer == 0
+    return jax.default_backend() == "cpu" and whole and not stacked
+
+
+def _groups(
+    parts: Parts, shared: Sequence[Alike], max_bytes: int, devices: int
+) -> list[list[str]]:
+    """Returns the names of the leaves that are worked on together."""
+    taken = {name for each in shared for name in each.names}
+    names = [name for name in parts.names if name not in taken]
+    leaves = [
+        x
+        for x, name in zip(parts.leaves, parts.names, strict=True)
+        if name not in taken
+    ]
+    groups = group_by_shape(leaves, max_bytes, devices=devices)
+    groups = joined(groups, names, parts.whole()[1])
+    return [[names[i] for i in group] for group in groups]
 
 
 def _by_rows(

@@ -40,6 +40,7 @@ from nanochat_jax.transforms.sharding.stacks import (
     Stack as Stack,
     is_owned as is_owned,
     joined as joined,
+    owned_nodes as owned_nodes,
     plan as plan,
 )
 from nanochat_jax.transforms.sharding.varying import (

@@ -18,8 +18,9 @@ import numpy as np
 from jax.sharding import NamedSharding
 from jax.tree_util import keystr
 from jax.typing import ArrayLike
-from jaxtyping import Array, Int32, UInt32
+from jaxtyping import Array, Int32, PRNGKeyArray, UInt32
 
+from nanochat_jax.numerics import hashing
 from nanochat_jax.transforms.sharding import specs
 from nanochat_jax.transforms.sharding.placement import Placement
 from nanochat_jax.transforms.sharding.whole_matrices import Route
@@ -94,6 +95,29 @@ class Entries(NamedTuple):
         """
         table = np.array([word(name) for name in self.stack.members], np.uint32)
         return jnp.asarray(table)[member]
+
+    def keys(
+        self,
+        seed: int,
+        count: Array,
+        prefix: str,
+        layer: ArrayLike,
+        shape: tuple[int, ...],
+    ) -> PRNGKeyArray:
+        """Returns the random key of each entry, as its member would have it apart.
+
+        Args:
+          seed: Seed of the run.
+          count: Number of the step.
+          prefix: What is written before the path of a leaf, see `hashing.leaf_key`.
+          layer: As for `members`.
+          shape: Shape of the entries together.
+        """
+        member, place = self.members(layer, shape[0])
+        words = self.words(lambda x: hashing.leaf_word(seed, prefix + x), member)
+        start = lambda place: hashing.start_of(place, (1, *shape[1:]))
+        key = lambda word, place: hashing.composed_key(count, word, start(place))
+        return jax.vmap(key)(words, place)
 
 
 @functools.partial(
