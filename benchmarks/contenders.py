@@ -35,9 +35,9 @@ SOAP = {
 AVERAGE = {"average_horizon": (5, 10, 20, 40, 80), "average_start_frac": (0.6, 0.8)}
 
 MUON = {
-    "lr": 0.013,
-    "weight_decay": 0.05,
-    "fallback_lr": 0.005,
+    "lr": 0.009,
+    "weight_decay": 0.025,
+    "fallback_lr": 0.01,
     "muon_momentum": 0.85,
     "adam_betas": [0.9, 0.99],
 }
@@ -50,7 +50,7 @@ MUON_AXES = {
 }
 FLOORED = {
     "cautious_decay": True,
-    "weight_decay": 0.025,
+    "weight_decay": 0.05,
     "row_floor": 0.5,
     "update_floor": 0.0,
 }
@@ -65,7 +65,7 @@ CONTENDERS = {
     SOAP_SHORT: Contender("muon_8bit", SHORT | {"quant_block_size": 256}, SOAP),
     "cautious, floors": Contender("muon_8bit", FLOORED, SOME_DECAY | FLOORS | RATE),
     "NorMuon": Contender(
-        "muon_8bit", {**ROWS, "lr": 0.009}, RATE | DECAY | NORMUON | MOMENTUM
+        "muon_8bit", {**ROWS, "lr": 0.013}, RATE | DECAY | NORMUON | MOMENTUM
     ),
     "fixed norms": Contender(
         "muon_8bit", {"fixed_norm": True, "weight_decay": 0.0}, RATE | MOMENTUM

@@ -1,9 +1,8 @@
 """A loop over arrays of one shape, a few of which have their turn at a time.
 
 Its body is compiled once, however many arrays there are. To pick arrays, and to write
-results over them, is a loop of one iteration or none for each turn: that is compiled to
-copies alone, and a compiler changes the carry of a loop in place, where it copies what
-a conditional gives back.
+results over them, is a conditional for each turn, which is compiled to copies alone:
+where it is not their turn nothing is done, as the carry of a loop is changed in place.
 """
 
 from collections.abc import Callable, Sequence
@@ -50,9 +49,8 @@ def in_turns(
         rows = _by_turn(carry[0], together)
         now = i.astype(jnp.int32) + zero
         hits = [now == j for j in range(turns)]
-        picked = zip(_picked(hits, rows), _picked(hits, fixed), strict=True)
-        stacks = map(jnp.stack, zip(*([*a, *b] for a, b in picked), strict=True))
-        arrays = [*stacks]
+        picked = [jax.lax.switch(now, _choices(x)) for x in (rows, fixed)]
+        arrays = [jnp.stack(x) for part in picked for x in zip(*part, strict=True)]
         new, beside = work(arrays[:count], arrays[count:], now * together)
         mine = [[x[j] for x in new] for j in range(together)]
         done = [_if(hit, mine, old) for hit, old in zip(hits, rows, strict=True)]
@@ -65,29 +63,13 @@ def _by_turn(rows: Sequence[Row], together: int) -> list[list[Row]]:
     return [[*rows[i : i + together]] for i in range(0, len(rows), together)]
 
 
-def _picked(hits: Sequence[Bool[Array, ""]], turns: Sequence[list[Row]]) -> list[Row]:
-    """Returns the rows of the turn that has come."""
-    found = jax.tree.map(jnp.zeros_like, turns[0])
-    for hit, rows in zip(hits, turns, strict=True):
-        found = _if(hit, rows, found)
-    return found
+def _choices(turns: Sequence[list[Row]]) -> list[Callable[[], list[Row]]]:
+    return [lambda rows=rows: rows for rows in turns]
 
 
-@jax.custom_jvp
 def _if(hit: Bool[Array, ""], new: Any, old: Any) -> Any:
     """Returns `new` if it is hit, copied over `old`."""
-    once = lambda carry: (jnp.zeros_like(hit), new)
-    return jax.lax.while_loop(lambda carry: carry[0], once, (hit, old))[1]
-
-
-@_if.defjvp
-def _jvp_of_if(primals: tuple[Any, ...], tangents: tuple[Any, ...]) -> tuple[Any, Any]:
-    """Differentiates `_if`, whose loop cannot be gone through backwards."""
-    hit = primals[0]
-    select = lambda new, old: (
-        new if new.dtype == jax.dtypes.float0 else jnp.where(hit, new, old)
-    )
-    return _if(*primals), jax.tree.map(select, *tangents[1:])
+    return jax.lax.cond(hit, lambda: new, lambda: old)
 
 
 def _begun_after(rows: Sequence[Row]) -> list[Row]:
