@@ -125,7 +125,7 @@ def _layout(parts: Parts, i: int) -> Hashable:
     name = parts.names[i]
     weights = parts.weights[i] if parts.weights else None
     arrays, treedef = jax.tree.flatten((parts.leaves[i], parts.nodes_of(name), weights))
-    above = tuple(str(place.above) for place in parts.places if place.name == name)
+    above = tuple(str(parts.places[j].above) for j in parts.owned.get(name, ()))
     return treedef, above, tuple((x.shape, x.dtype) for x in arrays)
 
 
@@ -133,8 +133,3 @@ def _dividing(count: int, most: int) -> int:
     """Returns a number up to `most` that divides `count`, if one is over half of it."""
     dividing = max(n for n in range(1, most + 1) if count % n == 0)
     return dividing if 2 * dividing >= most else most
-
-
-def _as_buffer(x: Array, dtype: Any) -> Array:
-    """Returns an array that updates of a type are written over."""
-    return x if x.dtype == dtype else jnp.zeros(x.shape, dtype)

@@ -25,6 +25,7 @@ class Parts(NamedTuple):
       places: Leaf that each node of the state belongs to, and field; a node of none is
         a count, which every part has, and which is the same after each.
       nodes: Nodes of the state, of which a stored array is one.
+      owned: Numbers of the nodes of each leaf by name, and of counts.
       weights: Parameters, `None` if there are none.
       treedef: Structure of the updates.
       state_def: Structure of the state.
@@ -35,6 +36,7 @@ class Parts(NamedTuple):
     leaves: list[Array]
     places: list[Place]
     nodes: list[Any]
+    owned: Mapping[str | None, Sequence[int]]
     weights: list[Array] | None
     treedef: Any
     state_def: Any
@@ -46,13 +48,18 @@ class Parts(NamedTuple):
         """Takes updates, state and parameters apart."""
         flat, treedef = jax.tree.flatten_with_path(updates)
         nodes, state_def = jax.tree.flatten_with_path(state, is_leaf=is_quantized)
-        places = locate(state, updates)
+        located = locate(state, updates)
+        places = [located[keystr(path)] for path, _ in nodes]
+        owned: dict[str | None, list[int]] = {}
+        for i, place in enumerate(places):
+            owned.setdefault(place.name, []).append(i)
         return cls(
             [path for path, _ in flat],
             [keystr(path) for path, _ in flat],
             [x for _, x in flat],
-            [places[keystr(path)] for path, _ in nodes],
+            places,
             [node for _, node in nodes],
+            owned,
             None if params is None else treedef.flatten_up_to(params),
             treedef,
             state_def,
@@ -121,8 +128,7 @@ class Parts(NamedTuple):
         return self.treedef.unflatten(leaves), self.state_def.unflatten(nodes)
 
     def _nodes_of(self, name: str | None, nodes: Sequence[Any]) -> list[Any]:
-        pairs = zip(nodes, self.places, strict=True)
-        return [x for x, place in pairs if place.name == name]
+        return [nodes[i] for i in self.owned.get(name, ())]
 
 
 def _filled(items: Sequence[Any], new: Sequence[Any]) -> list[Any]:
