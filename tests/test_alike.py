@@ -188,3 +188,12 @@ def test_it_runs_in_scan_with_64_bits_and_strict_promotion():
         start = params, tx.init(params)
         done, _ = jax.lax.scan(step, start, length=2)
         assert helpers.types(done) == helpers.types(start)
+
+
+def test_it_runs_without_jit():
+    tx = nj.sequence(nj.momentum(), max_bytes=512, alike=lambda path, shape: True)
+    params = {f"w{i}": jnp.full((4, 8), float(i)) for i in range(7)}
+    state = tx.init(params)
+    with jax.disable_jit():
+        found = tx.update(params, state)
+    helpers.assert_close(found, nj.momentum().update(params, state))

@@ -47,7 +47,7 @@ def in_turns(
 
     def turn(i: Array, carry: tuple[list[Row], Any]) -> tuple[list[Row], Any]:
         rows = _by_turn(carry[0], together)
-        now = i.astype(jnp.int32) + zero
+        now = jnp.asarray(i, jnp.int32) + zero  # a number under `jax.disable_jit`
         hits = [now == j for j in range(turns)]
         picked = [jax.lax.switch(now, _choices(x)) for x in (rows, fixed)]
         arrays = [jnp.stack(x) for part in picked for x in zip(*part, strict=True)]
