@@ -140,10 +140,7 @@ def _of_part(
     config: OptimizerConfig, rule: Rule, short: bool, part: str, members: Roles
 ) -> optax.GradientTransformation:
     """Returns the optimizer of a part, with the numbers of every group in it."""
-    names = {
-        path: (role.group and role.group.match, role.decays)
-        for path, role in members.items()
-    }
+    names = {path: role.numbers for path, role in members.items()}
     roles = {names[path]: role for path, role in members.items()}
     settings = {
         name: in_group(config, rule, role.group, decays=role.decays)

@@ -129,8 +129,7 @@ def _as_matrices(
     def kind(path: KeyPath, shape: tuple[int, ...]) -> Hashable:
         role = roles[keystr(path)]
         view = shape if role.axes is None else role.axes.view_shape(shape)
-        group = role.group and role.group.match
-        return (role.axes, group, role.decays) if len(view) == 2 else None
+        return (role.axes, role.numbers) if len(view) == 2 else None
 
     # Groups first, so that only the leaves of one are turned round at a time.
     return sequence(seen, fields=fields, alike=kind)

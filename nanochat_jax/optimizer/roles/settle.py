@@ -53,6 +53,11 @@ class Role:
     usual: Label | None = None
 
     @property
+    def numbers(self) -> tuple[str | None, bool]:
+        """What its rates and decays follow from: its group, and whether it decays."""
+        return (self.group.match if self.group else None), self.decays
+
+    @property
     def decays(self) -> bool:
         """Whether weight decay for everything but vectors is for it."""
         return (self.usual or self.label) != "vector"
