@@ -4,9 +4,10 @@
     python benchmarks/pytorch_gpt.py --sizes 3m mid
 
 Equal weights, batch and float32, all cores of the machine. PyTorch trains the model of
-`torch_gpt.py` with its own Muon and AdamW, eagerly and through `torch.compile`. All
-steps are called in turn in one process, a few at a time, so that the threads one leaves
-spinning cost it and not the next.
+`torch_gpt.py` with Muon and AdamW, eagerly and through `torch.compile`; Newton-Schulz
+is in one type on both sides, and ours is timed with two poles too. All steps are called
+in turn in one process, a few at a time, so that the threads one leaves spinning cost it
+and not the next.
 """
 
 import argparse
@@ -32,7 +33,7 @@ SIZES = {
     "mid": (MID, 4, 256),
     "nano_125m": (Config.from_toml(CONFIGS / "nano_125m.toml"), 1, 256),
 }
-OURS = "nanochat_jax"
+OURS, POLES = "nanochat_jax", "nanochat_jax, zolotarev"
 
 
 def sized(name):
@@ -53,8 +54,10 @@ def steps(config):
     params = jax.tree.map(np.asarray, ours.state.params)
     batch = np.asarray(ours.batch[0])
     torch_step = lambda compiled: torch_gpt.Step(config, params, batch, compiled)
+    poles = dataclasses.replace(config, ns_method="zolotarev", ns_steps=2)
     return {
         OURS: ours,
+        POLES: train_step.Step(poles),
         "PyTorch, eager": torch_step(compiled=False),
         "PyTorch, compiled": torch_step(compiled=True),
     }
@@ -70,7 +73,7 @@ def repeated(step, times):
 
 
 def measure(name, repeats, times):
-    """Rows of one size: tokens a second, and ours over each, turn by turn."""
+    """Rows of one size: tokens a second, and both of ours over each, turn by turn."""
     config, calls = sized(name), {}
     for variant, step in steps(config).items():
         calls[variant] = repeated(step, times)
@@ -83,6 +86,7 @@ def measure(name, repeats, times):
             "variant": variant,
             "tokens_per_s": tokens / common.median(values),
             "ours_over_it": common.ratio(values, seconds[OURS]),
+            "zolotarev_over_it": common.ratio(values, seconds[POLES]),
         }
         for variant, values in seconds.items()
     ]
@@ -115,6 +119,7 @@ def main():
                 "variant": row["variant"],
                 "tokens/s": f"{row['tokens_per_s']:.0f}",
                 "ours over it": f"{row['ours_over_it']:.3f}",
+                "zolotarev over it": f"{row['zolotarev_over_it']:.3f}",
             }
             for row in rows
         ],

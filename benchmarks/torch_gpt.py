@@ -2,7 +2,8 @@
 
 The same shapes and arithmetic as `nanochat_jax.lm`: the loss of equal weights is equal,
 which `tests/test_torch_gpt.py` checks. PyTorch's own parts are used where it has them:
-scaled dot-product attention, `torch.optim.Muon` and fused AdamW.
+scaled dot-product attention, fused AdamW, and `torch.optim.Muon`, which iterates in
+bfloat16, where that is native.
 
 Axes: B batch, S sequence, D model, N heads, H head size, F feed-forward, V vocabulary.
 """
@@ -10,6 +11,8 @@ Axes: B batch, S sequence, D model, N heads, H head size, F feed-forward, V voca
 import torch
 from torch import nn
 from torch.nn import functional as F
+
+from nanochat_jax.numerics.forms import resolve_dtype
 
 EPSILON = 1e-6  # of all norms, as in Flax
 
@@ -111,10 +114,47 @@ def rotate(x, cos, sin):
     return torch.cat([a * cos - b * sin, a * sin + b * cos], -1)
 
 
+class Float32Muon(torch.optim.Muon):
+    """PyTorch's Muon with Newton-Schulz in float32 and without weight decay.
+
+    Its own is always in bfloat16, which cores that lack it multiply at a fraction of
+    the rate of float32.
+    """
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            for weight in group["params"]:
+                self._update(weight, group)
+
+    def _update(self, weight, group):
+        beta, state = group["momentum"], self.state[weight]
+        if not state:
+            state["momentum_buffer"] = torch.zeros_like(weight)
+        momentum = state["momentum_buffer"].lerp_(weight.grad, 1 - beta)
+        x = weight.grad.lerp(momentum, beta)
+        rows, columns = x.shape
+        x = newton_schulz(x, group["ns_coefficients"], group["ns_steps"], group["eps"])
+        weight.sub_(x, alpha=group["lr"] * max(1, rows / columns) ** 0.5)
+
+
+def newton_schulz(x, coefficients, steps, epsilon):
+    """Orthogonalises `x`, `[rows, columns]`, by `steps` of a quintic, in its type."""
+    a, b, c = coefficients
+    tall = x.shape[0] > x.shape[1]
+    x = x.T if tall else x
+    x = x / x.norm().clamp(min=epsilon)
+    for _ in range(steps):
+        gram = x @ x.T
+        x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return x.T if tall else x
+
+
 class Step:
     """A training step with its own parameters: Muon for matrices, AdamW for the rest.
 
-    With `compiled`, both the loss and the optimizers' steps go through `torch.compile`.
+    Newton-Schulz is in the type that `config.ns_dtype` is on this machine. With
+    `compiled`, both the loss and the optimizers' steps go through `torch.compile`.
     """
 
     def __init__(self, config, params, batch, compiled=False):
@@ -125,10 +165,10 @@ class Step:
         taken = set(map(id, matrices))
         others = [p for p in self.model.parameters() if id(p) not in taken]
         beta, steps = config.muon_momentum, config.ns_steps
+        native = resolve_dtype(config.ns_dtype) == "bfloat16"
+        muon = torch.optim.Muon if native else Float32Muon
         self.optimizers = [
-            torch.optim.Muon(
-                matrices, config.lr, weight_decay=0.0, momentum=beta, ns_steps=steps
-            ),
+            muon(matrices, config.lr, weight_decay=0.0, momentum=beta, ns_steps=steps),
             torch.optim.AdamW(
                 others,
                 config.fallback_peak_lr,

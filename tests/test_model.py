@@ -18,7 +18,7 @@ import helpers
 from nanochat_jax import label_params
 from nanochat_jax.config import ModelConfig
 from nanochat_jax.lm.model import attention, gpt, next_token_loss, param_sharding
-from nanochat_jax.lm.model.flops import count_flops_per_token
+from nanochat_jax.lm.model.functions import count_flops_per_token
 from nanochat_jax.lm.model.loss import cross_entropy
 from nanochat_jax.lm.model.sampling import _next_token, generate, sample
 from nanochat_jax.lm.training.accumulate import mean_gradient
@@ -252,7 +252,9 @@ def test_attention_in_parts_is_attention_to_all_earlier_keys(keep_scores):
     shapes = [(2, 200, heads, 16) for heads in (4, 2, 2)]  # parts of 64, the last of 8
     inputs = [3 * jax.random.normal(jax.random.key(i), x) for i, x in enumerate(shapes)]
     whole = functools.partial(jax.nn.dot_product_attention, is_causal=True)
-    parts = functools.partial(attention.causal_attention, keep_scores=keep_scores)
+    parts = lambda *inputs: jnp.swapaxes(
+        attention.causal_attention(*inputs, keep_scores=keep_scores), 1, 2
+    )
     run = [_attention_and_gradients(attend, inputs) for attend in (whole, parts)]
     chex.assert_trees_all_close(*(f(*inputs) for f in run), atol=1e-4)
     short = [x.astype(jnp.bfloat16) for x in inputs]
@@ -268,7 +270,10 @@ def test_one_part_of_the_scores_is_held_where_they_are_not_kept():
 
     def held(keep_scores):
         attend = functools.partial(attention.causal_attention, keep_scores=keep_scores)
-        gradient = jax.jit(lambda *inputs: jax.vjp(attend, *inputs)[1](inputs[0]))
+        heads_first = lambda x: jnp.swapaxes(x, 1, 2)
+        gradient = jax.jit(
+            lambda *inputs: jax.vjp(attend, *inputs)[1](heads_first(inputs[0]))
+        )
         return gradient.lower(*inputs).compile().memory_analysis().temp_size_in_bytes
 
     # Of a part: its scores, their weights, and the gradient of these.

@@ -15,7 +15,7 @@ import tiny
 from nanochat_jax.config import ModelConfig
 from nanochat_jax.lm.checkpoints import weights_file
 from nanochat_jax.lm.model import gpt, next_token_loss
-from nanochat_jax.lm.model.flops import count_flops_per_token
+from nanochat_jax.lm.model.functions import count_flops_per_token
 from nanochat_jax.lm.model.ternary import (
     TernaryLinear,
     round_activations,

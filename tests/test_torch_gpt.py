@@ -68,3 +68,16 @@ def test_matrices_go_to_muon_and_the_rest_to_adamw(torch_gpt, ours):
     muon, adamw = (optimizer.param_groups[0] for optimizer in step.optimizers)
     assert len(muon["params"]) == CONFIG.n_layers * 7
     assert len(adamw["params"]) == 1 + CONFIG.n_layers * 2 + 1
+
+
+def test_muon_in_float32_is_that_of_pytorch(torch_gpt):
+    for shape in (8, 8), (8, 24), (24, 8):
+        start, *grads = torch.randn(4, *shape)
+        ends = []
+        for muon in torch.optim.Muon, torch_gpt.Float32Muon:
+            weight = torch.nn.Parameter(start.clone())
+            optimizer = muon([weight], 0.1, weight_decay=0.0, momentum=0.9, ns_steps=4)
+            for weight.grad in grads:
+                optimizer.step()
+            ends.append(weight.detach() - start)
+        torch.testing.assert_close(ends[1], ends[0], atol=4e-3, rtol=2e-2)

@@ -3,12 +3,12 @@
 activation_sharding  shardings of batches and activations
 attention            rotary positions, and causal attention in parts
 block                attention, feed-forward layer, and the block made of them
-flops                operations of training, counted from the shape
-functions            the loss, also as functions around the stacked blocks; QK-clip
+functions            loss, its operations, functions around stacked blocks, QK-clip
 gpt                  the model, and pure functions of its parameters
 layer_stacking       parameters of stacked blocks, one by one
 loss                 cross-entropy in chunks of positions
 param_sharding       the mesh of devices, and the shardings of parameters
+recomputed           products whose factors the backward pass makes again
 roles                labels and matrix axes of the parameters, for the optimizer
 sampling             generation of tokens with a cache
 table                look-up and read-out, in pieces of the vocabulary
@@ -20,12 +20,10 @@ from nanochat_jax.lm.model import (
     gpt as gpt,
     param_sharding as param_sharding,
 )
-from nanochat_jax.lm.model.flops import (
-    count_flops_per_token as count_flops_per_token,
-)
 from nanochat_jax.lm.model.functions import (
     as_functions as as_functions,
     clip_attention as clip_attention,
+    count_flops_per_token as count_flops_per_token,
     count_predictions as count_predictions,
     largest_scores as largest_scores,
     next_token_loss as next_token_loss,

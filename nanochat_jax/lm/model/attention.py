@@ -9,14 +9,15 @@ value heads, G query heads that share a key, H head size.
 
 import functools
 import math
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Float32, Int
 
-from nanochat_jax.transforms import after
+from nanochat_jax.lm.model.recomputed import Recomputed, as_recomputed, held_back
 
 PARTS = 4
 """Parts of the queries: more save little, and each is compiled."""
@@ -56,12 +57,12 @@ def rotate(
 
 
 def causal_attention(
-    query: Float[Array, "B S N H"],
-    key: Float[Array, "B S K H"],
-    value: Float[Array, "B S K H"],
+    query: Float[Array, "B S N H"] | Recomputed,
+    key: Float[Array, "B S K H"] | Recomputed,
+    value: Float[Array, "B S K H"] | Recomputed,
     *,
     keep_scores: bool = True,
-) -> Float[Array, "B S N H"]:
+) -> Float[Array, "B N S H"]:
     """Returns scaled dot-product attention to the keys up to each position.
 
     Scores and their normalisation are in float32, whatever the type of the arguments.
@@ -69,22 +70,23 @@ def causal_attention(
     Example:
       >>> x = jax.random.normal(jax.random.key(0), (2, 256, 4, 8))
       >>> causal_attention(x, x, x).shape
-      (2, 256, 4, 8)
+      (2, 4, 256, 8)
 
     Args:
       query: Queries.
       key: Keys, of as many heads or of a divisor of them.
       value: Values, of as many heads as keys.
-      keep_scores: Whether the scores are kept for the backward pass, half of `S²` for
-        each head, and not computed again there.
+      keep_scores: Whether the weights of keys are kept for the backward pass, half of
+        `S²` for each head, and not computed again there.
     """
-    attend = _attend if keep_scores else _attend_again
-    heads_first = lambda x: x.transpose(0, 2, 1, 3)
-    groups = query.shape[2] // key.shape[2]
-    query, key, value = map(heads_first, (query, key, value))
-    query = query.reshape(*key.shape[:2], groups, *query.shape[2:])
-    y = attend(query, key, value)
-    return heads_first(y.reshape(y.shape[0], -1, *y.shape[3:]))
+    given = [as_recomputed(x) for x in (query, key, value)]
+
+    def heads(*inputs: tuple[Any, ...]) -> list[Array]:
+        pairs = zip(given, inputs, strict=True)
+        return _heads_first(*(x.of(*own) for x, own in pairs))
+
+    y: Any = _attend(keep_scores, heads, tuple(x.inputs for x in given))
+    return y.reshape(y.shape[0], -1, *y.shape[3:])
 
 
 def largest_scores(
@@ -96,54 +98,123 @@ def largest_scores(
       query: Queries.
       key: Keys, of as many heads or of a divisor of them.
     """
-    heads_first = lambda x: x.transpose(0, 2, 1, 3)
-    groups = query.shape[2] // key.shape[2]
-    query, key = heads_first(query), heads_first(key)
-    query = query.reshape(*key.shape[:2], groups, *query.shape[2:])
-    ends = _ends(key.shape[2])
+    query, key = _heads_first(query, key)
     largest = []
-    for start, end in zip([0, *ends], ends, strict=False):
+    for start, end in _spans(key.shape[2]):
         part = query[..., start:end, :]
         scores = _scores(start, part, key[..., :end, :])
         largest.append(scores.reshape(*part.shape[:-1], end).max((0, 3, 4)))
     return functools.reduce(jnp.maximum, largest).reshape(-1)
 
 
+class _Weights(NamedTuple):
+    """Weights of keys, and their sums, which products with them are divided by."""
+
+    weights: Float[Array, "B K GS T"]
+    sums: Float[Array, "B K GS 1"]
+
+
+def _heads_first(query: Array, *others: Array) -> list[Array]:
+    """Returns queries `[B, K, G, S, H]`, and keys and values `[B, K, S, H]`."""
+    heads_first = lambda x: x.transpose(0, 2, 1, 3)
+    groups = query.shape[2] // others[0].shape[2]
+    first, *rest = map(heads_first, (query, *others))
+    grouped = (*rest[0].shape[:2], groups, *first.shape[2:])
+    return [first.reshape(grouped), *rest]
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _attend(
-    query: Float[Array, "B K G S H"],
-    key: Float[Array, "B K S H"],
-    value: Float[Array, "B K S H"],
+    keep_scores: bool, heads: Callable[..., list[Array]], inputs: tuple[Any, ...]
 ) -> Float[Array, "B K G S H"]:
-    ends = _ends(key.shape[2])
-    parts = [
-        _attend_part(
-            start, query[..., start:end, :], key[..., :end, :], value[..., :end, :]
-        )
-        for start, end in zip([0, *ends], ends, strict=False)
-    ]
-    return jnp.concatenate(parts, axis=3)
+    """Returns attention of `heads(*inputs)`, which the backward pass makes again.
+
+    If no scores are kept, one part is worked on after another.
+    """
+    return _forward(keep_scores, heads, inputs)[0]
 
 
-def _ends(length: int) -> list[int]:
-    """Returns where each part of the queries ends."""
+def _forward(
+    keep_scores: bool, heads: Callable[..., list[Array]], inputs: tuple[Any, ...]
+) -> tuple[Array, tuple[Any, ...]]:
+    parts, kept = [], []
+    whole = heads(*inputs)
+    for start, end in _spans(whole[1].shape[2]):
+        together = keep_scores or not parts
+        given = whole if together else held_back(whole, parts[-1])
+        query, key, value = _part(start, end, *given)
+        found = _weights(start, query, key)
+        y = _dot("rt,th->rh", found.weights, value) / found.sums
+        parts.append(y.astype(value.dtype).reshape(query.shape))
+        kept.append(found)
+    y = jnp.concatenate(parts, axis=3)
+    return y, (inputs, y, kept if keep_scores else [])
+
+
+def _backward(
+    keep_scores: bool,
+    heads: Callable[..., list[Array]],
+    kept: tuple[Any, ...],
+    g: Array,
+) -> tuple[tuple[Any, ...]]:
+    inputs, y, weights = kept
+    # By weights, the mean of their gradients: a sum over as many entries as a head has.
+    means = jnp.sum(g.astype(jnp.float32) * y, axis=-1)
+    whole, d_inputs = jax.vjp(heads, *held_back(inputs, g))
+    d_query, d_key, d_value = [], *map(jnp.zeros_like, whole[1:])
+    result = g
+    for i, (start, end) in enumerate(_spans(whole[1].shape[2])):
+        part = _part(start, end, *(whole if keep_scores else held_back(whole, result)))
+        found = weights[i] if keep_scores else _weights(start, *part[:2])
+        result = _d_part(found, part, g[..., start:end, :], means[..., start:end])
+        d_query.append(result[0])
+        d_key = d_key.at[..., :end, :].add(result[1])
+        d_value = d_value.at[..., :end, :].add(result[2])
+    return (d_inputs([jnp.concatenate(d_query, axis=3), d_key, d_value]),)
+
+
+_attend.defvjp(_forward, _backward)
+
+
+def _spans(length: int) -> list[tuple[int, int]]:
+    """Returns where each part of the queries starts and ends."""
     size = max(SHORTEST_PART, -(-length // PARTS))
-    return [min(end, length) for end in range(size, length + size, size)]
+    return [(start, min(start + size, length)) for start in range(0, length, size)]
 
 
-def _attend_part(start: int, query: Array, key: Array, value: Array) -> Array:
-    """Returns the attention of queries from `start` on to keys up to their last."""
+def _part(start: int, end: int, query: Array, key: Array, value: Array) -> list[Array]:
+    """Returns queries from `start` to `end`, with the keys and values up to there."""
+    return [query[..., start:end, :], key[..., :end, :], value[..., :end, :]]
+
+
+def _weights(start: int, query: Array, key: Array) -> _Weights:
+    """Returns the weights of keys for queries from `start` on."""
     scores = _scores(start, query, key)
-    # Cancels out, and so has no gradient.
-    largest = jax.lax.stop_gradient(scores.max(-1, keepdims=True))
-    weights = jnp.exp(scores - largest)
-    total = weights.sum(-1, keepdims=True)
-    y = jnp.einsum(
-        "...rt,...th->...rh",
-        weights.astype(value.dtype),
-        value,
-        preferred_element_type=jnp.float32,
-    )
-    return (y / total).astype(value.dtype).reshape(query.shape)
+    weights = jnp.exp(scores - scores.max(-1, keepdims=True))
+    return _Weights(weights, weights.sum(-1, keepdims=True))
+
+
+def _d_part(
+    found: _Weights, part: list[Array], g: Array, means: Array
+) -> tuple[Array, ...]:
+    """Returns the gradients of a part of the queries, and of its keys and values."""
+    query, key, value = part
+    weights, sums = found
+    rows = lambda x: x.reshape(*weights.shape[:-1], -1)
+    g = rows(g).astype(jnp.float32) / sums
+    d_weights = _dot("rh,th->rt", g, value) - rows(means) / sums
+    d_scores = weights * d_weights * query.shape[-1] ** -0.5
+    d_query = _dot("rt,th->rh", d_scores, key).reshape(query.shape)
+    d_key = _dot("rt,rh->th", d_scores, rows(query))
+    d_value = _dot("rt,rh->th", weights, g.astype(value.dtype))
+    grads = zip((d_query, d_key, d_value), part, strict=True)
+    return tuple(x.astype(like.dtype) for x, like in grads)
+
+
+def _dot(axes: str, x: Array, y: Array) -> Float32[Array, "..."]:
+    """Returns products in the type of `y` for each sequence and head."""
+    axes = "..." + axes.replace(",", ",...").replace("->", "->...")
+    return jnp.einsum(axes, x.astype(y.dtype), y, preferred_element_type=jnp.float32)
 
 
 def _scores(start: int, query: Array, key: Array) -> Float[Array, "B K GS T"]:
@@ -151,43 +222,11 @@ def _scores(start: int, query: Array, key: Array) -> Float[Array, "B K GS T"]:
     *batch, groups, length, size = query.shape
     # Heads that share a key are more rows of one product.
     rows = query.reshape(*batch, groups * length, size)
-    scores = jnp.einsum(
-        "...rh,...th->...rt", rows, key, preferred_element_type=jnp.float32
-    )
+    scores = _dot("rh,th->rt", rows, key)
     position = jnp.tile(start + jnp.arange(length), groups)
     seen = jnp.arange(key.shape[-2])[None] <= position[:, None]
     seen = seen.reshape(*(1 for _ in batch), *seen.shape)
     return jnp.where(seen, scores * size**-0.5, -jnp.inf)
-
-
-@jax.custom_vjp
-def _attend_again(query: Array, key: Array, value: Array) -> Array:
-    """Returns `_attend`, which keeps no scores for the backward pass."""
-    return _attend(query, key, value)
-
-
-def _forward(*inputs: Array) -> tuple[Array, tuple[Array, ...]]:
-    return _attend(*inputs), inputs
-
-
-def _backward(inputs: tuple[Array, ...], g: Array) -> tuple[Array, ...]:
-    query, key, value = inputs
-    d_query, d_key, d_value = [], jnp.zeros_like(key), jnp.zeros_like(value)
-    ends, result = _ends(key.shape[2]), g
-    for start, end in zip([0, *ends], ends, strict=False):
-        part = query[..., start:end, :], key[..., :end, :], value[..., :end, :]
-        # Scores are computed again one part after another, once a gradient is there.
-        waiting = [x + after(jnp.int32(0), result).astype(x.dtype) for x in part]
-        attend = functools.partial(_attend_part, start)
-        d_part = jax.vjp(attend, *waiting)[1](g[..., start:end, :])
-        d_query.append(d_part[0])
-        d_key = d_key.at[..., :end, :].add(d_part[1])
-        d_value = d_value.at[..., :end, :].add(d_part[2])
-        result = d_part
-    return jnp.concatenate(d_query, axis=3), d_key, d_value
-
-
-_attend_again.defvjp(_forward, _backward)
 
 
 def _frequencies(half: int, theta: float, scaling: tuple[float, ...]) -> np.ndarray:

@@ -9,7 +9,7 @@ head size, F feed-forward.
 
 import functools
 from collections.abc import Callable
-from typing import Any, ClassVar, Literal, NamedTuple
+from typing import ClassVar, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,8 +19,8 @@ from jaxtyping import Array, Float, Int
 
 from nanochat_jax.config import ModelConfig
 from nanochat_jax.lm.model.attention import causal_attention, largest_scores, rotate
+from nanochat_jax.lm.model.recomputed import Recomputed, as_recomputed, multiply
 from nanochat_jax.lm.model.ternary import TernaryLinear
-from nanochat_jax.transforms import after, run_after
 
 Linear = Callable[..., nnx.Linear | TernaryLinear]
 
@@ -71,7 +71,7 @@ class Attention(nnx.Module):
 
     def __call__(
         self,
-        x: Float[Array, "B S D"],
+        x: Float[Array, "B S D"] | Recomputed,
         positions: Int[Array | np.ndarray, "S"],
         cache: LayerCache | None = None,
     ) -> tuple[Float[Array, "B S D"], LayerCache | None]:
@@ -79,30 +79,36 @@ class Attention(nnx.Module):
         query, key, value = self._heads(x, positions)
         if cache is None:
             y = causal_attention(query, key, value, keep_scores=self.keeps_scores)
+            y = Recomputed(_join_heads, (y,))
         else:
             put = lambda old, new: jax.lax.dynamic_update_slice_in_dim(
                 old, new, positions[0], axis=1
             )
-            cache = LayerCache(put(cache.keys, key), put(cache.values, value))
+            cache = LayerCache(put(cache.keys, key.value), put(cache.values, value))
             seen = jnp.arange(cache.keys.shape[1])[None, :] <= positions[:, None]
-            y = jax.nn.dot_product_attention(query, *cache, mask=seen[None, None])
-        return self.out(y.reshape(*x.shape[:-1], -1)), cache
+            mask = seen[None, None]
+            y = jax.nn.dot_product_attention(query.value, *cache, mask=mask)
+            y = y.reshape(*y.shape[:2], -1)
+        return _apply(y, self.out)[0], cache
 
     def largest_scores(
         self, x: Float[Array, "B S D"], positions: Int[Array | np.ndarray, "S"]
     ) -> Float[Array, "N"]:
         """Returns the largest attention score of each query head."""
         query, key, _ = self._heads(x, positions)
-        return largest_scores(query, key)
+        return largest_scores(query.value, key.value)
 
-    def _heads(self, x: Array, positions: Array | np.ndarray) -> tuple[Array, ...]:
+    def _heads(
+        self, x: Array | Recomputed, positions: Array | np.ndarray
+    ) -> tuple[Recomputed, Recomputed, Array]:
         """Returns queries, keys and values, the first two normalised and rotated."""
         query, key, value = (
-            y.reshape(*x.shape[:-1], -1, self.head_size)
+            y.reshape(*y.shape[:-1], -1, self.head_size)
             for y in _apply(x, self.query, self.key, self.value)
         )
         turn = lambda y: rotate(y, positions, self.rope_theta, self.rope_scaling)
-        return turn(self.query_norm(query)), turn(self.key_norm(key)), value
+        query, key = _normed(self.query_norm, query), _normed(self.key_norm, key)
+        return query.then(turn), key.then(turn), value
 
 
 class FeedForward(nnx.Module):
@@ -120,10 +126,10 @@ class FeedForward(nnx.Module):
         self.up = linear(config.dim, config.ffn_dim)
         self.down = linear(config.ffn_dim, config.dim, kernel_init=_residual_init)
 
-    def __call__(self, x: Float[Array, "B S D"]) -> Float[Array, "B S D"]:
+    def __call__(self, x: Float[Array, "B S D"] | Recomputed) -> Float[Array, "B S D"]:
         """Returns the output of the layer at each position."""
-        gate, up = _apply(x, self.gate, self.up)
-        return self.down(jax.nn.silu(gate) * up)
+        inputs = tuple(_apply(x, self.gate, self.up))
+        return _apply(Recomputed(_gated, inputs), self.down)[0]
 
 
 class Block(nnx.Module):
@@ -142,9 +148,9 @@ class Block(nnx.Module):
         cache: LayerCache | None = None,
     ) -> tuple[Float[Array, "B S D"], LayerCache | None]:
         """Returns the residual stream after this block, and the cache."""
-        y, cache = self.attention(self.attention_norm(x), positions, cache)
+        y, cache = self.attention(_normed(self.attention_norm, x), positions, cache)
         x = x + y
-        return x + self.ffn(self.ffn_norm(x)), cache
+        return x + self.ffn(_normed(self.ffn_norm, x)), cache
 
 
 def norm(
@@ -190,80 +196,29 @@ def _linear(config: ModelConfig, rngs: nnx.Rngs) -> Linear:
         return functools.partial(
             TernaryLinear, group_size=config.group_size, dtype=dtype, rngs=rngs
         )
-    return functools.partial(
-        nnx.Linear, use_bias=False, dtype=dtype, dot_general=_dot_rows, rngs=rngs
-    )
+    return functools.partial(nnx.Linear, use_bias=False, dtype=dtype, rngs=rngs)
 
 
-def _apply(x: Array, *linears: nnx.Linear | TernaryLinear) -> list[Array]:
+def _normed(norm: Callable[[Array], Array], x: Float[Array, "..."]) -> Recomputed:
+    if not isinstance(norm, nnx.Module):
+        return as_recomputed(x)
+    graphdef, state = nnx.split(norm)
+    return Recomputed(lambda state, x: nnx.merge(graphdef, state)(x), (state, x))
+
+
+def _gated(gate: Array, up: Array) -> Array:
+    return jax.nn.silu(gate) * up
+
+
+def _join_heads(y: Float[Array, "B N S H"]) -> Float[Array, "B S D"]:
+    return y.transpose(0, 2, 1, 3).reshape(y.shape[0], y.shape[2], -1)
+
+
+def _apply(x: Array | Recomputed, *linears: nnx.Linear | TernaryLinear) -> list[Array]:
     """Returns the results of linear layers of one input."""
     plain = [linear for linear in linears if isinstance(linear, nnx.Linear)]
     if len(plain) < len(linears):
-        return [linear(x) for linear in linears]
+        value = as_recomputed(x).value
+        return [linear(value) for linear in linears]
     dtype = plain[0].dtype
-    kernels = [linear.kernel[...].astype(dtype) for linear in plain]
-    return _multiply_rows(x.astype(dtype), kernels)
-
-
-def _dot_rows(x: Array, kernel: Array, *_: Any, **options: Any) -> Array:
-    """Returns `x @ kernel`, computed as one matrix product over all positions."""
-    return _multiply_rows(x, [kernel], **options)[0]
-
-
-def _multiply_rows(x: Array, kernels: list[Array], **options: Any) -> list[Array]:
-    rows: Any = _multiply(
-        tuple(options.items()), x.reshape(-1, x.shape[-1]), tuple(kernels)
-    )
-    return [y.reshape(*x.shape[:-1], -1) for y in rows]
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _multiply(
-    options: tuple, x: Array, kernels: tuple[Array, ...]
-) -> tuple[Array, ...]:
-    """Returns `x @ kernel` of each, without transposed copies in the gradients.
-
-    Processors multiply in float32. Of bfloat16 kernels they would make all float32
-    copies of a block before it starts, and keep them and all gradients to its end: each
-    product here waits for its input, and the next for it.
-    """
-    return tuple(jax.lax.dot(x, _after(y, x), **dict(options)) for y in kernels)
-
-
-def _multiply_forward(
-    options: tuple, x: Array, kernels: tuple[Array, ...]
-) -> tuple[tuple[Array, ...], tuple[Array, tuple[Array, ...]]]:
-    return _multiply(options, x, kernels), (x, kernels)
-
-
-def _multiply_backward(
-    options: tuple,
-    inputs: tuple[Array, tuple[Array, ...]],
-    grads: tuple[Array, ...],
-) -> tuple[Array, tuple[Array, ...]]:
-    x, kernels = inputs
-    multiply = lambda x, y, axis: jax.lax.dot_general(
-        x, y, (((axis,), (axis,)), ((), ())), **dict(options)
-    )
-    d_x, d_kernels = jnp.zeros_like(x), []
-    for kernel, g in zip(kernels, grads, strict=True):
-        d_kernel_of = lambda x, g, y=kernel: multiply(x, g, 0).astype(y.dtype)
-        if kernel.dtype != jnp.bfloat16:
-            d_x += multiply(g, kernel, 1).astype(x.dtype)
-            d_kernels.append(d_kernel_of(x, g))
-            continue
-        g += after(jnp.int32(0), d_x).astype(g.dtype)
-        d_kernel = run_after(d_kernel_of, x, g, result=g)
-        d_kernels.append(d_kernel)
-        d_x += multiply(g, _after(kernel, d_kernel), 1).astype(x.dtype)
-    return d_x, tuple(d_kernels)
-
-
-def _after(kernel: Array, x: Array) -> Array:
-    """Returns a kernel, which if short is there only when `x` is."""
-    if kernel.dtype != jnp.bfloat16:
-        return kernel
-    return kernel + after(jnp.int32(0), x).astype(kernel.dtype)
-
-
-_multiply.defvjp(_multiply_forward, _multiply_backward)
+    return multiply(x, [linear.kernel[...].astype(dtype) for linear in plain])
