@@ -4,7 +4,7 @@ import jax
 import pytest
 
 from nanochat_jax import cli
-from nanochat_jax.lm.runtime import installation
+from nanochat_jax.lm.runtime import installation, machine
 
 VERSIONS = {"jax": "0.10.2", "jaxlib": "0.10.2", "numpy": "2.1"}
 REQUIRES = {
@@ -132,3 +132,20 @@ def test_what_keeps_jax_from_a_gpu_is_found(plugins, platforms, has_gpu, told):
 def test_a_device_that_multiplies_wrongly_is_named(error, told):
     (problem,) = installation.product_problems(SOUND | {"gpu:1": error})
     assert problem.what.startswith("gpu:1") and told in problem.what
+
+
+@pytest.mark.parametrize(
+    ("enabled", "tunables", "told"),
+    [
+        ("[always] madvise never", "", "used"),
+        ("always [madvise] never", "glibc.malloc.hugetlb=1:glibc.malloc.x=2", "used"),
+        ("always [madvise] never", "glibc.malloc.hugetlb=0", "with GLIBC_TUNABLES="),
+        ("always madvise [never]", "glibc.malloc.hugetlb=1", "turned off"),
+        (None, "glibc.malloc.hugetlb=1", "not known"),
+    ],
+)
+def test_large_pages_are_told_of(enabled, tunables, told, monkeypatch, tmp_path):
+    monkeypatch.setenv("GLIBC_TUNABLES", tunables)
+    if enabled is not None:
+        (tmp_path / "enabled").write_text(enabled + "\n")
+    assert told in machine.large_pages(tmp_path / "enabled")

@@ -61,6 +61,7 @@ def _facts(
     facts = {
         "processor": f"{machine.processor()}, {machine.available_threads()} threads",
         "memory": _memory(devices),
+        "large pages": machine.large_pages(),
         "NVIDIA driver": "loaded" if installation.has_nvidia_gpu() else "not loaded",
         **installation.variables(),
     }

@@ -158,7 +158,8 @@ def _backward(
     g: Array,
 ) -> tuple[tuple[Any, ...]]:
     inputs, y, weights = kept
-    # By weights, the mean of their gradients: a sum over as many entries as a head has.
+    # Means of the weights' gradients, by the weights, as sums over the entries of a
+    # head: over keys, processors add them up at a tenth of the speed.
     means = jnp.sum(g.astype(jnp.float32) * y, axis=-1)
     whole, d_inputs = jax.vjp(heads, *held_back(inputs, g))
     d_query, d_key, d_value = [], *map(jnp.zeros_like, whole[1:])

@@ -14,6 +14,9 @@ import jax
 
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy", "nanochat-jax")
 
+_LARGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+_LARGE_PAGES_ASKED = "glibc.malloc.hugetlb=1"
+
 
 def use_device(device: str, threads: int | None = None) -> None:
     """Selects the device of this process, before anything is computed.
@@ -92,6 +95,30 @@ def memory() -> str:
     kilobytes = {line.split(":")[0]: int(line.split()[1]) for line in lines}
     total, free = kilobytes["MemTotal"], kilobytes["MemAvailable"]
     return f"{total * 1024 / 1e9:.1f} GB, {free * 1024 / 1e9:.1f} GB of it free"
+
+
+def large_pages(enabled: Path = _LARGE_PAGES) -> str:
+    """Returns whether memory comes in large pages, in words, or how to have them.
+
+    XLA asks for the temporaries of a program at each call of it, on a processor. More
+    than 32 MB come as new pages every time, thousands of small ones or few large ones.
+
+    Args:
+      enabled: File of Linux that says who has them.
+    """
+    try:
+        chosen = enabled.read_text(encoding="ascii").partition("[")[2].partition("]")[0]
+    except OSError:
+        return "not known"
+    asked = _LARGE_PAGES_ASKED in os.environ.get("GLIBC_TUNABLES", "")
+    if chosen == "always" or (chosen == "madvise" and asked):
+        return "used"
+    if chosen == "never":
+        return "turned off in this kernel"
+    return (
+        f"not asked for; with GLIBC_TUNABLES={_LARGE_PAGES_ASKED} a step on a "
+        "processor may take a twentieth less time"
+    )
 
 
 def processor() -> str:
