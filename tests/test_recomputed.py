@@ -2,15 +2,17 @@
 
 import dataclasses
 import functools
+import itertools
 
 import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 import helpers
-from nanochat_jax.lm.model import gpt, next_token_loss
+from nanochat_jax.lm.model import block, gpt, next_token_loss, unstack_layers
 from nanochat_jax.lm.model.recomputed import Recomputed, multiply
 from tiny import MODEL
 
@@ -74,6 +76,36 @@ def test_a_factor_of_a_factor_is_made_of_the_same_inputs():
     then = x.then(jnp.square).then(jnp.negative)
     assert then.inputs is x.inputs
     np.testing.assert_array_equal(then.value, [-1, -4, -9])
+
+
+def test_norms_are_those_of_flax():
+    for dtype, use_scale in itertools.product(("float32", "bfloat16"), (True, False)):
+        config = dataclasses.replace(MODEL, compute_dtype=dtype)
+        layer = block.norm(config, SIZE, nnx.Rngs(0), use_scale=use_scale)
+        if use_scale:
+            layer.scale[...] = numbers(SIZE)
+        x = 3 * numbers(BATCH, LENGTH, SIZE)
+        found, expected = jax.jit(lambda x, n=layer: (block._normed(n, x).value, n(x)))(
+            x
+        )
+        chex.assert_trees_all_equal(found, expected)
+
+
+def test_second_derivatives_of_stacked_layers_are_those_of_separate_ones():
+    """JAX may confuse what a scan keeps for them."""
+    config = dataclasses.replace(MODEL, dim=16, n_heads=2, n_kv_heads=1)
+    graphdef, params = gpt.init(dataclasses.replace(config, scan_layers=True), 0)
+    separate, batch = gpt.abstract_model(config)[0], jnp.arange(18).reshape(2, 9)
+
+    def squares(graphdef, params):
+        grads = jax.grad(functools.partial(next_token_loss, graphdef))(params, batch)
+        return sum(jnp.vdot(x, x) for x in jax.tree.leaves(grads))
+
+    found = jax.jit(jax.grad(functools.partial(squares, graphdef)))(params)
+    expected = jax.jit(jax.grad(functools.partial(squares, separate)))(
+        unstack_layers(params)
+    )
+    chex.assert_trees_all_close(unstack_layers(found), expected, atol=1e-3, rtol=1e-3)
 
 
 def temporaries(f, *args):

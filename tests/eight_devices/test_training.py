@@ -5,6 +5,7 @@ import functools
 
 import chex
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import AxisType
@@ -12,7 +13,8 @@ from jax.sharding import AxisType
 import nanochat_jax as nj
 from nanochat_jax.config.run import MESH_AXES
 from nanochat_jax.lm.checkpoints.store import Checkpoints
-from nanochat_jax.lm.model import param_sharding
+from nanochat_jax.lm.model import activation_sharding, param_sharding
+from nanochat_jax.lm.model.attention import causal_attention
 from nanochat_jax.lm.training import resume
 from nanochat_jax.lm.training.device_batches import feed
 from nanochat_jax.lm.training.evaluation import Evaluator
@@ -170,3 +172,23 @@ def test_what_a_mesh_does_not_divide_is_whole_and_named():
     assert param_sharding.mesh_summary(run.params, prepare({}).config) == (
         "One device of 8 is used; `--mesh fsdp=8` uses all."
     )
+
+
+def test_one_part_of_the_scores_is_held_on_a_mesh_too():
+    mesh = param_sharding.make_mesh({"fsdp": 8})
+    where = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("fsdp"))
+    x = jax.ShapeDtypeStruct((8, 1024, 2, 8), jnp.float32, sharding=where)
+
+    def held(keep_scores):
+        attend = functools.partial(causal_attention, keep_scores=keep_scores)
+
+        def gradient(x):
+            y, pull = jax.vjp(attend, x, x, x)
+            return pull(jnp.cos(y))
+
+        with activation_sharding.using(mesh):
+            compiled = jax.jit(gradient).lower(x).compile()
+        return compiled.memory_analysis().temp_size_in_bytes
+
+    scores = 4 * 2 * 1024**2  # of the sequence that a device has
+    assert held(False) < 0.9 * scores < 1.2 * scores < held(True)

@@ -141,7 +141,7 @@ def _forward(
     whole = heads(*inputs)
     for start, end in _spans(whole[1].shape[2]):
         together = keep_scores or not parts
-        given = whole if together else held_back(whole, parts[-1])
+        given = whole if together else _in_turn(whole, parts[-1])
         query, key, value = _part(start, end, *given)
         found = _weights(start, query, key)
         y = _dot("rt,th->rh", found.weights, value) / found.sums
@@ -160,12 +160,12 @@ def _backward(
     inputs, y, weights = kept
     # Means of the weights' gradients, by the weights, as sums over the entries of a
     # head: over keys, processors add them up at a tenth of the speed.
-    means = jnp.sum(g.astype(jnp.float32) * y, axis=-1)
+    means = jnp.sum(g.astype(jnp.float32) * y.astype(jnp.float32), axis=-1)
     whole, d_inputs = jax.vjp(heads, *held_back(inputs, g))
     d_query, d_key, d_value = [], *map(jnp.zeros_like, whole[1:])
     result = g
     for i, (start, end) in enumerate(_spans(whole[1].shape[2])):
-        part = _part(start, end, *(whole if keep_scores else held_back(whole, result)))
+        part = _part(start, end, *(whole if keep_scores else _in_turn(whole, result)))
         found = weights[i] if keep_scores else _weights(start, *part[:2])
         result = _d_part(found, part, g[..., start:end, :], means[..., start:end])
         d_query.append(result[0])
@@ -175,6 +175,7 @@ def _backward(
 
 
 _attend.defvjp(_forward, _backward)
+_in_turn = functools.partial(held_back, on_meshes=True)
 
 
 def _spans(length: int) -> list[tuple[int, int]]:

@@ -9,7 +9,7 @@ head size, F feed-forward.
 
 import functools
 from collections.abc import Callable
-from typing import ClassVar, Literal, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -200,10 +200,27 @@ def _linear(config: ModelConfig, rngs: nnx.Rngs) -> Linear:
 
 
 def _normed(norm: Callable[[Array], Array], x: Float[Array, "..."]) -> Recomputed:
-    if not isinstance(norm, nnx.Module):
+    if not isinstance(norm, nnx.RMSNorm):
         return as_recomputed(x)
-    graphdef, state = nnx.split(norm)
-    return Recomputed(lambda state, x: nnx.merge(graphdef, state)(x), (state, x))
+    scale = () if norm.scale is None else (norm.scale[...],)
+    return Recomputed(
+        functools.partial(_rms_norm, norm.epsilon, norm.dtype), (x, *scale)
+    )
+
+
+def _rms_norm(epsilon: float, dtype: Any, x: Array, *scale: Array) -> Array:
+    """Returns what `nnx.RMSNorm` does, with the gain if there is one.
+
+    Written out, since Flax subtracts a mean of zeros, and JAX up to 0.12 confuses what
+    a scan keeps for second derivatives of such a gradient.
+    """
+    x = x.astype(dtype).astype(jnp.promote_types(dtype, jnp.float32))
+    squares = jnp.mean(jnp.square(x), axis=-1, keepdims=True)
+    factor = jax.lax.rsqrt(squares + epsilon)
+    for gain in scale:
+        gain = gain.astype(dtype).astype(x.dtype)
+        factor *= gain.reshape(*[1] * (x.ndim - 1), -1)
+    return (x * factor).astype(dtype)
 
 
 def _gated(gate: Array, up: Array) -> Array:

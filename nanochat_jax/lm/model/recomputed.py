@@ -74,7 +74,7 @@ def multiply(
     return list(_multiply(of, inputs, tuple(kernels)))
 
 
-def held_back(tree: Any, result: Any) -> Any:
+def held_back(tree: Any, result: Any, *, on_meshes: bool = False) -> Any:
     """Returns arrays that are there only once a result is.
 
     What is made of them cannot be taken from before, where a compiler found the same.
@@ -82,9 +82,10 @@ def held_back(tree: Any, result: Any) -> Any:
     Args:
       tree: The arrays.
       result: Arrays to wait for.
+      on_meshes: Whether to wait on a mesh too, whose devices then send an entry of the
+        result to each other. Else they have a barrier, which some compilers drop.
     """
-    if activation_sharding.is_used():
-        # Devices would have to send an entry of the result to each other.
+    if activation_sharding.is_used() and not on_meshes:
         return jax.lax.optimization_barrier((tree, result))[0]
     zero = after(jnp.int32(0), result)
     return jax.tree.map(lambda x: x + zero.astype(x.dtype), tree)
