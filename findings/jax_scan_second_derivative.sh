@@ -10,7 +10,7 @@
 # so is the same function without a scan. A constant need not be seen: Flax's nnx.RMSNorm subtracts
 # a mean of zeros.
 #
-# Seen with jax and jaxlib 0.10.2, and with 0.12.0: an error of 1.1 times the norm, where all else is
+# Seen with jax and jaxlib 0.10.2, and with jax 0.12.0.1: an error of 1.1 times the norm, where all else is
 # right to 2e-7.
 set -euo pipefail
 folder=$(mktemp -d)
