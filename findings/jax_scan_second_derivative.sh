@@ -5,8 +5,8 @@
 # One would expect the same numbers from a scan as from a Python loop over the layers, or an error.
 # The first derivative is right. For the second, JAX takes constants of the loop out of it and then
 # pairs what is left with the wrong arguments of the backward pass: if two of them have one shape,
-# they are off by more than they are large, and otherwise the trace ends with an error about
-# shapes or a result of a VJP that has another. A NumPy array in place of the jnp.full is harmless, and
+# the derivatives are off by more than their size, and otherwise the trace ends with an error about
+# shapes. A NumPy array in place of the jnp.full is harmless, and
 # so is the same function without a scan. A constant need not be seen: Flax's nnx.RMSNorm subtracts
 # a mean of zeros.
 #

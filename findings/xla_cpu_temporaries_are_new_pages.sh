@@ -6,7 +6,7 @@
 # buffer or to get the same one again. XLA asks the C library for it at each call. That keeps freed
 # memory up to a threshold which it raises by itself, to 32 MB at most; what is larger goes back to
 # the system, and comes back as pages that the kernel fills with zeros while the program runs. So
-# a training step of 70 MB of temporaries has 17,000 page faults, and loses some of its time to them. PyTorch, which asks for every array by itself, stays below the threshold with the same model.
+# a training step of 70 MB of temporaries has 17,000 page faults, and loses some of its time to them.
 # Where the kernel gives large pages to those who ask, GLIBC_TUNABLES=glibc.malloc.hugetlb=1 asks.
 #
 # Seen with jax and jaxlib 0.10.2: of the pages of 24 MB of temporaries a tenth is new at a call, of
