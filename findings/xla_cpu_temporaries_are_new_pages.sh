@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # A jitted program with over 32 MB of temporaries gets all of them as new pages at every call, on a
-# processor under Linux; with less it gets the pages of the call before.
+# processor under Linux; with far less it gets the pages of the call before.
 #
 # One would expect a compiled program, whose temporaries are planned and of one size, to keep its
 # buffer or to get the same one again. XLA asks the C library for it at each call. That keeps freed
@@ -9,8 +9,8 @@
 # a training step of 70 MB of temporaries has 17,000 page faults, and loses some of its time to them.
 # Where the kernel gives large pages to those who ask, GLIBC_TUNABLES=glibc.malloc.hugetlb=1 asks.
 #
-# Seen with jax and jaxlib 0.10.2: of the pages of 24 MB of temporaries a tenth is new at a call, of
-# those of 96 MB all.
+# Seen with jax and jaxlib 0.10.2: of the pages of 8 MB of temporaries up to 0.15 are new at a call, of
+# those of 96 MB all; in between it changes from run to run.
 set -euo pipefail
 folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT
@@ -51,7 +51,7 @@ def faults(megabytes):
     return planned, share
 
 
-(small, kept), (large, new) = faults(24), faults(96)
+(small, kept), (large, new) = faults(8), faults(96)
 assert small < 32 * 2**20 < large, (small, large)
-assert kept < 0.25 and new > 0.9, (kept, new)
+assert kept < 0.5 and new > 0.9, (kept, new)
 PY
