@@ -124,6 +124,8 @@ class Float32Muon(torch.optim.Muon):
     @torch.no_grad()
     def step(self):
         for group in self.param_groups:
+            assert group["nesterov"] and not group["weight_decay"]
+            assert group["adjust_lr_fn"] is None
             for weight in group["params"]:
                 self._update(weight, group)
 

@@ -127,7 +127,7 @@ def _backward(
             d_rows += _dot(g, kernel, 1).astype(x.dtype)
             d_kernels.append(d_kernel_of(rows, g))
             continue
-        g += after(jnp.int32(0), d_rows).astype(g.dtype)
+        g = held_back(g, d_rows, on_meshes=True)
         d_kernel = run_after(d_kernel_of, rows, g, result=g)
         d_kernels.append(d_kernel)
         d_rows += _dot(g, _after(kernel, d_kernel), 1).astype(x.dtype)
@@ -143,9 +143,8 @@ def _dot(x: Array, y: Array, axis: int) -> Array:
 
 def _after(kernel: Array, x: Array) -> Array:
     """Returns a kernel, which if short is there only when `x` is."""
-    if kernel.dtype != jnp.bfloat16:
-        return kernel
-    return kernel + after(jnp.int32(0), x).astype(kernel.dtype)
+    short = kernel.dtype == jnp.bfloat16
+    return held_back(kernel, x, on_meshes=True) if short else kernel
 
 
 def _same(x: Array) -> Array:
